@@ -1,7 +1,26 @@
 """Paged KV cache for MLX."""
 
+from pagedkv.attention import (
+    DECODE_PATHS,
+    DecodePath,
+    Layout,
+    contiguous_attention,
+    decode_attention,
+)
 from pagedkv.block_table import DecodeBatch, blocks_needed
+from pagedkv.errors import PagedKVError, UnsupportedPathError
 
 __version__ = "0.1.0"
 
-__all__ = ["DecodeBatch", "__version__", "blocks_needed"]
+__all__ = [
+    "DECODE_PATHS",
+    "DecodeBatch",
+    "DecodePath",
+    "Layout",
+    "PagedKVError",
+    "UnsupportedPathError",
+    "__version__",
+    "blocks_needed",
+    "contiguous_attention",
+    "decode_attention",
+]

@@ -1,0 +1,9 @@
+"""Exceptions of this package. Malformed arguments are plain `ValueError`s."""
+
+
+class PagedKVError(Exception):
+    """Base of every error that is about the cache rather than about an argument's form."""
+
+
+class UnsupportedPathError(PagedKVError, ValueError):
+    """The named decode path exists but cannot run on this device, dtype or head dim."""
