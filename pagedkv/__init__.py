@@ -4,8 +4,10 @@ from pagedkv.attention import (
     DECODE_PATHS,
     DecodePath,
     Layout,
+    append_block,
     contiguous_attention,
     decode_attention,
+    gather_blocks,
 )
 from pagedkv.block_table import DecodeBatch, blocks_needed
 from pagedkv.errors import PagedKVError, UnsupportedPathError
@@ -20,7 +22,9 @@ __all__ = [
     "PagedKVError",
     "UnsupportedPathError",
     "__version__",
+    "append_block",
     "blocks_needed",
     "contiguous_attention",
     "decode_attention",
+    "gather_blocks",
 ]

@@ -72,6 +72,76 @@ def contiguous_attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
+def gather_blocks(
+    pool: mx.array, batch: DecodeBatch, *, layout: Layout = Layout.BLOCK_MAJOR
+) -> mx.array:
+    """Gather the blocks of each sequence into one K or V tensor, block by block.
+
+    Parameters
+    ----------
+    pool : mx.array
+        K or V pool in `layout`.
+    batch : DecodeBatch
+        The step's tables.
+    layout : Layout
+        Order of the pool's dimensions.
+
+    Returns
+    -------
+    mx.array
+        Shape [B, Hkv, M * S, D], lazy, not contiguous: the copy is in the pool's order and the
+        heads are brought forward by strides. Positions past a context length hold whatever the
+        block held before.
+
+    Raises
+    ------
+    ValueError
+        If the pool does not have the number of blocks and block size the tables were made for.
+    """
+    _check_pool("pool", pool, batch, layout)
+    return _gather(pool, batch, layout)
+
+
+def append_block(
+    pool: mx.array, block: mx.array, block_id: int, *, layout: Layout = Layout.BLOCK_MAJOR
+) -> mx.array:
+    """Return a pool in which one block is replaced; the naive append, O(pool) while `pool` lives.
+
+    `pool` stays valid and unchanged, so MLX copies all of it to write one block.
+
+    Parameters
+    ----------
+    pool : mx.array
+        K or V pool in `layout`.
+    block : mx.array
+        Shape [S, Hkv, D] (block-major) or [Hkv, S, D] (head-major), dtype of the pool.
+    block_id : int
+        Which block to replace, in [0, N).
+    layout : Layout
+        Order of the pool's dimensions.
+
+    Returns
+    -------
+    mx.array
+        The new pool, lazy.
+
+    Raises
+    ------
+    ValueError
+        If shape, dtype or id do not fit the pool.
+    """
+    _check_rank("pool", pool)
+    axis = 0 if layout is Layout.BLOCK_MAJOR else 1
+    expected = (*pool.shape[:axis], *pool.shape[axis + 1 :])
+    if block.shape != expected:
+        raise ValueError(f"expected a block of shape {expected}, got {block.shape}")
+    if block.dtype != pool.dtype:
+        raise ValueError(f"expected a block of dtype {pool.dtype}, got {block.dtype}")
+    if not 0 <= block_id < pool.shape[axis]:
+        raise ValueError(f"expected a block id in [0, {pool.shape[axis]}), got {block_id}")
+    return mx.slice_update(pool, mx.expand_dims(block, axis), mx.array([block_id]), axes=[axis])
+
+
 @dataclass(frozen=True)
 class DecodePath:
     """One way to attend over a pool.
@@ -187,6 +257,12 @@ def _gather_block_major(
     return _gather_then_sdpa(queries, keys, values, batch, scale, Layout.BLOCK_MAJOR)
 
 
+def _gather_head_major(
+    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
+) -> mx.array:
+    return _gather_then_sdpa(queries, keys, values, batch, scale, Layout.HEAD_MAJOR)
+
+
 def _sdpa_supports(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
     return dtype in _DTYPES  # MLX falls back to an unfused graph for any head dim
 
@@ -194,6 +270,7 @@ def _sdpa_supports(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
 DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
     {
         "gather_block_major": DecodePath(Layout.BLOCK_MAJOR, _gather_block_major, _sdpa_supports),
+        "gather_head_major": DecodePath(Layout.HEAD_MAJOR, _gather_head_major, _sdpa_supports),
     }
 )
 """Every decode path by name."""

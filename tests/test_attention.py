@@ -12,8 +12,10 @@ from pagedkv import (
     DecodeBatch,
     Layout,
     UnsupportedPathError,
+    append_block,
     contiguous_attention,
     decode_attention,
+    gather_blocks,
 )
 
 PATHS = ["auto", *DECODE_PATHS]
@@ -140,6 +142,49 @@ def test_contiguous_equals_reference(dtype, heads):
     assert_close(contiguous_attention(queries, keys, values, scale=0.3), expected, dtype)
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_gather_reads_literal_slots(layout):
+    pool = mx.arange(5 * 2 * 3 * 4).reshape(5, 2, 3, 4)  # N=5, S=2, Hkv=3, D=4
+    batch = DecodeBatch.from_tables([[4, 0], [2, 3]], [4, 3], block_size=2, num_blocks=5)
+    out = np.array(gather_blocks(in_layout(pool, layout), batch, layout=layout))
+    assert out.shape == (2, 3, 4, 4)
+    for b, slots in enumerate([[(4, 0), (4, 1), (0, 0), (0, 1)], [(2, 0), (2, 1), (3, 0), (3, 1)]]):
+        for position, (block, offset) in enumerate(slots):
+            for head in range(3):
+                expected = pool[block, offset, head].tolist()
+                assert out[b, head, position].tolist() == expected
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_append_replaces_one_block_and_leaves_the_old_pool(layout):
+    rng = np.random.default_rng(5)
+    pool = random(rng, (6, 4, 2, 8), mx.float16)
+    before = np.array(pool)
+    block = random(rng, (4, 2, 8), mx.float16)
+    old = in_layout(pool, layout)
+    shaped = block if layout is Layout.BLOCK_MAJOR else block.swapaxes(0, 1)
+    new = append_block(old, shaped, 3, layout=layout)
+    expected = before.copy()
+    expected[3] = np.array(block)
+    back = new if layout is Layout.BLOCK_MAJOR else new.transpose(1, 2, 0, 3)
+    assert np.array_equal(np.array(back), expected)
+    assert np.array_equal(np.array(pool), before)
+
+
+def test_append_refuses():
+    pool = mx.ones((6, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got 6"):
+        append_block(pool, mx.ones((4, 2, 8)), 6)
+    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got -1"):
+        append_block(pool, mx.ones((4, 2, 8)), -1)
+    with pytest.raises(ValueError, match=r"block of shape \(4, 2, 8\), got \(2, 4, 8\)"):
+        append_block(pool, mx.ones((2, 4, 8)), 0)
+    with pytest.raises(ValueError, match="block of dtype"):
+        append_block(pool, mx.ones((4, 2, 8), dtype=mx.float16), 0)
+    with pytest.raises(ValueError, match="expected pool with 4 dimensions"):
+        append_block(mx.ones((6, 8)), mx.ones((8,)), 0)
+
+
 def arguments(**changes):
     """Good arguments for `decode_attention`, B=2 Hq=4 Hkv=2 D=8 N=5 S=4, with changes."""
     good = {
@@ -206,6 +251,12 @@ def test_contiguous_attention_refuses():
         contiguous_attention(*(x.astype(mx.int32) for x in (q, kv, kv)), scale=1.0)
     with pytest.raises(ValueError, match="keys with 4 dimensions"):
         contiguous_attention(q, kv[0], kv[0], scale=1.0)
+
+
+def test_gather_refuses_a_pool_of_another_size():
+    batch = arguments()["batch"]
+    with pytest.raises(ValueError, match="head_major layout with 5 blocks of 4 tokens"):
+        gather_blocks(mx.ones((5, 4, 2, 8)), batch, layout=Layout.HEAD_MAJOR)
 
 
 def test_decode_paths_is_read_only():
