@@ -1,0 +1,221 @@
+"""What is measured: geometry, seeded inputs, scattered block tables, and which cells are n/a.
+
+A cell is (batch, context, block_size). Names of pagedkv are looked up when a benchmark is set up,
+so that a commit that lacks one shows n/a.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+import pagedkv
+
+BATCHES = [1, 4]
+CONTEXTS = [1024, 4096, 16384, 32768]
+BLOCK_SIZES = [16, 32, 64]
+GRID = [BATCHES, CONTEXTS, BLOCK_SIZES]
+PARAM_NAMES = ["batch", "context", "block_size"]
+
+# PAGEDKV_GRID=quick leaves out every other cell.
+QUICK_CONTEXTS = [1024, 4096]
+QUICK_BLOCK_SIZES = [32]
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+DTYPE = mx.float16
+SCALE = HEAD_DIM**-0.5
+
+LONGEST_CALL = 5.0  # seconds
+MEMORY_SHARE = 0.7  # of the machine's memory
+
+
+def padded_context(context, block_size):
+    """Tokens that the blocks of `context` tokens have room for."""
+    return -(-context // block_size) * block_size
+
+
+def kv_bytes(batch, context, block_size):
+    """Bytes of K and V that one layer of the cell attends over."""
+    tokens = batch * padded_context(context, block_size)
+    return 2 * tokens * KV_HEADS * HEAD_DIM * DTYPE.size
+
+
+def layers(batch, context, block_size):
+    """Layers in a measured decode step.
+
+    Paged and contiguous steps alternate, so with 64 MiB of K/V in each the step before has
+    evicted what this one reads from any cache up to 128 MiB; at least two, at most sixteen.
+    """
+    return max(2, min(16, 64 * 2**20 // kv_bytes(batch, context, block_size)))
+
+
+def feature(name):
+    """Return a public name of pagedkv; n/a on commits that lack it."""
+    if not hasattr(pagedkv, name):
+        raise NotImplementedError(f"pagedkv has no {name} at this commit")
+    return getattr(pagedkv, name)
+
+
+def decode_path(name):
+    """Return the DecodePath called `name`; n/a on commits that lack it."""
+    paths = feature("DECODE_PATHS")
+    if name not in paths:
+        raise NotImplementedError(f"pagedkv has no decode path {name} at this commit")
+    return paths[name]
+
+
+def require_cell(batch, context, block_size, *, copies):
+    """Raise NotImplementedError (n/a) for a cell that is not asked for or does not fit in memory.
+
+    `copies` is the peak of K/V held at once, in units of `kv_bytes` of the cell.
+    """
+    quick = context in QUICK_CONTEXTS and block_size in QUICK_BLOCK_SIZES
+    if os.environ.get("PAGEDKV_GRID") == "quick" and not quick:
+        raise NotImplementedError("not in the quick grid")
+    need, have = copies * kv_bytes(batch, context, block_size), machine_memory()
+    if need > MEMORY_SHARE * have:
+        raise NotImplementedError(
+            f"needs {need / 2**30:.1f} GiB, more than {MEMORY_SHARE:.0%} of {have / 2**30:.1f} GiB"
+        )
+
+
+def machine_memory():
+    """Bytes of memory that MLX's default device can use."""
+    if mx.default_device().type == mx.gpu:
+        return mx.device_info()["memory_size"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_fast(call):
+    """Run `call` once; n/a if that takes longer than a benchmark should wait."""
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    if seconds > LONGEST_CALL:
+        raise NotImplementedError(
+            f"one call takes {seconds:.1f} s on this machine, more than {LONGEST_CALL:.0f} s"
+        )
+
+
+def block_tables(batch, context, block_size, order="reversed"):
+    """Return (tables, number of blocks in the pool): scattered blocks of a pool with 2x slack.
+
+    ``"reversed"`` hands out every second block from the end of the pool; ``"random"`` is a seeded
+    permutation of the whole pool.
+    """
+    per_sequence = padded_context(context, block_size) // block_size
+    used = batch * per_sequence
+    if order == "reversed":
+        ids = np.arange(2 * used)[::-2]
+    else:
+        ids = np.random.default_rng(1).permutation(2 * used)[:used]
+    return ids.reshape(batch, per_sequence).tolist(), 2 * used
+
+
+@dataclass
+class Layer:
+    """One layer's K/V, contiguous [B, Hkv, L, D] and as pools; evaluated."""
+
+    keys: mx.array
+    values: mx.array
+    key_pool: mx.array
+    value_pool: mx.array
+
+
+@dataclass
+class Workload:
+    """A cell's inputs: queries [B, Hq, 1, D], the step's tables, and its layers."""
+
+    queries: mx.array
+    batch: object
+    layers: list
+
+    def contiguous(self):
+        """Evaluate one decode step over contiguous K/V."""
+        attend = feature("contiguous_attention")
+        out = self.queries
+        for layer in self.layers:
+            out = attend(out, layer.keys, layer.values, scale=SCALE)
+        mx.eval(out)
+        return out
+
+    def paged(self, path):
+        """Evaluate one decode step over the pools."""
+        attend = feature("decode_attention")
+        out = self.queries
+        for layer in self.layers:
+            out = attend(out, layer.key_pool, layer.value_pool, self.batch, scale=SCALE, path=path)
+        mx.eval(out)
+        return out
+
+
+def workload(batch, context, block_size, *, num_layers, layout="block_major", order="reversed"):
+    """Build a cell's inputs from a fixed seed.
+
+    The contiguous copy is read from the pool slot by slot, not by the package's own gather, so
+    that a wrong gather cannot agree with it.
+    """
+    tables, num_blocks = block_tables(batch, context, block_size, order)
+    padded = padded_context(context, block_size)
+    step = feature("DecodeBatch").from_tables(
+        tables, [padded] * batch, block_size=block_size, num_blocks=num_blocks
+    )
+    positions = np.arange(padded)
+    table_array = np.array(tables)
+    slots = table_array[:, positions // block_size] * block_size + positions % block_size
+
+    mx.random.seed(0)
+    shape = (num_blocks, block_size, KV_HEADS, HEAD_DIM)
+
+    def pool_and_contiguous():
+        pool = mx.random.uniform(-1, 1, shape, dtype=DTYPE)
+        rows = pool.reshape(-1, KV_HEADS, HEAD_DIM)[mx.array(slots)]
+        contiguous = mx.contiguous(rows.transpose(0, 2, 1, 3))
+        if layout == "head_major":
+            pool = mx.contiguous(pool.transpose(2, 0, 1, 3))
+        mx.eval(pool, contiguous)
+        return pool, contiguous
+
+    made = []
+    for _ in range(num_layers):
+        key_pool, keys = pool_and_contiguous()
+        value_pool, values = pool_and_contiguous()
+        made.append(Layer(keys, values, key_pool, value_pool))
+    queries = mx.random.uniform(-4, 4, (batch, QUERY_HEADS, 1, HEAD_DIM), dtype=DTYPE)
+    mx.eval(queries)
+    return Workload(queries, step, made)
+
+
+def paths_run(call):
+    """Run `call` and return the names of the decode paths whose code it entered."""
+    entered = set()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    paths = feature("DECODE_PATHS").items()
+    return [name for name, path in paths if path.attend.__code__ in entered]
+
+
+def require_path(cell, path):
+    """Check one layer over `path`: n/a if slow, an error if another path ran or it is wrong."""
+    one = Workload(cell.queries, cell.batch, cell.layers[:1])
+    require_fast(lambda: one.paged(path))
+    outputs = []
+    ran = paths_run(lambda: outputs.append(one.paged(path)))
+    if len(ran) != 1 or path not in ("auto", ran[0]):
+        raise AssertionError(f"asked for path {path}, ran {ran}")
+    expected = one.contiguous().astype(mx.float32)
+    error = outputs[0].astype(mx.float32) - expected
+    relative = (mx.linalg.norm(error) / mx.linalg.norm(expected)).item()
+    if not relative < 0.02:
+        raise AssertionError(f"path {path} is off from contiguous attention by {relative:.1%}")
+
+
+def layout_of(path):
+    """Return the name of the pool layout that `path` reads."""
+    return "block_major" if path == "auto" else decode_path(path).layout.value

@@ -1,0 +1,126 @@
+"""One decode call of one layer, evaluated by itself, as a microbenchmark would time it.
+
+Absolute times of a noisy machine; `overhead` is what to compare across commits.
+"""
+
+import mlx.core as mx
+
+from ._workload import (
+    GRID,
+    PARAM_NAMES,
+    feature,
+    layout_of,
+    require_cell,
+    require_fast,
+    require_path,
+    workload,
+)
+
+
+class _Decode:
+    version = "1"
+    params = GRID
+    param_names = PARAM_NAMES
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (3, 50, 2.0)
+
+    def setup(self, *cell):
+        if not hasattr(self, "cell"):  # asv sets up before every sample; the inputs stay
+            # One layer: contiguous once, pool twice; plus the gathered copy and SDPA's own.
+            require_cell(*cell, copies=7)
+            self.prepare(*cell)
+
+
+class Contiguous(_Decode):
+    """`contiguous_attention`, MLX's own SDPA: the bound. A change is MLX's or the machine's."""
+
+    def prepare(self, *cell):
+        self.cell = workload(*cell, num_layers=1)
+        require_fast(self.cell.contiguous)
+
+    def time_decode(self, batch, context, block_size):
+        self.cell.contiguous()
+
+
+class _Path(_Decode):
+    def prepare(self, *cell):
+        self.cell = workload(*cell, num_layers=1, layout=layout_of(self.path))
+        require_path(self.cell, self.path)
+
+    def time_decode(self, batch, context, block_size):
+        self.cell.paged(self.path)
+
+
+class Auto(_Path):
+    """`decode_attention(path="auto")`. A change is the package's choice or the path chosen."""
+
+    path = "auto"
+
+
+class GatherBlockMajor(_Path):
+    """`gather_block_major`: take whole blocks of a [N, S, Hkv, D] pool, then SDPA."""
+
+    path = "gather_block_major"
+
+
+class GatherHeadMajor(_Path):
+    """`gather_head_major`: take whole blocks of a [Hkv, N, S, D] pool, then SDPA."""
+
+    path = "gather_head_major"
+
+
+class _GatherOnly(_Decode):
+    def prepare(self, *cell):
+        self.gather = feature("gather_blocks")
+        self.layout = feature("Layout")(self.layout_name)
+        self.cell = workload(*cell, num_layers=1, layout=self.layout_name)
+        require_fast(lambda: self.time_gather(*cell))
+
+    def time_gather(self, batch, context, block_size):
+        layer, step = self.cell.layers[0], self.cell.batch
+        mx.eval(
+            self.gather(layer.key_pool, step, layout=self.layout),
+            self.gather(layer.value_pool, step, layout=self.layout),
+        )
+
+
+class GatherOnlyBlockMajor(_GatherOnly):
+    """`gather_blocks` of K and V together from [N, S, Hkv, D] pools.
+
+    The copy alone: the result is strided, and what SDPA does about that is not in this time.
+    """
+
+    layout_name = "block_major"
+
+
+class GatherOnlyHeadMajor(_GatherOnly):
+    """`gather_blocks` of K and V together from [Hkv, N, S, D] pools; otherwise as block-major."""
+
+    layout_name = "head_major"
+
+
+class BlockOrder:
+    """Does it matter how blocks are scattered: a seeded random permutation over reversed order.
+
+    Both through `decode_attention(path="auto")` at one cell, four layers. 1.0 means that the
+    reversed tables of every other benchmark stand for any scatter.
+    """
+
+    version = "1"
+    params = [[1], [4096], [32]]
+    param_names = PARAM_NAMES
+    unit = "x"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+
+    def setup(self, *cell):
+        require_cell(*cell, copies=2 * 3 * 4 + 4)
+        self.cells = [
+            workload(*cell, num_layers=4, order=order) for order in ("random", "reversed")
+        ]
+
+    def ratio_random_vs_reversed(self, batch, context, block_size):
+        random, in_reverse = self.cells
+        return lambda: random.paged("auto"), lambda: in_reverse.paged("auto")

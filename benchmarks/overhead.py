@@ -1,0 +1,61 @@
+"""The headline: how much more a paged decode step costs than one over contiguous K/V."""
+
+from ._workload import (
+    GRID,
+    PARAM_NAMES,
+    layers,
+    layout_of,
+    require_cell,
+    require_path,
+    workload,
+)
+
+
+class _Overhead:
+    version = "1"
+    params = GRID
+    param_names = PARAM_NAMES
+    unit = "x"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+
+    def setup(self, *cell):
+        num_layers = layers(*cell)
+        # Each layer: contiguous once, pool twice; plus the gathered copy and SDPA's own.
+        require_cell(*cell, copies=3 * num_layers + 4)
+        self.cell = workload(*cell, num_layers=num_layers, layout=layout_of(self.path))
+        require_path(self.cell, self.path)
+
+    def ratio_vs_contiguous(self, batch, context, block_size):
+        return lambda: self.cell.paged(self.path), self.cell.contiguous
+
+
+class Auto(_Overhead):
+    """`decode_attention(path="auto")`, what users get, over `contiguous_attention`.
+
+    A decode step of several layers, each with its own pool, evaluated once. 1.0 means that paging
+    costs nothing; a fall means the package got faster relative to MLX's own SDPA.
+    """
+
+    path = "auto"
+
+
+class GatherBlockMajor(_Overhead):
+    """The path `gather_block_major` over `contiguous_attention`.
+
+    Takes whole blocks of a [N, S, Hkv, D] pool and hands SDPA a strided view. A change means that
+    MLX's take, its copy of strided K/V, or its SDPA changed.
+    """
+
+    path = "gather_block_major"
+
+
+class GatherHeadMajor(_Overhead):
+    """The path `gather_head_major` over `contiguous_attention`.
+
+    Takes whole blocks of a [Hkv, N, S, D] pool along its second axis. A change means that MLX's
+    take on that axis, its copy of strided K/V, or its SDPA changed.
+    """
+
+    path = "gather_head_major"

@@ -1,0 +1,205 @@
+"""The suite itself: pure helpers, n/a rules, and the smallest cell of every benchmark class."""
+
+import importlib
+import importlib.metadata
+import itertools
+import pkgutil
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import asv.util
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import benchmarks
+from benchmarks import _workload
+from benchmarks._ratio import RatioBenchmark
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = (1, 1024, 32)
+MODULES = [name for _, name, _ in pkgutil.iter_modules(benchmarks.__path__) if name[0] != "_"]
+CLASSES = {
+    f"{module}.{name}": value
+    for module in MODULES
+    for name, value in vars(importlib.import_module(f"benchmarks.{module}")).items()
+    if isinstance(value, type) and name[0] != "_"
+}
+
+
+def benchmark_functions(cls):
+    return [name for name in dir(cls) if re.match("(time|ratio|track)_", name)]
+
+
+@pytest.mark.parametrize(
+    ("context", "block_size", "padded"),
+    [(1, 16, 16), (16, 16, 16), (17, 16, 32), (1000, 32, 1024), (1024, 64, 1024)],
+)
+def test_padded_context(context, block_size, padded):
+    assert _workload.padded_context(context, block_size) == padded
+
+
+def test_kv_bytes():
+    assert _workload.kv_bytes(1, 1024, 32) == 2 * 1024 * 8 * 128 * 2
+    assert _workload.kv_bytes(4, 1000, 64) == 4 * 2 * 1024 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "count"),
+    [((1, 1024, 32), 16), ((1, 4096, 16), 4), ((4, 4096, 64), 2), ((4, 32768, 16), 2)],
+)
+def test_layers(cell, count):
+    assert _workload.layers(*cell) == count
+
+
+def test_tables_are_scattered_over_twice_the_blocks():
+    tables, num_blocks = _workload.block_tables(2, 64, 32)
+    assert num_blocks == 8
+    assert tables == [[7, 5], [3, 1]]
+    tables, num_blocks = _workload.block_tables(2, 4096, 32, "random")
+    ids = list(itertools.chain(*tables))
+    assert num_blocks == 512
+    assert len(set(ids)) == len(ids) == 256
+    assert np.abs(np.diff(ids)).mean() > 50
+    assert tables == _workload.block_tables(2, 4096, 32, "random")[0]
+
+
+@pytest.mark.parametrize("layout", ["block_major", "head_major"])
+def test_workload_is_seeded_and_its_contiguous_copy_reads_the_tables_slots(layout):
+    cell = _workload.workload(2, 64, 16, num_layers=2, layout=layout)
+    again = _workload.workload(2, 64, 16, num_layers=2, layout=layout)
+    assert np.array_equal(np.array(cell.queries), np.array(again.queries))
+    tables, _ = _workload.block_tables(2, 64, 16)
+    for layer, same in zip(cell.layers, again.layers, strict=True):
+        assert np.array_equal(np.array(layer.value_pool), np.array(same.value_pool))
+        pool = np.array(layer.key_pool)
+        for b, position in [(0, 0), (0, 63), (1, 17)]:
+            block, offset = tables[b][position // 16], position % 16
+            row = pool[block, offset, 3] if layout == "block_major" else pool[3, block, offset]
+            assert np.array_equal(np.array(layer.keys[b, 3, position]), row)
+            assert np.abs(row).min() > 0
+    assert not np.array_equal(np.array(cell.layers[0].keys), np.array(cell.layers[1].keys))
+
+
+def test_cells_outside_the_quick_grid_are_not_applicable(monkeypatch):
+    _workload.require_cell(1, 16384, 16, copies=1)
+    monkeypatch.setenv("PAGEDKV_GRID", "quick")
+    _workload.require_cell(1, 4096, 32, copies=1)
+    for cell in [(1, 16384, 32), (1, 4096, 16)]:
+        with pytest.raises(NotImplementedError, match="not in the quick grid"):
+            _workload.require_cell(*cell, copies=1)
+
+
+def test_a_cell_that_does_not_fit_is_not_applicable(monkeypatch):
+    monkeypatch.setattr(_workload, "machine_memory", lambda: 2**20)
+    with pytest.raises(NotImplementedError, match=r"needs 0\.0 GiB, more than 70% of 0\.0 GiB"):
+        _workload.require_cell(*SMALLEST, copies=1)
+
+
+def test_a_slow_call_is_not_applicable(monkeypatch):
+    monkeypatch.setattr(_workload, "LONGEST_CALL", 0.01)
+    _workload.require_fast(lambda: None)
+    with pytest.raises(NotImplementedError, match="one call takes"):
+        _workload.require_fast(lambda: time.sleep(0.02))
+
+
+def test_a_name_the_commit_lacks_is_not_applicable(monkeypatch):
+    with pytest.raises(NotImplementedError, match="no radix_tree_of_2030 at this commit"):
+        _workload.feature("radix_tree_of_2030")
+    with pytest.raises(NotImplementedError, match="no decode path warp at this commit"):
+        _workload.decode_path("warp")
+
+
+def test_require_path_notices_another_path(monkeypatch):
+    cell = _workload.workload(1, 64, 16, num_layers=1)
+    _workload.require_path(cell, "gather_block_major")
+    attend = cell.paged
+    monkeypatch.setattr(_workload.Workload, "paged", lambda self, path: attend("auto"))
+    with pytest.raises(AssertionError, match=r"asked for path warp, ran \['gather_block_major'\]"):
+        _workload.require_path(cell, "warp")
+
+
+def test_require_path_notices_a_wrong_result():
+    cell = _workload.workload(1, 64, 16, num_layers=1)
+    cell.layers[0].values = mx.roll(cell.layers[0].values, 1, axis=1)
+    with pytest.raises(AssertionError, match="off from contiguous attention"):
+        _workload.require_path(cell, "auto")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_describes_itself(name):
+    cls = CLASSES[name]
+    assert cls.version == "1"
+    assert len(cls.param_names) == len(cls.params)
+    assert cls.__doc__
+    assert len(benchmark_functions(cls)) == 1
+    assert "batch" in cls.param_names
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_smallest_cell_runs(name):
+    cls = CLASSES[name]
+    (function,) = benchmark_functions(cls)
+    instance = cls()
+    cell = SMALLEST if SMALLEST[1] in cls.params[1] else tuple(values[0] for values in cls.params)
+    instance.setup(*cell)
+    result = getattr(instance, function)(*cell)
+    if function.startswith("ratio_"):
+        for call in result:
+            call()
+    else:
+        assert result is None
+
+
+def ratio(function, **attributes):
+    source = type("Source", (), {"ratio_it": staticmethod(function), **attributes})
+    return RatioBenchmark("ratio_it", function, [source])
+
+
+def test_ratio_measures_the_quotient():
+    calls = []
+
+    def pair(milliseconds):
+        slow = lambda: (calls.append("candidate"), time.sleep(2 * milliseconds / 1000))  # noqa: E731
+        fast = lambda: (calls.append("baseline"), time.sleep(milliseconds / 1000))  # noqa: E731
+        return slow, fast
+
+    result = ratio(pair, repeat=(6, 6, 0), warmup_time=0).run(5)
+    assert result["number"] == 1
+    assert len(result["samples"]) == 6
+    assert 1.5 < statistics.median(result["samples"]) < 2.5
+    # One warm-up pair, then who goes first alternates.
+    assert calls[2:6] == ["baseline", "candidate", "candidate", "baseline"]
+
+
+@pytest.mark.parametrize(
+    ("repeat", "count"), [((3, 10, 0), 3), ((2, 4, 60), 4), (7, 7), ([2, 2, 1.0], 2)]
+)
+def test_ratio_honours_repeat(repeat, count):
+    nothing = lambda: (lambda: time.sleep(0), lambda: time.sleep(0))  # noqa: E731
+    assert len(ratio(nothing, repeat=repeat, warmup_time=0).run()["samples"]) == count
+
+
+def test_ratio_is_registered_and_matches_only_its_prefix():
+    from asv_runner.benchmarks import benchmark_types
+
+    assert benchmark_types[0] is RatioBenchmark
+    assert RatioBenchmark.name_regex.match("ratio_vs_contiguous")
+    assert not RatioBenchmark.name_regex.match("time_ratio")
+
+
+def test_suite_imports_only_public_pagedkv():
+    for source in (ROOT / "benchmarks").glob("*.py"):
+        text = source.read_text()
+        roots = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+        assert roots <= {"mlx", "numpy", "pagedkv", "asv_runner"} | sys.stdlib_module_names, source
+        assert not re.search(r"from pagedkv|import pagedkv\.|pagedkv\._", text), source
+
+
+def test_asv_runner_is_the_same_in_tests_and_in_measurements():
+    conf = asv.util.load_json(ROOT / "asv.conf.json", js_comments=True)
+    (pinned,) = conf["matrix"]["req"]["pip+asv_runner"]
+    assert importlib.metadata.version("asv_runner") == pinned
