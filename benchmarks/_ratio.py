@@ -50,7 +50,7 @@ class RatioBenchmark(TimeBenchmark):
                     above, below = _seconds(candidate), _seconds(baseline)
                 else:
                     below, above = _seconds(baseline), _seconds(candidate)
-                ratios.append(above / below)
+                ratios.append(round(above / below, 4))  # asv prints every digit it is given
         finally:
             if collecting:
                 gc.enable()

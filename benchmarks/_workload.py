@@ -169,20 +169,19 @@ def workload(batch, context, block_size, *, num_layers, layout="block_major", or
 
     mx.random.seed(0)
     shape = (num_blocks, block_size, KV_HEADS, HEAD_DIM)
+    seeded = [mx.random.uniform(-1, 1, shape, dtype=DTYPE) for _ in ("keys", "values")]
 
-    def pool_and_contiguous():
-        pool = mx.random.uniform(-1, 1, shape, dtype=DTYPE)
-        rows = pool.reshape(-1, KV_HEADS, HEAD_DIM)[mx.array(slots)]
-        contiguous = mx.contiguous(rows.transpose(0, 2, 1, 3))
-        if layout == "head_major":
-            pool = mx.contiguous(pool.transpose(2, 0, 1, 3))
-        mx.eval(pool, contiguous)
-        return pool, contiguous
+    def pool_and_contiguous(blocks):
+        rows = blocks.reshape(-1, KV_HEADS, HEAD_DIM)[mx.array(slots)]
+        pool = blocks if layout == "block_major" else blocks.transpose(2, 0, 1, 3)
+        return mx.contiguous(pool), mx.contiguous(rows.transpose(0, 2, 1, 3))
 
     made = []
-    for _ in range(num_layers):
-        key_pool, keys = pool_and_contiguous()
-        value_pool, values = pool_and_contiguous()
+    for layer in range(num_layers):
+        # Each layer holds the seeded blocks in another order, in memory of its own.
+        key_pool, keys = pool_and_contiguous(mx.roll(seeded[0], layer + 1, axis=0))
+        value_pool, values = pool_and_contiguous(mx.roll(seeded[1], layer + 1, axis=0))
+        mx.eval(key_pool, keys, value_pool, values)
         made.append(Layer(keys, values, key_pool, value_pool))
     queries = mx.random.uniform(-4, 4, (batch, QUERY_HEADS, 1, HEAD_DIM), dtype=DTYPE)
     mx.eval(queries)
