@@ -2,23 +2,80 @@
 PYTHON ?= python3
 # MLX backend: cpu (Linux CPU; on macOS this is Metal), cuda12 or cuda13.
 BACKEND ?= cpu
+# quick: contexts 1024 and 4096, block 32, old commits by their headline; full: all, a long wait.
+GRID ?= quick
+# Name in results/; empty is the name asv has for this host.
+MACHINE ?=
 
 VENV := .venv$(if $(filter-out cpu,$(BACKEND)),-$(BACKEND))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint types unit format clean
+MACHINE_OPTION := $(if $(MACHINE),--machine $(MACHINE))
+# A Mac asleep measures nothing.
+AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
+
+.PHONY: help bench publish serve table adr noise record screenshot test lint types unit format clean
 
 help:
-	@echo "make test    lint, types and tests"
-	@echo "make format  let ruff rewrite the sources"
-	@echo "make clean   remove environments, caches and built pages (results stay)"
+	@echo "make bench       measure every phase and HEAD, publish, print the headline"
+	@echo "                 GRID=full  BACKEND=cuda13  MACHINE=name"
+	@echo "make serve       look at the published site"
+	@echo "make test        lint, types and tests"
+	@echo "make table       the ADR's table of this machine; FORMAT=csv or markdown, COMMIT=hash"
+	@echo "make noise       compare HEAD with itself"
+	@echo "make record      let git track this machine's results (MACHINE=name)"
+	@echo "make adr         write recorded results into README and docs, print the table"
+	@echo "make screenshot  take the README's picture of the site"
+	@echo "make format      let ruff rewrite the sources"
+	@echo "make clean       remove environments, caches and built pages; results stay"
+
+bench: $(READY) website/node_modules
+	$(AWAKE) $(BIN)/python -m website.history run --grid $(GRID) --backend $(BACKEND) $(MACHINE_OPTION); \
+	status=$$?; $(MAKE) --no-print-directory publish && \
+	$(BIN)/python -m website.report headline --backend $(BACKEND) $(MACHINE_OPTION) && \
+	echo "page: $(CURDIR)/.asv/html/index.html (asv's pages need a server: make serve)" && exit $$status
+
+publish: $(READY) website/node_modules
+	$(BIN)/asv publish
+
+serve: $(READY)
+	$(BIN)/asv preview
+
+FORMAT ?= text
+COMMIT ?=
+table: $(READY)
+	@$(BIN)/python -m website.report table --format $(FORMAT) --backend $(BACKEND) $(MACHINE_OPTION) $(if $(COMMIT),--commit $(COMMIT))
+
+adr: $(READY)
+	$(BIN)/python -m website.report documents
+	@$(MAKE) --no-print-directory table
+
+noise: $(READY)
+	$(AWAKE) $(BIN)/python -m website.history noise --backend $(BACKEND) $(MACHINE_OPTION)
+
+record:
+	@test -n "$(MACHINE)" || { echo "say which: make record MACHINE=name"; exit 1; }
+	git add --force results/benchmarks.json results/$(MACHINE)
+
+screenshot: $(BROWSER)
+	$(BIN)/python -m website.check --screenshot docs/images/site.png $(MACHINE_OPTION)
+
+# Without npm the page loads its scripts from the network; publishing says so.
+website/node_modules: website/package-lock.json
+	@if command -v npm >/dev/null; then cd website && npm ci --no-audit --no-fund && touch node_modules; \
+	else echo "npm not found: the page will load its scripts from the network"; fi
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q --editable ".[$(BACKEND)]" --group dev
+	touch $@
+
+$(BROWSER): $(READY)
+	$(BIN)/python -m pip install -q --group browser
 	touch $@
 
 test: lint types unit

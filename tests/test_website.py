@@ -1,0 +1,250 @@
+"""Running the history, tables of results, and the offline page; no benchmark runs here."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+from asv.util import load_json
+
+from website import history, offline, report
+
+ROOT = history.ROOT
+CELLS = [f"{b}, {c}, {s}" for b in (1, 4) for c in (1024, 4096, 16384, 32768) for s in (16, 32, 64)]
+
+
+@pytest.mark.parametrize("prefix", ["overhead", "overhead.Auto", "append"])
+def test_quick_cells_selects_four_of_the_grid(prefix):
+    names = [f"{prefix}.X.time_y({cell})" for cell in CELLS]
+    chosen = [name for name in names if re.search(history.quick_cells(prefix), name)]
+    assert chosen == [
+        f"{prefix}.X.time_y({cell})"
+        for cell in ("1, 1024, 32", "1, 4096, 32", "4, 1024, 32", "4, 4096, 32")
+    ]
+
+
+def test_quick_cells_leaves_other_benchmarks_whole_and_other_modules_out():
+    pattern = history.quick_cells("prefix_cache")
+    assert re.search(pattern, "prefix_cache.Match.time_match(10000)")
+    assert re.search(pattern, "prefix_cache.Match.time_match")
+    assert not re.search(pattern, "prefix_cache_more.Match.time_match(10000)")
+    assert not re.search(history.quick_cells("overhead.Auto"), "overhead.AutoTuned.ratio_x(1)")
+
+
+def test_suite_names_every_public_module():
+    assert history.suite() == ["append", "decode", "overhead"]
+    assert {name.split(".")[0] for name in history.HISTORY} <= set(history.suite())
+
+
+def test_backend_settings_replace_the_backend_and_keep_environments_apart():
+    assert history.backend_settings("cpu") == {}
+    settings = history.backend_settings("cuda13")
+    assert "mlx[cuda13] numpy" in settings["install_command"][0]
+    assert "[cpu]" not in "".join(settings["install_command"])
+    assert settings["env_dir"] == ".asv/env-cuda13"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(history, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_machine_is_recorded_in_full_once(home):
+    history.record_machine("box")
+    path = home / ".asv-machine.json"
+    record = json.loads(path.read_text())["box"]
+    assert set(record) == {"machine", "os", "arch", "cpu", "num_cpu", "ram"}
+    assert all(record.values())
+    assert record["machine"] == "box"
+    assert re.fullmatch(r"\d+ GB", record["ram"])
+    assert int(record["ram"].split()[0]) < 100_000
+    path.write_text(path.read_text().replace(record["os"], "by hand"))
+    history.record_machine("box")
+    assert json.loads(path.read_text())["box"]["os"] == "by hand"
+
+
+def test_a_recorded_machine_keeps_its_record_on_a_new_home(home):
+    (home / "results/box").mkdir(parents=True)
+    record = {
+        "machine": "box",
+        "os": "Old 1.0",
+        "arch": "a",
+        "cpu": "c",
+        "num_cpu": "2",
+        "ram": "1",
+    }
+    (home / "results/box/machine.json").write_text(json.dumps({**record, "version": 1}))
+    history.record_machine("box")
+    assert json.loads((home / ".asv-machine.json").read_text())["box"]["os"] == "Old 1.0"
+
+
+def test_host_name_is_what_asv_uses(home, monkeypatch):
+    monkeypatch.setattr(history.platform, "node", lambda: "host")
+    assert history.machine_name("cpu") == "host"
+    assert history.machine_name("cuda13") == "host-cuda13"
+    history.record_machine("lab")
+    monkeypatch.setattr("asv.machine._get_unique_machine_name", lambda: "host")
+    assert history.machine_name("cpu") == "lab"
+
+
+def git(repo, *args):
+    subprocess.run(["git", "-C", str(repo), *args], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    git(repo, "init", "-b", "main")
+    git(repo, "config", "user.name", "tester")
+    git(repo, "config", "user.email", "tester@example.invalid")
+    for message in ("one", "two\n\nPhase: 0", "three", "four\n\nwhy\n\nPhase: 1"):
+        git(repo, "commit", "--allow-empty", "-m", message)
+    monkeypatch.setattr(history, "ROOT", repo)
+    return repo
+
+
+def test_phases_are_read_from_trailers(repository):
+    assert list(history.phase_commits().values()) == ["0", "1"]
+    assert list(history.phase_commits())[1] == history.git("rev-parse", "HEAD")
+
+
+def test_shallow_clones_and_missing_main_are_refused(repository, tmp_path, monkeypatch):
+    history.check_history()
+    git(tmp_path, "clone", "--depth", "1", f"file://{repository}", "shallow")
+    monkeypatch.setattr(history, "ROOT", tmp_path / "shallow")
+    with pytest.raises(SystemExit, match="shallow"):
+        history.check_history()
+    git(repository, "branch", "-m", "main", "trunk")
+    monkeypatch.setattr(history, "ROOT", repository)
+    with pytest.raises(SystemExit, match="no branch main"):
+        history.check_history()
+
+
+@pytest.mark.parametrize(
+    ("context", "block_size", "percent"), [(1024, 32, 0), (1000, 32, 2.34375), (1, 64, 98.4375)]
+)
+def test_fragmentation(context, block_size, percent):
+    assert report.fragmentation(context, block_size) == percent
+
+
+def test_values_tell_failed_from_not_applicable():
+    assert report.Value(None).show() == "failed"
+    assert report.MISSING.show() == "n/a"
+    assert report.Value(0.0123, 0.012, 0.013).show(1000, interval=True) == "12.30 [12.00, 13.00]"
+    assert report.Value(1.5, -math.inf, math.inf).show(interval=True) == "1.50"
+
+
+def test_percentages():
+    assert report.percent_over(report.Value(1.56, 1.5, 1.625)).show(digits=1) == "56.0"
+    assert report.percent_over(report.MISSING).show() == "n/a"
+    assert report.percent(0.95) == "-5%"
+    assert report.percent(3.0) == "+200%"
+
+
+TABLE = (["a", "long name"], [["1", "2.50"], ["n/a", "10.00"]])
+
+
+def test_formats():
+    assert report.as_text(*TABLE) == "  a  long name\n  1       2.50\nn/a      10.00\n"
+    assert report.as_csv(*TABLE) == "a,long name\n1,2.50\nn/a,10.00\n"
+    markdown = "| a | long name |\n| --: | --: |\n| 1 | 2.50 |\n| n/a | 10.00 |\n"
+    assert report.as_markdown(*TABLE) == markdown
+
+
+def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
+    monkeypatch.setitem(report.MARKS, "echo", lambda machine, commit: f"{machine} at {commit}\n")
+    text = "before\n<!-- results: echo machine=m commit=c -->\nold\n<!-- end results -->\nafter\n"
+    assert report.fill(text) == text.replace("old", "m at c")
+
+
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_hold_what_results_say(path):
+    text = path.read_text()
+    assert text == report.fill(text), f"{path} is stale: run `make adr`"
+    assert text.count("<!-- results:") == text.count("<!-- end results -->")
+
+
+ASV_PAGE = (
+    '<script src="https://a.example/jquery-3.3.1.min.js" integrity="sha256-x" onerror="f()">'
+    '</script>\n<script src="asv.js"></script>\n'
+    '<link rel="stylesheet" href="https://b.example/x@1/bootstrap.min.css" integrity="y">\n'
+    '<a href="https://github.com/airspeed-velocity/asv/">asv</a>\n'
+)
+
+
+def test_localise_rewrites_only_foreign_scripts_and_styles():
+    assert offline.localise(ASV_PAGE, lambda file: f"vendor/{file}") == (
+        '<script src="vendor/jquery-3.3.1.min.js" onerror="js_load_failure()"></script>\n'
+        '<script src="asv.js"></script>\n'
+        '<link rel="stylesheet" href="vendor/bootstrap.min.css">\n'
+        '<a href="https://github.com/airspeed-velocity/asv/">asv</a>\n'
+    )
+
+
+def test_every_file_of_asvs_page_is_known():
+    import asv
+
+    page = (history.Path(asv.__file__).parent / "www/index.html").read_text()
+    files = [match["file"] for match in offline.TAG.finditer(page)]
+    assert len(files) == 10
+    assert set(files) == set(offline.FILES)
+
+
+def test_files_come_from_pinned_packages():
+    dependencies = load_json(str(ROOT / "website/package.json"))["dependencies"]
+    lock = load_json(str(ROOT / "website/package-lock.json"))["packages"]
+    for source in offline.FILES.values():
+        package = source.split("/")[0]
+        assert re.fullmatch(r"[\d.]+", dependencies[package])
+        assert lock[f"node_modules/{package}"]["version"] == dependencies[package]
+
+
+class Conf:
+    def __init__(self, html_dir):
+        self.html_dir = str(html_dir)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html/index.html").write_text(ASV_PAGE)
+    modules = tmp_path / "node_modules"
+    for source in offline.FILES.values():
+        (modules / source).parent.mkdir(parents=True, exist_ok=True)
+        (modules / source).write_text(f"content of {source}")
+    monkeypatch.setattr(offline, "MODULES", modules)
+    return tmp_path / "html"
+
+
+def publish(html_dir):
+    offline.OfflineAssets.publish(Conf(html_dir), None, None, None, None)
+
+
+def test_publish_copies_the_files(page):
+    publish(page)
+    text = (page / "index.html").read_text()
+    assert "https://a.example" not in text
+    copied = page / re.search(r'src="(vendor/[^"]+)"', text)[1]
+    assert copied.read_text() == "content of jquery/dist/jquery.min.js"
+
+
+def test_publish_without_npm_keeps_the_links_and_says_so(page, monkeypatch, capsys):
+    shutil.rmtree(offline.MODULES)
+    said = []
+    monkeypatch.setattr(offline.log, "warning", said.append)
+    publish(page)
+    assert (page / "index.html").read_text() == ASV_PAGE
+    assert "loads its scripts from the network" in said[0]
+
+
+def test_publish_refuses_a_script_it_does_not_know(page):
+    text = ASV_PAGE.replace("jquery-3.3.1", "jquery-4.0.0")
+    (page / "index.html").write_text(text)
+    with pytest.raises(offline.UserError, match=r"jquery-4\.0\.0\.min\.js"):
+        publish(page)
+    assert (page / "index.html").read_text() == text

@@ -1,0 +1,291 @@
+"""Tables of recorded results: for the terminal, as CSV, and between the markers of the documents.
+
+A marker in a Markdown file looks like `<!-- results: NAME key=value … -->` and everything up to the
+next `<!-- end results -->` is what this module writes there.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import math
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+
+from asv.results import iter_results_for_machine
+
+from pagedkv import blocks_needed
+from website.history import ROOT, git, machine_name, phase_commits
+
+RESULTS = ROOT / "results"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKER = re.compile(
+    r"(<!-- results: (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end results -->)", re.DOTALL
+)
+
+HEADLINE = "overhead.Auto.ratio_vs_contiguous"
+LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A result with its 99% confidence interval; seconds or a ratio.
+
+    `value` is None where the benchmark failed and NaN where it is not applicable.
+    """
+
+    value: float | None
+    low: float = math.nan
+    high: float = math.nan
+
+    def show(self, factor=1.0, digits=2, interval=False):
+        """Return the value times `factor` as text, `n/a` or `failed`."""
+        if self.value is None:
+            return "failed"
+        if math.isnan(self.value):
+            return "n/a"
+        text = f"{self.value * factor:.{digits}f}"
+        if interval and math.isfinite(self.low) and math.isfinite(self.high):
+            text += f" [{self.low * factor:.{digits}f}, {self.high * factor:.{digits}f}]"
+        return text
+
+    @property
+    def known(self):
+        """Whether there is a number."""
+        return self.value is not None and not math.isnan(self.value)
+
+
+MISSING = Value(math.nan)
+
+
+def load(machine, commit, results=RESULTS):
+    """Return {benchmark name: {parameters: Value}} of one machine at one commit.
+
+    Where a commit was measured in several environments (MLX versions), the last measured counts.
+    """
+    found = [
+        result
+        for result in iter_results_for_machine(str(results), machine)
+        if result.commit_hash.startswith(commit)
+    ]
+    if not found:
+        raise ValueError(f"no results of machine {machine} at commit {commit} in {results}")
+    result = max(found, key=lambda result: max(result.started_at.values()))
+    table = {}
+    for name in result.get_all_result_keys():
+        params = result.get_result_params(name)
+        values = result.get_result_value(name, params)
+        stats = result.get_result_stats(name, params)
+        table[name] = {
+            cell: Value(value, stat["ci_99_a"], stat["ci_99_b"]) if stat else Value(value)
+            for cell, value, stat in zip(itertools.product(*params), values, stats, strict=True)
+        }
+    return table
+
+
+def measured_commits(machine, results=RESULTS):
+    """Return the hashes of a machine's measured commits that this clone has, oldest first."""
+    known = git("log", "--reverse", "--format=%H").split()
+    measured = {r.commit_hash for r in iter_results_for_machine(str(results), machine)}
+    return [commit for commit in known if commit in measured]
+
+
+def fragmentation(context, block_size):
+    """Percent of the slots in a sequence's blocks that hold no token."""
+    slots = blocks_needed(context, block_size) * block_size
+    return 100 * (slots - context) / slots
+
+
+def percent_over(ratio):
+    """Return a Value of a ratio as percent above 1."""
+    if not ratio.known:
+        return ratio
+    return Value(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
+
+
+ADR_COLUMNS = [
+    "batch",
+    "ctx",
+    "block",
+    "frag %",
+    "contiguous ms",
+    *(f"gather {layout} ms" for layout in LAYOUTS),
+    *(f"gather+SDPA {layout} ms" for layout in LAYOUTS),
+    *(f"append {layout} ms" for layout in LAYOUTS),
+    *(f"overhead {layout} %" for layout in LAYOUTS),
+]
+
+
+def adr_rows(table):
+    """Return the rows under ADR_COLUMNS, as text, of every cell with at least one number."""
+    rows = []
+    for cell in sorted(table["decode.Contiguous.time_decode"], key=lambda c: [int(x) for x in c]):
+        batch, context, block_size = (int(x) for x in cell)
+
+        def column(pattern, cell=cell):
+            names = [pattern.format(layout) for layout in LAYOUTS.values()]
+            return [table.get(name, {}).get(cell, MISSING) for name in names]
+
+        times = [
+            table["decode.Contiguous.time_decode"][cell],
+            *column("decode.GatherOnly{}.time_gather"),
+            *column("decode.Gather{}.time_decode"),
+            *column("append.Naive{}.time_append"),
+        ]
+        overheads = [percent_over(r) for r in column("overhead.Gather{}.ratio_vs_contiguous")]
+        if any(value.known for value in [*times, *overheads]):
+            rows.append(
+                [str(batch), str(context), str(block_size)]
+                + [f"{fragmentation(context, block_size):.1f}"]
+                + [value.show(1000) for value in times]
+                + [value.show(digits=0) for value in overheads]
+            )
+    return rows
+
+
+def as_text(header, rows):
+    """Align columns to the right for a terminal."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [[cell.rjust(w) for cell, w in zip(row, widths, strict=True)] for row in table]
+    return "\n".join("  ".join(line) for line in lines) + "\n"
+
+
+def as_csv(header, rows):
+    """Return comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue()
+
+
+def as_markdown(header, rows):
+    """Return a Markdown table, numbers to the right."""
+    lines = [header, ["--:"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
+
+
+def headline(machine, results=RESULTS):
+    """Return (header, rows): `auto` over contiguous at phase commits and the newest measured one.
+
+    Columns are the cells with a number; rows carry 99% confidence intervals.
+    """
+    phases = phase_commits()
+    commits = measured_commits(machine, results)
+    tables = {
+        commit: load(machine, commit, results).get(HEADLINE, {})
+        for commit in commits
+        if commit in phases or commit == commits[-1]
+    }
+    cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
+    cells = sorted((c for c in cells if c[2] == "32"), key=lambda c: [int(x) for x in c])
+    header = ["commit", *(f"batch {b}, {int(context) // 1024}k" for b, context, _ in cells)]
+    rows = [
+        [f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]]
+        + [table.get(cell, MISSING).show(interval=True) for cell in cells]
+        for commit, table in tables.items()
+    ]
+    return header, rows
+
+
+def mark_adr_table(machine, commit):
+    """Write the ADR's table of one machine at one commit."""
+    return as_markdown(ADR_COLUMNS, adr_rows(load(machine, commit)))
+
+
+def mark_headline(machine):
+    """Write the headline table."""
+    return as_markdown(*headline(machine))
+
+
+def mark_layouts(machine, commit):
+    """Write in words how the layouts compare on gather-then-SDPA, from paired ratios."""
+    table = load(machine, commit)
+    a, b = (table[f"overhead.Gather{layout}.ratio_vs_contiguous"] for layout in LAYOUTS.values())
+    lines = []
+    for batch, (layout, ratios) in itertools.product(("1", "4"), (("A", a), ("B", b))):
+        known = [ratio.value for cell, ratio in ratios.items() if cell[0] == batch and ratio.known]
+        lines.append(
+            f"- batch {batch}, layout {layout}: {percent(min(known))} to {percent(max(known))} "
+            f"over contiguous, median {percent(statistics.median(known))} of {len(known)} cells"
+        )
+    both = [a[cell].value / b[cell].value for cell in a if a[cell].known and b[cell].known]
+    lines.append(
+        f"- time of A over time of B: median {statistics.median(both):.2f}, "
+        f"{min(both):.2f} to {max(both):.2f} over {len(both)} cells"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def percent(ratio):
+    """Return a ratio as a signed percentage of its excess over 1."""
+    return f"{100 * (ratio - 1):+.0f}%"
+
+
+def mark_pattern(machine, commit):
+    """Write the ratio of a random block order over the reversed one."""
+    [(cell, ratio)] = load(machine, commit)["decode.BlockOrder.ratio_random_vs_reversed"].items()
+    batch, context, block_size = cell
+    where = f"batch {batch}, {context} tokens, block {block_size}"
+    return f"{where}: {ratio.show(interval=True)}\n"
+
+
+def mark_noise(machine):
+    """Write what `make noise` recorded."""
+    with (RESULTS / machine / "noise.csv").open() as file:
+        header, *rows = csv.reader(file)
+    return as_markdown(header, rows)
+
+
+MARKS = {
+    "adr-table": mark_adr_table,
+    "headline": mark_headline,
+    "layouts": mark_layouts,
+    "pattern": mark_pattern,
+    "noise": mark_noise,
+}
+
+
+def fill(text):
+    """Return a document's text with every marker's content written anew."""
+
+    def write(match):
+        begin, name, arguments, end = match.groups()
+        return begin + MARKS[name](**dict(a.split("=", 1) for a in arguments.split())) + end
+
+    return MARKER.sub(write, text)
+
+
+def main():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m website.report", description=__doc__)
+    parser.add_argument("what", choices=["table", "headline", "documents"])
+    parser.add_argument("--machine", help="name in results/ (default: this host's)")
+    parser.add_argument("--backend", default="cpu", help="part of this host's name")
+    parser.add_argument("--commit", help="(default: the newest measured)")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    args = parser.parse_args()
+    if args.what == "documents":
+        for path in DOCUMENTS:
+            path.write_text(fill(path.read_text()))
+        return 0
+    machine = args.machine or machine_name(args.backend)
+    commits = measured_commits(machine)
+    if not commits:
+        sys.exit(f"nothing measured on machine {machine} in {RESULTS}: run `make bench`")
+    show = FORMATS[args.format]
+    if args.what == "headline":
+        print(f"decode step, path auto over contiguous SDPA, block size 32, machine {machine}")
+        print(show(*headline(machine)), end="")
+    else:
+        table = load(machine, args.commit or commits[-1])
+        print(show(ADR_COLUMNS, adr_rows(table)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
