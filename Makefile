@@ -17,13 +17,14 @@ MACHINE_OPTION := $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench publish serve table adr noise record screenshot test lint types unit format clean
+.PHONY: help bench prove publish serve table adr noise record screenshot test lint types unit format clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headline"
 	@echo "                 GRID=full  BACKEND=cuda13  MACHINE=name"
 	@echo "make serve       look at the published site"
 	@echo "make test        lint, types and tests"
+	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
 	@echo "make table       the ADR's table of this machine; FORMAT=csv or markdown, COMMIT=hash"
 	@echo "make noise       compare HEAD with itself"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
@@ -37,6 +38,10 @@ bench: $(READY) website/node_modules
 	status=$$?; $(MAKE) --no-print-directory publish && \
 	$(BIN)/python -m website.report headline --backend $(BACKEND) $(MACHINE_OPTION) && \
 	echo "page: $(CURDIR)/.asv/html/index.html (asv's pages need a server: make serve)" && exit $$status
+
+# What CI does after the tests: asv on two commits, published, opened in a browser.
+prove: $(READY) $(BROWSER) website/node_modules
+	$(BIN)/python .ci/prove.py
 
 publish: $(READY) website/node_modules
 	$(BIN)/asv publish

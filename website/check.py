@@ -16,7 +16,12 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = "overhead.Auto.ratio_vs_contiguous"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 
 # Points of every series that flot has drawn into the graph, once it has.
 SERIES = """() => {

@@ -118,7 +118,7 @@ def suite():
     return sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
-def run(grid, machine, backend):
+def run(grid, machine, backend, rounds):
     """Measure every phase commit and HEAD; what is there already is not measured again."""
     check_history()
     record_machine(machine)
@@ -132,18 +132,18 @@ def run(grid, machine, backend):
     for commit in [*(commit for commit in phase_commits() if commit != head), head]:
         if grid == "full":
             prefixes = unmeasured(machine, commit)
-            selections = [["-b", rf"^{re.escape(prefix)}\b"] for prefix in prefixes]
+            selections = [["-b", rf"^{re.escape(prefix)}(\(|$)"] for prefix in prefixes]
         else:
             prefixes = suite() if commit == head else HISTORY
-            quick = ["--skip-existing-successful", "--attribute", "rounds=1"]
-            selections = [[*quick, "-b", quick_cells(prefix)] for prefix in prefixes]
+            skip = "--skip-existing-successful"
+            selections = [[skip, "-b", quick_cells(prefix)] for prefix in prefixes]
         # One asv run a module or class: asv saves when it is through, so that much can be lost.
         for prefix, selection in zip(prefixes, selections, strict=True):
             print(
                 f"\n== {grid} grid, {git('log', '-1', '--format=%h %s', commit)}: {prefix}",
                 flush=True,
             )
-            options = ["--machine", machine, "--show-stderr", *selection]
+            options = ["--machine", machine, "--show-stderr", "-a", f"rounds={rounds}", *selection]
             status = asv("run", *options, f"{commit}^!", config=config)
             if status not in (0, 2):
                 return status
@@ -212,10 +212,12 @@ def main():
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
     args = parser.parse_args()
     machine = args.machine or machine_name(args.backend)
     if args.command == "run":
-        return run(args.grid, machine, args.backend)
+        rounds = args.rounds or (1 if args.grid == "quick" else 2)
+        return run(args.grid, machine, args.backend, rounds)
     return noise(machine, args.backend)
 
 
