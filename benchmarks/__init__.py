@@ -1,4 +1,4 @@
-"""The asv suite. Runs against every commit since the contract in docs; see CONTRIBUTING.md."""
+"""The asv suite. Runs against every commit of the package; CONTRIBUTING.md has the rules."""
 
 from asv_runner.benchmarks import benchmark_types
 

@@ -1,7 +1,7 @@
 """A benchmark type of our own: `ratio_*`, two callables timed alternately in one process.
 
 On a noisy machine the quotient of two separately measured times moves with the machine's speed;
-the quotient of two times taken back to back does not. Identical code compared with itself was
+the quotient of times taken in turns does not. Identical code compared with itself was
 flagged in none of 40 cells as a ratio and in 9 of 40 as times (two noisy cores, factor 1.1).
 """
 
@@ -16,9 +16,11 @@ from asv_runner.benchmarks.time import TimeBenchmark
 class RatioBenchmark(TimeBenchmark):
     """`ratio_*(params)` returns (candidate, baseline), two callables without arguments.
 
-    Every sample is time(candidate) / time(baseline) of one pair. Stored like timings, so asv's
-    statistics, comparisons, `--quick` and attributes (`rounds`, `repeat`, `warmup_time`) apply.
-    `repeat` is (fewest pairs, most pairs, seconds after which no pair is started) or a number.
+    The two take turns, baseline first and last. A sample is the time of one candidate over the mean
+    time of the baselines before and after it, so that linear drift cancels and neither ever follows
+    itself: what one leaves in a cache is the other's. Stored like timings, so asv's statistics,
+    comparisons, `--quick` and attributes (`rounds`, `repeat`, `warmup_time`) apply. `repeat` is
+    (fewest samples, most samples, seconds after which none is started) or a number.
     """
 
     name_regex = re.compile(r"^ratio_.+$")
@@ -33,24 +35,23 @@ class RatioBenchmark(TimeBenchmark):
         candidate, baseline = self.func(*params)
         fewest, most, seconds = _repeat(self.repeat)
         warm_until = time.perf_counter() + max(self.warmup_time, 0)
-        candidate()
         baseline()
+        candidate()
         while time.perf_counter() < warm_until:
-            candidate()
             baseline()
+            candidate()
 
         ratios = []
         deadline = time.perf_counter() + seconds
         collecting = gc.isenabled()
         gc.disable()
         try:
+            before = _seconds(baseline)
             while len(ratios) < fewest or (len(ratios) < most and time.perf_counter() < deadline):
-                # The one that goes first alternates, so that drift within a pair cancels.
-                if len(ratios) % 2:
-                    above, below = _seconds(candidate), _seconds(baseline)
-                else:
-                    below, above = _seconds(baseline), _seconds(candidate)
-                ratios.append(round(above / below, 4))  # asv prints every digit it is given
+                middle, after = _seconds(candidate), _seconds(baseline)
+                # asv prints every digit that it is given
+                ratios.append(round(2 * middle / (before + after), 4))
+                before = after
         finally:
             if collecting:
                 gc.enable()

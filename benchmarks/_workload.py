@@ -46,8 +46,8 @@ def kv_bytes(batch, context, block_size):
 def layers(batch, context, block_size):
     """Layers in a measured decode step.
 
-    Paged and contiguous steps alternate, so with 64 MiB of K/V in each the step before has
-    evicted what this one reads from any cache up to 128 MiB; at least two, at most sixteen.
+    Paged and contiguous steps take turns, so with 64 MiB of K/V in each, 128 MiB pass between two
+    reads of the same data: more than any cache of today holds. At least two, at most sixteen.
     """
     return max(2, min(16, 64 * 2**20 // kv_bytes(batch, context, block_size)))
 
@@ -85,7 +85,8 @@ def require_cell(batch, context, block_size, *, copies):
 def machine_memory():
     """Bytes of memory that MLX's default device can use."""
     if mx.default_device().type == mx.gpu:
-        return mx.device_info()["memory_size"]
+        info = mx.device_info()
+        return info.get("memory_size") or info["total_memory"]  # Metal's name, CUDA's name
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -197,7 +198,7 @@ def paths_run(call):
     finally:
         sys.setprofile(None)
     paths = feature("DECODE_PATHS").items()
-    return [name for name, path in paths if path.attend.__code__ in entered]
+    return [name for name, path in paths if getattr(path.attend, "__code__", None) in entered]
 
 
 def require_path(cell, path):
