@@ -98,6 +98,7 @@ def gather_blocks(
     ValueError
         If the pool does not have the number of blocks and block size the tables were made for.
     """
+    layout = Layout(layout)
     _check_pool("pool", pool, batch, layout)
     return _gather(pool, batch, layout)
 
@@ -130,6 +131,7 @@ def append_block(
     ValueError
         If shape, dtype or id do not fit the pool.
     """
+    layout = Layout(layout)
     _check_rank("pool", pool)
     axis = 0 if layout is Layout.BLOCK_MAJOR else 1
     expected = (*pool.shape[:axis], *pool.shape[axis + 1 :])
@@ -137,7 +139,7 @@ def append_block(
         raise ValueError(f"expected a block of shape {expected}, got {block.shape}")
     if block.dtype != pool.dtype:
         raise ValueError(f"expected a block of dtype {pool.dtype}, got {block.dtype}")
-    if not 0 <= block_id < pool.shape[axis]:
+    if not isinstance(block_id, int) or not 0 <= block_id < pool.shape[axis]:
         raise ValueError(f"expected a block id in [0, {pool.shape[axis]}), got {block_id}")
     return mx.slice_update(pool, mx.expand_dims(block, axis), mx.array([block_id]), axes=[axis])
 
@@ -307,6 +309,8 @@ def _check_queries(
         raise ValueError(f"expected values of shape {keys.shape}, got {values.shape}")
     if queries.ndim != 4 or queries.shape[2] != 1 or queries.shape[3] != head_dim:
         raise ValueError(f"expected queries of shape [B, Hq, 1, {head_dim}], got {queries.shape}")
+    if 0 in keys.shape:
+        raise ValueError(f"expected keys without empty dimensions, got shape {keys.shape}")
     if queries.shape[1] == 0 or queries.shape[1] % kv_heads:
         raise ValueError(
             f"expected query heads to be a multiple of {kv_heads} KV heads, got {queries.shape[1]}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+
+_INT32_MAX = 2**31 - 1
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:
@@ -96,13 +99,12 @@ class DecodeBatch:
         ------
         ValueError
             If the batch is empty, the two sequences differ in length, a context length is not
-            positive, a table is shorter than its context needs, or an id is not in
-            [0, num_blocks).
+            positive, a table is shorter than its context needs, an id is not in [0, num_blocks),
+            or `block_size` or `num_blocks` is not a positive 32-bit integer. Nothing has reached
+            the device then.
         """
-        if block_size < 1:
-            raise ValueError(f"expected block_size >= 1, got {block_size}")
-        if num_blocks < 1:
-            raise ValueError(f"expected num_blocks >= 1, got {num_blocks}")
+        block_size = _integer(block_size, "block_size")
+        num_blocks = _integer(num_blocks, "num_blocks")
         if len(block_tables) == 0:
             raise ValueError("expected at least one block table, got an empty batch")
         if len(block_tables) != len(context_lens):
@@ -116,9 +118,8 @@ class DecodeBatch:
             raise ValueError(f"expected context lengths >= 1, got {lens[row]} in row {row}")
 
         needed = -(-lens // block_size)
-        padded = np.empty((len(lens), int(needed.max())), dtype=np.int32)
-        for row, table in enumerate(block_tables):
-            ids = _integers(table, f"block table {row}")
+        tables = [_integers(table, f"block table {b}") for b, table in enumerate(block_tables)]
+        for row, ids in enumerate(tables):
             if len(ids) < needed[row]:
                 raise ValueError(
                     f"expected at least {needed[row]} blocks for {lens[row]} tokens in row {row}, "
@@ -127,8 +128,11 @@ class DecodeBatch:
             if ids.min() < 0 or ids.max() >= num_blocks:
                 bad = ids[(ids < 0) | (ids >= num_blocks)][0]
                 raise ValueError(f"expected block ids in [0, {num_blocks}), got {bad} in row {row}")
+
+        padded = np.empty((len(tables), int(needed.max())), dtype=np.int32)
+        for row, ids in enumerate(tables):
+            padded[row] = ids[0]
             padded[row, : needed[row]] = ids[: needed[row]]
-            padded[row, needed[row] :] = ids[0]
 
         positions = padded.shape[1] * block_size
         mask = None
@@ -141,6 +145,17 @@ class DecodeBatch:
             block_size=block_size,
             num_blocks=num_blocks,
         )
+
+
+def _integer(value: int, name: str) -> int:
+    """Return a count as an int that fits the device's 32-bit ids, refusing anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected {name} to be an integer, got {value!r}") from None
+    if not 1 <= number <= _INT32_MAX:
+        raise ValueError(f"expected {name} in [1, {_INT32_MAX}], got {number}")
+    return number
 
 
 def _integers(values: Sequence[int], name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

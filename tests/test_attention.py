@@ -159,16 +159,16 @@ def test_gather_reads_literal_slots(layout):
 def test_append_replaces_one_block_and_leaves_the_old_pool(layout):
     rng = np.random.default_rng(5)
     pool = random(rng, (6, 4, 2, 8), mx.float16)
-    before = np.array(pool)
     block = random(rng, (4, 2, 8), mx.float16)
     old = in_layout(pool, layout)
+    before = np.array(old)
     shaped = block if layout is Layout.BLOCK_MAJOR else block.swapaxes(0, 1)
     new = append_block(old, shaped, 3, layout=layout)
-    expected = before.copy()
+    expected = np.array(pool)
     expected[3] = np.array(block)
     back = new if layout is Layout.BLOCK_MAJOR else new.transpose(1, 2, 0, 3)
     assert np.array_equal(np.array(back), expected)
-    assert np.array_equal(np.array(pool), before)
+    assert np.array_equal(np.array(old), before)
 
 
 def test_append_refuses():
@@ -177,6 +177,10 @@ def test_append_refuses():
         append_block(pool, mx.ones((4, 2, 8)), 6)
     with pytest.raises(ValueError, match=r"block id in \[0, 6\), got -1"):
         append_block(pool, mx.ones((4, 2, 8)), -1)
+    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got 1\.5"):
+        append_block(pool, mx.ones((4, 2, 8)), 1.5)
+    with pytest.raises(ValueError, match="not a valid Layout"):
+        append_block(pool, mx.ones((4, 2, 8)), 0, layout="diagonal")
     with pytest.raises(ValueError, match=r"block of shape \(4, 2, 8\), got \(2, 4, 8\)"):
         append_block(pool, mx.ones((2, 4, 8)), 0)
     with pytest.raises(ValueError, match="block of dtype"):
@@ -209,6 +213,7 @@ BAD = {
         {"queries": mx.ones((2, 3, 1, 8))},
         "multiple of 2 KV heads, got 3",
     ),
+    "no KV heads": ({"keys": mx.ones((5, 4, 0, 8)), "values": mx.ones((5, 4, 0, 8))}, "empty"),
     "no query heads": ({"queries": mx.ones((2, 0, 1, 8))}, "multiple of 2 KV heads, got 0"),
     "mixed dtypes": ({"queries": mx.ones((2, 4, 1, 8), dtype=mx.float16)}, "one dtype"),
     "other pool size": ({"keys": mx.ones((6, 4, 2, 8))}, "5 blocks of 4 tokens, got"),
@@ -249,6 +254,8 @@ def test_contiguous_attention_refuses():
         contiguous_attention(q, kv, kv, scale=math.nan)
     with pytest.raises(ValueError, match=r"float16, bfloat16 or float32, got .*int32"):
         contiguous_attention(*(x.astype(mx.int32) for x in (q, kv, kv)), scale=1.0)
+    with pytest.raises(ValueError, match=r"without empty dimensions, got shape \(2, 2, 0, 8\)"):
+        contiguous_attention(q, kv[:, :, :0], kv[:, :, :0], scale=1.0)
     with pytest.raises(ValueError, match="keys with 4 dimensions"):
         contiguous_attention(q, kv[0], kv[0], scale=1.0)
 

@@ -1,6 +1,7 @@
+import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv import DecodeBatch, blocks_needed
@@ -62,18 +63,24 @@ BAD = {
     "float lengths": ([[1]], [1.5], 4, 8, "context_lens to hold integers"),
     "bool ids": ([[True]], [1], 4, 8, "to hold integers, got bool"),
     "nested table": ([[[1]]], [1], 4, 8, "one-dimensional"),
-    "zero block size": ([[1]], [1], 0, 8, "block_size >= 1, got 0"),
-    "no blocks": ([[0]], [1], 4, 0, "num_blocks >= 1, got 0"),
+    "zero block size": ([[1]], [1], 0, 8, r"block_size in \[1, .*\], got 0"),
+    "float block size": ([[1]], [1], 4.0, 8, r"block_size to be an integer, got 4\.0"),
+    "no blocks": ([[0]], [1], 4, 0, r"num_blocks in \[1, .*\], got 0"),
+    "NaN blocks": ([[0]], [1], 4, float("nan"), "num_blocks to be an integer, got nan"),
+    "ids beyond 32 bits": ([[0]], [1], 4, 2**31, "num_blocks in .*, got 2147483648"),
+    "a context beyond memory": ([[0]], [10**15], 4, 8, "at least 250000000000000 blocks"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_tables(name):
+def test_bad_tables_are_refused_before_anything_reaches_the_device(name, monkeypatch):
+    monkeypatch.setattr(mx, "array", None)
     tables, lens, block_size, num_blocks, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         DecodeBatch.from_tables(tables, lens, block_size=block_size, num_blocks=num_blocks)
 
 
+@settings(deadline=None)  # the first call of MLX takes long
 @given(st.data())
 def test_every_position_maps_to_its_block(data):
     block_size = data.draw(st.integers(1, 9))
