@@ -12,30 +12,83 @@ from asv.util import load_json
 from website import history, offline, report
 
 ROOT = history.ROOT
-CELLS = [f"{b}, {c}, {s}" for b in (1, 4) for c in (1024, 4096, 16384, 32768) for s in (16, 32, 64)]
 
 
-@pytest.mark.parametrize("prefix", ["overhead", "overhead.Auto", "append"])
-def test_quick_cells_selects_four_of_the_grid(prefix):
-    names = [f"{prefix}.X.time_y({cell})" for cell in CELLS]
-    chosen = [name for name in names if re.search(history.quick_cells(prefix), name)]
-    assert chosen == [
-        f"{prefix}.X.time_y({cell})"
+def benchmark(name, *params, names=("batch", "context", "block_size")):
+    params = [[str(value) for value in values] for values in params]
+    return {"name": name, "params": params, "param_names": list(names)[: len(params)]}
+
+
+GRID = benchmark("decode.Auto.time_decode", (1, 4), (1024, 4096, 16384, 32768), (16, 32, 64))
+TREE = benchmark("prefix_cache.Match.time_match", (10**4, 10**6), names=["tokens"])
+PLAIN = benchmark("memory.Index.track_bytes")
+
+
+def chosen(some, grid):
+    option, pattern = history.selection(some, grid)
+    assert option == "--bench"
+    labels = [f"{some['name']}({', '.join(cell)})" for cell in history.cells(some)]
+    return [label for label in labels if re.search(pattern, label)]
+
+
+def test_quick_selection_is_four_cells_of_the_grid():
+    assert chosen(GRID, "quick") == [
+        f"decode.Auto.time_decode({cell})"
         for cell in ("1, 1024, 32", "1, 4096, 32", "4, 1024, 32", "4, 4096, 32")
     ]
+    assert len(chosen(GRID, "full")) == 24
 
 
-def test_quick_cells_leaves_other_benchmarks_whole_and_other_modules_out():
-    pattern = history.quick_cells("prefix_cache")
-    assert re.search(pattern, "prefix_cache.Match.time_match(10000)")
-    assert re.search(pattern, "prefix_cache.Match.time_match")
-    assert not re.search(pattern, "prefix_cache_more.Match.time_match(10000)")
-    assert not re.search(history.quick_cells("overhead.Auto"), "overhead.AutoTuned.ratio_x(1)")
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_benchmarks_with_other_parameters_are_whole_in_both_grids(grid):
+    assert len(chosen(TREE, grid)) == 2
+    _, pattern = history.selection(PLAIN, grid)
+    assert re.search(pattern, PLAIN["name"])
+    assert not re.search(pattern, PLAIN["name"] + "_more")
 
 
-def test_suite_names_every_public_module():
-    assert history.suite() == ["append", "decode", "overhead"]
-    assert {name.split(".")[0] for name in history.HISTORY} <= set(history.suite())
+NAN = math.nan
+QUICK_DONE = [1.0 if i in (1, 4, 13, 16) else NAN for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("values", "quick", "full"),
+    [
+        (QUICK_DONE, True, False),
+        ([1.0] * 24, True, True),
+        ([1.0] * 20 + [NAN] * 4, True, True),  # four cells too large
+        ([NAN] * 24, True, True),  # the commit lacks the feature
+        ([NAN] + QUICK_DONE[1:4] + [NAN] * 20, False, False),  # one cell, chosen by hand
+        ([*QUICK_DONE[:-1], None], False, False),  # a failure is tried again
+    ],
+)
+def test_what_needs_no_run(values, quick, full):
+    assert [history.cells(GRID)[i] for i in (1, 16)] == [("1", "1024", "32"), ("4", "4096", "32")]
+    assert history.is_measured(values, GRID, "quick") is quick
+    assert history.is_measured(values, GRID, "full") is full
+
+
+def test_what_needs_no_run_off_the_grid():
+    for grid in ("quick", "full"):
+        assert history.is_measured([1.0, 2.0], TREE, grid)
+        assert history.is_measured([1.0], PLAIN, grid)
+        assert not history.is_measured([None], PLAIN, grid)
+
+
+COMPARISON = """
+| Change   | Before [aaaaaaaa]   | After [bbbbbbbb]   | Ratio   | Benchmark (Parameter)                         |
+|----------|---------------------|--------------------|---------|-----------------------------------------------|
+|          | 2.22±0.06           | 2.31±0.1           | 1.04    | overhead.Auto.ratio_vs_contiguous(1, 1024, 32) |
+| +        | 2.22±0.06           | 2.42±0.1           | 1.09    | overhead.Auto.ratio_vs_contiguous(1, 4096, 32) |
+| -        | 44.6±1ms            | 40.0±1ms           | 0.90    | decode.Auto.time_decode(1, 1024, 32)           |
+|          | 44.6±1ms            | 50.0±1ms           | ~1.12   | decode.Auto.time_decode(1, 4096, 32)           |
+|          | n/a                 | n/a                | n/a     | decode.Auto.time_decode(4, 32768, 64)          |
+"""  # noqa: E501
+
+
+def test_flagged_counts_measured_cells():
+    assert history.flagged(COMPARISON, "ratio") == (2, 1)
+    assert history.flagged(COMPARISON, "time") == (2, 1)
 
 
 def test_backend_settings_replace_the_backend_and_keep_environments_apart():
@@ -79,7 +132,7 @@ def test_a_recorded_machine_keeps_its_record_on_a_new_home(home):
     }
     (home / "results/box/machine.json").write_text(json.dumps({**record, "version": 1}))
     history.record_machine("box")
-    assert json.loads((home / ".asv-machine.json").read_text())["box"]["os"] == "Old 1.0"
+    assert json.loads((home / ".asv-machine.json").read_text())["box"] == record
 
 
 def test_host_name_is_what_asv_uses(home, monkeypatch):
@@ -100,6 +153,7 @@ def repository(tmp_path, monkeypatch):
     repo = tmp_path / "repo"
     repo.mkdir()
     git(repo, "init", "-b", "main")
+    git(repo, "config", "commit.gpgsign", "false")
     git(repo, "config", "user.name", "tester")
     git(repo, "config", "user.email", "tester@example.invalid")
     for message in ("one", "two\n\nPhase: 0", "three", "four\n\nwhy\n\nPhase: 1"):
@@ -162,6 +216,9 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     assert report.fill(text) == text.replace("old", "m at c")
 
 
+@pytest.mark.skipif(
+    history.git("rev-parse", "--is-shallow-repository") == "true", reason="needs the history"
+)
 @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_hold_what_results_say(path):
     text = path.read_text()
@@ -233,8 +290,8 @@ def test_publish_copies_the_files(page):
     assert copied.read_text() == "content of jquery/dist/jquery.min.js"
 
 
-def test_publish_without_npm_keeps_the_links_and_says_so(page, monkeypatch, capsys):
-    shutil.rmtree(offline.MODULES)
+def test_publish_without_npm_keeps_the_links_and_says_so(page, monkeypatch):
+    shutil.rmtree(offline.MODULES / "jquery")
     said = []
     monkeypatch.setattr(offline.log, "warning", said.append)
     publish(page)

@@ -82,6 +82,7 @@ def look(html_dir, machine=None, screenshot=None):
             )
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.route("**/*", only_here)
+            page.on("response", lambda r: r.ok or problems.append(f"got {r.status} for {r.url}"))
             page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
             page.goto(f"{address}/index.html#{BENCHMARK}?{urlencode(state)}")
             try:

@@ -17,13 +17,13 @@ from asv.machine import Machine, MachineCollection
 from asv.results import iter_results_for_machine_and_hash
 from asv.util import UserError, load_json, write_json
 
-from benchmarks._workload import QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
 ROOT = Path(__file__).parents[1]
-PHASE_TRAILER = "%H %(trailers:key=Phase,valueonly,separator=%x20)"
 
 # The quick grid measures old commits by these alone; every path of today is measured at HEAD.
-HISTORY = ["overhead.Auto", "append"]
+HISTORY = ("overhead.Auto.", "append.")
+NOISE = ("overhead.", "decode.")
 
 
 def git(*args):
@@ -32,12 +32,17 @@ def git(*args):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def asv(*args, config="asv.conf.json"):
+    """Run an asv command in the project's root and return its exit status."""
+    command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+
+
 def phase_commits():
     """Return {commit hash: phase} of the commits with a `Phase:` trailer, oldest first."""
-    lines = [
-        line.split() for line in git("log", "--reverse", f"--format={PHASE_TRAILER}").splitlines()
-    ]
-    return {line[0]: line[1] for line in lines if len(line) > 1}
+    trailer = "%(trailers:key=Phase,valueonly,separator=%x20)"
+    log = git("log", "--reverse", f"--format=%H {trailer}").splitlines()
+    return dict(line.split() for line in log if " " in line.strip())
 
 
 def check_history():
@@ -82,92 +87,127 @@ def machine_name(backend):
 def record_machine(name):
     """Write the machine's record for asv unless there is one: a changed record splits series."""
     path = Path(MachineCollection.get_machine_file_path())
-    if path.exists() and name in load_json(str(path)):
+    if path.exists() and name in load_json(str(path), Machine.api_version):
         return
     recorded = ROOT / "results" / name / "machine.json"
     if recorded.exists():
-        record = load_json(str(recorded))
+        record = load_json(str(recorded), Machine.api_version)
     else:
         macos = platform.mac_ver()[0]
         kernel = ".".join(platform.release().split(".")[:2])
         record = Machine.get_defaults()
         record["os"] = f"macOS {macos}" if macos else f"{platform.system()} {kernel}"
+        record["cpu"] = record["cpu"] or platform.processor() or platform.machine()
         record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
     MachineCollection.save(name, {**record, "machine": name})
 
 
-def asv(*args, config="asv.conf.json", quiet=False):
-    """Run an asv command in the project's root and return its exit status."""
-    command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run(command, cwd=ROOT, stdout=output, stdin=subprocess.DEVNULL).returncode
+def discover(machine, config="asv.conf.json"):
+    """Have asv list the suite as it is now, and return the list: {name: description}."""
+    if asv("run", "--machine", machine, "--bench", "just-discover", "HEAD^!", config=config):
+        sys.exit("asv could not import the benchmarks, see above")
+    return Benchmarks.load(Config.load(str(ROOT / config)))
 
 
-def quick_cells(prefix):
-    """Return a regex for the benchmarks under `prefix`: of the grid, the quick grid's cells only.
+def in_quick_grid(cell, names):
+    """Whether a cell, as asv names it, is measured in the quick grid; all are off the big grid."""
+    if names != PARAM_NAMES:
+        return True
+    _, context, block_size = cell
+    return int(context) in QUICK_CONTEXTS and int(block_size) in QUICK_BLOCK_SIZES
 
-    asv matches it against `module.Class.function(parameters)`.
+
+def cells(benchmark):
+    """Return the parameter combinations of a benchmark as asv orders and names them."""
+    return list(itertools.product(*benchmark["params"]))
+
+
+def selection(benchmark, grid):
+    """Return asv's options that run the cells of one benchmark that belong to a grid."""
+    name = re.escape(benchmark["name"])
+    if grid == "full" or not benchmark["params"]:
+        return ["--bench", rf"^{name}(\(|$)"]
+    wanted = [cell for cell in cells(benchmark) if in_quick_grid(cell, benchmark["param_names"])]
+    labels = "|".join(re.escape(", ".join(cell)) for cell in wanted)
+    return ["--bench", rf"^{name}\(({labels})\)$"]
+
+
+def is_measured(values, benchmark, grid):
+    """Whether a benchmark's values at a commit need no run: none failed, and the grid's are there.
+
+    asv stores NaN both for n/a and for what was not asked for. A quick run is complete with a
+    number in each of its cells, a full one with a number beyond them (cells that are too slow or
+    too large stay NaN); and either if there is no number at all, which is what n/a looks like.
     """
-    contexts, sizes = ("|".join(map(str, values)) for values in (QUICK_CONTEXTS, QUICK_BLOCK_SIZES))
-    other = r"(?!.*\(\d+, \d+, \d+\))"
-    return rf"^{re.escape(prefix)}\.(?:{other}|.*\(\d+, (?:{contexts}), (?:{sizes})\))"
+    known = [value is not None and not math.isnan(value) for value in values]
+    quick = [in_quick_grid(cell, benchmark["param_names"]) for cell in cells(benchmark)]
+    if None in values:
+        return False
+    if grid == "quick":
+        complete = all(k for k, q in zip(known, quick, strict=True) if q)
+    else:
+        complete = all(quick) or any(k for k, q in zip(known, quick, strict=True) if not q)
+    return complete or not any(known)
 
 
-def suite():
-    """Return the names of the suite's modules."""
-    return sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
+def unmeasured(benchmarks, machine, commit, grid):
+    """Return the names of the benchmarks that are to be run at a commit."""
+    done = set()
+    for result in iter_results_for_machine_and_hash(str(ROOT / "results"), machine, commit):
+        for name in result.get_result_keys(benchmarks):
+            values = result.get_result_value(name, benchmarks[name]["params"])
+            if is_measured(values, benchmarks[name], grid):
+                done.add(name)
+    return [name for name in sorted(benchmarks) if name not in done]
 
 
 def run(grid, machine, backend, rounds):
-    """Measure every phase commit and HEAD; what is there already is not measured again."""
+    """Measure every phase commit and HEAD; what is there already is not measured again.
+
+    One asv run for each benchmark, because asv saves when a run is through.
+    """
     check_history()
     record_machine(machine)
     settings = backend_settings(backend)
     config = derive_config(backend, **settings) if settings else "asv.conf.json"
+    benchmarks = discover(machine, config)
     head = git("rev-parse", "HEAD")
-    if grid == "full":
-        asv("run", "--machine", machine, "-b", "just-discover", "HEAD^!", config=config)
-
-    failed = False
+    failed = []
     for commit in [*(commit for commit in phase_commits() if commit != head), head]:
-        if grid == "full":
-            prefixes = unmeasured(machine, commit)
-            selections = [["-b", rf"^{re.escape(prefix)}(\(|$)"] for prefix in prefixes]
-        else:
-            prefixes = suite() if commit == head else HISTORY
-            skip = "--skip-existing-successful"
-            selections = [[skip, "-b", quick_cells(prefix)] for prefix in prefixes]
-        # One asv run a module or class: asv saves when it is through, so that much can be lost.
-        for prefix, selection in zip(prefixes, selections, strict=True):
-            print(
-                f"\n== {grid} grid, {git('log', '-1', '--format=%h %s', commit)}: {prefix}",
-                flush=True,
-            )
-            options = ["--machine", machine, "--show-stderr", "-a", f"rounds={rounds}", *selection]
-            status = asv("run", *options, f"{commit}^!", config=config)
+        title = git("log", "-1", "--format=%h %s", commit)
+        names = unmeasured(benchmarks, machine, commit, grid)
+        if grid == "quick" and commit != head:
+            names = [name for name in names if name.startswith(HISTORY)]
+        print(f"\n== {title}: {len(names)} benchmarks to run, {grid} grid", flush=True)
+        for name in names:
+            print(f"\n== {name} at {title}", flush=True)
+            options = ["--machine", machine, "--show-stderr", "--attribute", f"rounds={rounds}"]
+            chosen = selection(benchmarks[name], grid)
+            status = asv("run", *options, *chosen, f"{commit}^!", config=config)
             if status not in (0, 2):
                 return status
-            failed = failed or status == 2
+            if status == 2:
+                failed.append(f"{name} at {title}")
     if failed:
-        print("\nsome benchmarks failed, see above; they are tried again next time")
+        print("\nfailed, and tried again next time:", *failed, sep="\n  ")
     return 2 if failed else 0
 
 
-def unmeasured(machine, commit):
-    """Return the benchmarks without a value beyond the quick grid at this commit."""
-    conf = Config.load(str(ROOT / "asv.conf.json"))
-    benchmarks = Benchmarks.load(conf)
-    measured = set()
-    for result in iter_results_for_machine_and_hash(conf.results_dir, machine, commit):
-        for name in result.get_result_keys(benchmarks):
-            params = benchmarks[name]["params"]
-            values = result.get_result_value(name, params)
-            labels = [f"{name}({', '.join(cell)})" for cell in itertools.product(*params)]
-            quick = re.compile(quick_cells(name.rsplit(".", 1)[0]))
-            beyond = [v for v, label in zip(values, labels, strict=True) if not quick.search(label)]
-            if any(value is not None and not math.isnan(value) for value in beyond or values):
-                measured.add(name)
-    return [name for name in sorted(benchmarks) if name not in measured]
+def prepare(machine):
+    """Do what publishing needs: tags of the phases, which asv marks, and the list of benchmarks."""
+    check_history()
+    for commit, phase in phase_commits().items():
+        git("tag", "--force", f"phase-{phase}", commit)
+    record_machine(machine)
+    discover(machine)
+    return 0
+
+
+def flagged(table, kind):
+    """Return (compared, changed): cells in asv's comparison of `ratio_` or `time_` benchmarks."""
+    row = re.compile(rf"^\| (.)\s.*\|\s*(\S+)\s*\| \S*\.{kind}_\w+", re.MULTILINE)
+    marks = [mark for mark, ratio in row.findall(table) if ratio != "n/a"]
+    return len(marks), sum(mark in "+-" for mark in marks)
 
 
 def noise(machine, backend):
@@ -178,11 +218,14 @@ def noise(machine, backend):
     settings = {**backend_settings(backend), "results_dir": ".asv/noise"}
     config = derive_config("noise", **settings)
     head = git("rev-parse", "HEAD")
-    twin = git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "HEAD again, to measure noise")
-    cells = [
-        argument for module in ("overhead", "decode") for argument in ("-b", quick_cells(module))
-    ]
-    status = asv("continuous", "--machine", machine, *cells, head, twin, config=config)
+    identity = ["-c", "user.name=noise", "-c", "user.email=noise@localhost"]
+    again = "HEAD again, to measure noise"
+    twin = git(*identity, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", again)
+    options = ["--machine", machine]
+    for name, benchmark in discover(machine, config).items():
+        if name.startswith(NOISE):
+            options += selection(benchmark, "quick")
+    status = asv("continuous", *options, head, twin, config=config)
     if status not in (0, 1):
         return status
 
@@ -191,16 +234,12 @@ def noise(machine, backend):
         options = ["--config", config, "--machine", machine, "--factor", factor]
         compare = [sys.executable, "-m", "asv", "compare", *options, head, twin]
         table = subprocess.run(compare, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for kind in ("ratio", "time"):
-            marks = re.findall(rf"^\| (.) .*\.{kind}_\w+\(.*\)", table, re.MULTILINE)
-            compared = [mark for mark in marks if mark in " +-"]
-            flagged = [mark for mark in compared if mark != " "]
-            rows.append([head[:8], kind, factor, len(compared), len(flagged)])
+        rows += [[kind, factor, *flagged(table, kind)] for kind in ("ratio", "time")]
     output = ROOT / "results" / machine / "noise.csv"
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([["commit", "kind", "factor", "cells", "flagged"], *rows])
+        header = ["benchmarks", "factor", "cells compared", "called changed"]
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
     print(output.read_text())
     return 0
 
@@ -208,17 +247,19 @@ def noise(machine, backend):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m website.history", description=__doc__)
-    parser.add_argument("command", choices=["run", "noise"])
+    parser.add_argument("command", choices=["run", "prepare", "noise"])
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
     args = parser.parse_args()
     machine = args.machine or machine_name(args.backend)
-    if args.command == "run":
-        rounds = args.rounds or (1 if args.grid == "quick" else 2)
-        return run(args.grid, machine, args.backend, rounds)
-    return noise(machine, args.backend)
+    if args.command == "prepare":
+        return prepare(machine)
+    if args.command == "noise":
+        return noise(machine, args.backend)
+    rounds = args.rounds or (1 if args.grid == "quick" else 2)
+    return run(args.grid, machine, args.backend, rounds)
 
 
 if __name__ == "__main__":

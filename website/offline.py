@@ -57,9 +57,9 @@ class OfflineAssets(OutputPublisher):
     @classmethod
     def publish(cls, conf, repo, benchmarks, graphs, revisions):
         """Make the page in `conf.html_dir` independent of other hosts."""
-        if not MODULES.is_dir():
+        if not all((MODULES / source).is_file() for source in FILES.values()):
             log.warning(
-                "website/node_modules is missing, the page loads its scripts from the network; "
+                "website/node_modules is incomplete, the page loads its scripts from the network; "
                 "for an offline page install npm and run `npm ci` in website/"
             )
             return

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from asv.results import iter_results_for_machine
 
@@ -92,6 +93,13 @@ def measured_commits(machine, results=RESULTS):
     return [commit for commit in known if commit in measured]
 
 
+def recorded_commits(machine):
+    """Return the measured commits whose results are in git, not those of this checkout alone."""
+    files = git("ls-files", "--", f"results/{machine}").splitlines()
+    recorded = {Path(file).name.split("-")[0] for file in files}
+    return [commit for commit in measured_commits(machine) if commit[:8] in recorded]
+
+
 def fragmentation(context, block_size):
     """Percent of the slots in a sequence's blocks that hold no token."""
     slots = blocks_needed(context, block_size) * block_size
@@ -121,7 +129,8 @@ ADR_COLUMNS = [
 def adr_rows(table):
     """Return the rows under ADR_COLUMNS, as text, of every cell with at least one number."""
     rows = []
-    for cell in sorted(table["decode.Contiguous.time_decode"], key=lambda c: [int(x) for x in c]):
+    contiguous = table.get("decode.Contiguous.time_decode", {})
+    for cell in sorted(contiguous, key=lambda cell: [int(x) for x in cell]):
         batch, context, block_size = (int(x) for x in cell)
 
         def column(pattern, cell=cell):
@@ -129,7 +138,7 @@ def adr_rows(table):
             return [table.get(name, {}).get(cell, MISSING) for name in names]
 
         times = [
-            table["decode.Contiguous.time_decode"][cell],
+            contiguous[cell],
             *column("decode.GatherOnly{}.time_gather"),
             *column("decode.Gather{}.time_decode"),
             *column("append.Naive{}.time_append"),
@@ -169,13 +178,12 @@ def as_markdown(header, rows):
 FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
-def headline(machine, results=RESULTS):
-    """Return (header, rows): `auto` over contiguous at phase commits and the newest measured one.
+def headline(machine, commits, results=RESULTS):
+    """Return (header, rows): `auto` over contiguous at phase commits and the last of `commits`.
 
-    Columns are the cells with a number; rows carry 99% confidence intervals.
+    Columns are the cells of block size 32 with a number; rows carry 99% confidence intervals.
     """
     phases = phase_commits()
-    commits = measured_commits(machine, results)
     tables = {
         commit: load(machine, commit, results).get(HEADLINE, {})
         for commit in commits
@@ -199,7 +207,7 @@ def mark_adr_table(machine, commit):
 
 def mark_headline(machine):
     """Write the headline table."""
-    return as_markdown(*headline(machine))
+    return as_markdown(*headline(machine, recorded_commits(machine)))
 
 
 def mark_layouts(machine, commit):
@@ -280,7 +288,7 @@ def main():
     show = FORMATS[args.format]
     if args.what == "headline":
         print(f"decode step, path auto over contiguous SDPA, block size 32, machine {machine}")
-        print(show(*headline(machine)), end="")
+        print(show(*headline(machine, commits)), end="")
     else:
         table = load(machine, args.commit or commits[-1])
         print(show(ADR_COLUMNS, adr_rows(table)), end="")
