@@ -46,11 +46,18 @@ def test_kv_bytes():
 
 
 @pytest.mark.parametrize(
-    ("cell", "count"),
-    [((1, 1024, 32), 16), ((1, 4096, 16), 4), ((4, 4096, 64), 2), ((4, 32768, 16), 2)],
+    ("cell", "on_cpu", "on_gpu"),
+    [
+        ((1, 1024, 32), 16, 32),
+        ((1, 4096, 16), 4, 32),
+        ((4, 4096, 64), 2, 32),
+        ((4, 32768, 16), 2, 8),
+    ],
 )
-def test_layers(cell, count):
-    assert _workload.layers(*cell) == count
+def test_layers(cell, on_cpu, on_gpu, monkeypatch):
+    for count, gpu in [(on_cpu, False), (on_gpu, True)]:
+        monkeypatch.setattr(_workload, "on_gpu", lambda gpu=gpu: gpu)
+        assert _workload.layers(*cell) == count
 
 
 def test_tables_are_scattered_over_twice_the_blocks():
