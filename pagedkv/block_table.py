@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 _INT32_MAX = 2**31 - 1
 
@@ -158,7 +159,7 @@ def _integer(value: int, name: str) -> int:
     return number
 
 
-def _integers(values: Sequence[int], name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _integers(values: Sequence[int], name: str) -> NDArray[np.int64]:
     """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
     array = np.asarray(values)
     if array.ndim != 1:
