@@ -53,9 +53,10 @@ def serve(directory):
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
-def look(html_dir, machine=None, screenshot=None):
+def look(html_dir, machine=None, screenshot=None, over_context=False):
     """Open the graph of the headline benchmark and return its series as {label: points}.
 
+    Its x axis is the commits, or with `over_context` the context length at the last commit.
     Raises RuntimeError if the page asks for anything that is not in `html_dir`, reports a script
     error, or draws nothing.
     """
@@ -64,7 +65,11 @@ def look(html_dir, machine=None, screenshot=None):
         raise RuntimeError(f"expected a browser, found none of {', '.join(BROWSERS)}")
     server, address = serve(html_dir)
     state = [("machine", machine)] if machine else []
-    state += [("p-block_size", 32), ("p-context", 1024), ("p-context", 4096)]
+    state += [("p-block_size", 32)]
+    if over_context:
+        state += [("x-axis", "context")]
+    else:
+        state += [("p-context", 1024), ("p-context", 4096)]
     problems = []
 
     def only_here(route):
@@ -107,10 +112,11 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m website.check", description=__doc__)
     parser.add_argument("html_dir", nargs="?", default=ROOT / ".asv/html", type=Path)
     parser.add_argument("--machine", help="of which machine (default: asv's choice)")
+    parser.add_argument("--over-context", action="store_true", help="context length on the x axis")
     parser.add_argument("--screenshot", help="write a PNG here")
     args = parser.parse_args()
     try:
-        series = look(args.html_dir, args.machine, args.screenshot)
+        series = look(args.html_dir, args.machine, args.screenshot, args.over_context)
     except RuntimeError as error:
         sys.exit(str(error))
     points = sum(len(points) for points in series.values())

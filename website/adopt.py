@@ -1,0 +1,71 @@
+"""Take results measured without asv's environments into `results/`, under an environment's name.
+
+On a machine without network asv runs in the Python that is there (`asv run --environment
+existing:python3 --set-commit-hash HASH`) and labels results with that Python's path. This names
+them as asv names its own, so that they are series like any other.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from asv.machine import Machine
+from asv.results import Results
+from asv.util import UserError, load_json, write_json
+
+from website.report import RESULTS
+
+
+def adopt(source, *, backend, python, mlx, results=RESULTS):
+    """Copy one results file and its machine's record; return the new file's path.
+
+    Parameters
+    ----------
+    source : Path
+        A results file of an existing environment, beside its machine.json.
+    backend, python, mlx : str
+        What it ran on: MLX's backend, Python's and MLX's version.
+    results : Path
+        Results folder.
+
+    Raises
+    ------
+    ValueError
+        If the file is not from an existing environment; nothing has been written then.
+    """
+    try:
+        result = load_json(str(source), Results.api_version)
+    except UserError as error:
+        raise ValueError(f"expected asv results, got {source}: {error}") from error
+    if not result["env_name"].startswith("existing-"):
+        raise ValueError(f"expected an existing environment, got {result['env_name']}")
+    environment = f"{backend}-py{python}-mlx{mlx}"
+    result["env_name"] = environment
+    result["python"] = result["params"]["python"] = python
+    result["params"]["mlx"] = mlx
+    result["requirements"] = {"mlx": mlx}
+    folder = results / result["params"]["machine"]
+    machine = load_json(str(source.parent / "machine.json"), Machine.api_version)
+    target = folder / f"{result['commit_hash'][:8]}-{environment}.json"
+    write_json(str(folder / "machine.json"), machine, Machine.api_version)
+    write_json(str(target), result, Results.api_version, compact=True)
+    return target
+
+
+def main():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m website.adopt", description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--backend", required=True, help="cpu, metal, cuda12 or cuda13")
+    parser.add_argument("--python", required=True, help="such as 3.12")
+    parser.add_argument("--mlx", required=True, help="such as 0.32.4")
+    args = parser.parse_args()
+    try:
+        print(adopt(args.source, backend=args.backend, python=args.python, mlx=args.mlx))
+    except ValueError as error:
+        sys.exit(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
