@@ -1,5 +1,7 @@
 import itertools
 import math
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +20,7 @@ from pagedkv import (
     gather_blocks,
 )
 
+README = Path(__file__).parents[1] / "README.md"
 PATHS = ["auto", *DECODE_PATHS]
 HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (6, 1)}
 # Relative error of one sequence's output; MLX's CPU graph keeps scores in the input dtype.
@@ -269,3 +272,11 @@ def test_gather_refuses_a_pool_of_another_size():
 def test_decode_paths_is_read_only():
     with pytest.raises(TypeError):
         DECODE_PATHS["mine"] = DECODE_PATHS["gather_block_major"]
+
+
+def test_the_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(example, names)
+    mx.eval(names["out"])
+    assert names["out"].shape == (2, 32, 1, 128)
