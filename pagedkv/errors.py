@@ -7,3 +7,7 @@ class PagedKVError(Exception):
 
 class UnsupportedPathError(PagedKVError, ValueError):
     """The named decode path exists but cannot run on this device, dtype or head dim."""
+
+
+class OutOfBlocksError(PagedKVError):
+    """More blocks are needed than the pool has free. Nothing has changed."""

@@ -11,6 +11,7 @@ HOST_ONLY = {"errors", "block_pool", "prefix_cache", "scheduler"}
 # What each module of the package may import of the package.
 MAY_IMPORT = {
     "errors": set(),
+    "block_pool": {"errors"},
     "block_table": {"errors"},
     "attention": {"block_table", "errors"},
 }
