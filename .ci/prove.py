@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from website.check import BENCHMARK, look
+from website.check import look
 from website.history import asv, check_history, derive_config, git, machine_name, record_machine
-from website.report import load
+from website.report import HEADLINE, load
 
 CELL = ("1", "1024", "32")
 LACKED_BY_OLD = "overhead.GatherHeadMajor.ratio_vs_contiguous"
@@ -48,12 +48,12 @@ def main():
         old_values = load(machine, old, results)
         lacked = old_values[LACKED_BY_OLD][CELL].value
         expect(lacked is not None and math.isnan(lacked), "a path the old commit lacks is n/a")
-        expect(old_values[BENCHMARK][CELL].known, "the headline series reaches the old commit")
+        expect(old_values[HEADLINE][CELL].known, "the headline series reaches the old commit")
 
         expect(asv("publish", config=config) == 0, "asv publish")
         series = look(html, machine)
         drawn = {round(y, 4) for points in series.values() for _, y in points}
-        values = (old_values[BENCHMARK][CELL], new_values[BENCHMARK])
+        values = (old_values[HEADLINE][CELL], new_values[HEADLINE])
         measured = {round(value.value, 4) for value in values}
         expect(drawn == measured, f"the page draws the measured values {sorted(measured)}, offline")
 

@@ -1,8 +1,7 @@
 """A benchmark type of our own: `ratio_*`, two callables timed alternately in one process.
 
 On a noisy machine the quotient of two separately measured times moves with the machine's speed;
-the quotient of times taken in turns does not. Identical code compared with itself was
-flagged in none of 40 cells as a ratio and in 9 of 40 as times (two noisy cores, factor 1.1).
+the quotient of times taken in turns moves less. `make noise` counts the difference.
 """
 
 import gc

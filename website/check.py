@@ -14,8 +14,9 @@ from urllib.parse import urlencode
 
 from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).parents[1]
-BENCHMARK = "overhead.Auto.ratio_vs_contiguous"
+from website.history import ROOT
+from website.report import HEADLINE
+
 BROWSERS = (
     "chromium",
     "chromium-browser",
@@ -89,7 +90,7 @@ def look(html_dir, machine=None, screenshot=None, over_context=False):
             page.route("**/*", only_here)
             page.on("response", lambda r: r.ok or problems.append(f"got {r.status} for {r.url}"))
             page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
-            page.goto(f"{address}/index.html#{BENCHMARK}?{urlencode(state)}")
+            page.goto(f"{address}/index.html#{HEADLINE}?{urlencode(state)}")
             try:
                 page.wait_for_function(f"() => ({SERIES})()?.some(s => s[1].length)", timeout=20000)
             except Exception as error:
@@ -121,7 +122,7 @@ def main():
         sys.exit(str(error))
     points = sum(len(points) for points in series.values())
     drawn = f"{len(series)} series, {points} points"
-    print(f"{args.html_dir}: {BENCHMARK} drawn without network, {drawn}")
+    print(f"{args.html_dir}: {HEADLINE} drawn without network, {drawn}")
     return 0
 
 

@@ -55,14 +55,18 @@ def check_history():
         print("note: uncommitted changes in pagedkv/ are not measured, asv builds commits")
 
 
+def asv_settings():
+    """Return what asv.conf.json says."""
+    return load_json(str(ROOT / "asv.conf.json"), js_comments=True)
+
+
 def derive_config(name, **overrides):
     """Write asv.NAME.conf.json: asv.conf.json with some settings replaced. Return its name.
 
     asv runs in the directory of its config, so that is where it has to be.
     """
-    conf = load_json(str(ROOT / "asv.conf.json"), js_comments=True)
     derived = ROOT / f"asv.{name}.conf.json"
-    write_json(str(derived), {**conf, **overrides})
+    write_json(str(derived), {**asv_settings(), **overrides})
     return derived.name
 
 
@@ -70,9 +74,15 @@ def backend_settings(backend):
     """Return what a config for this MLX backend replaces: environments of its own, its MLX."""
     if backend == "cpu":
         return {}
-    commands = load_json(str(ROOT / "asv.conf.json"), js_comments=True)["install_command"]
+    commands = asv_settings()["install_command"]
     installs = [command.replace("mlx[cpu]", f"mlx[{backend}]") for command in commands]
     return {"env_dir": f".asv/env-{backend}", "install_command": installs}
+
+
+def config_for(backend):
+    """Return the name of the config that measures this MLX backend."""
+    settings = backend_settings(backend)
+    return derive_config(backend, **settings) if settings else "asv.conf.json"
 
 
 def machine_name(backend):
@@ -102,7 +112,7 @@ def record_machine(name):
     MachineCollection.save(name, {**record, "machine": name})
 
 
-def discover(machine, config="asv.conf.json"):
+def discover(machine, config):
     """Have asv list the suite as it is now, and return the list: {name: description}."""
     if asv("run", "--machine", machine, "--bench", "just-discover", "HEAD^!", config=config):
         sys.exit("asv could not import the benchmarks, see above")
@@ -168,8 +178,7 @@ def run(grid, machine, backend, rounds):
     """
     check_history()
     record_machine(machine)
-    settings = backend_settings(backend)
-    config = derive_config(backend, **settings) if settings else "asv.conf.json"
+    config = config_for(backend)
     benchmarks = discover(machine, config)
     head = git("rev-parse", "HEAD")
     failed = []
@@ -193,13 +202,13 @@ def run(grid, machine, backend, rounds):
     return 2 if failed else 0
 
 
-def prepare(machine):
+def prepare(machine, backend):
     """Do what publishing needs: tags of the phases, which asv marks, and the list of benchmarks."""
     check_history()
     for commit, phase in phase_commits().items():
         git("tag", "--force", f"phase-{phase}", commit)
     record_machine(machine)
-    discover(machine)
+    discover(machine, config_for(backend))
     return 0
 
 
@@ -255,7 +264,7 @@ def main():
     args = parser.parse_args()
     machine = args.machine or machine_name(args.backend)
     if args.command == "prepare":
-        return prepare(machine)
+        return prepare(machine, args.backend)
     if args.command == "noise":
         return noise(machine, args.backend)
     rounds = args.rounds or (1 if args.grid == "quick" else 2)
