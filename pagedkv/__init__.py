@@ -10,8 +10,9 @@ from pagedkv.attention import (
     gather_blocks,
 )
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import DecodeBatch, blocks_needed
+from pagedkv.block_table import DecodeBatch, SlotMapping, blocks_needed
 from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedPathError
+from pagedkv.kv_cache import MemoryUsage, PagedKVCache
 
 __version__ = "0.1.0"
 
@@ -21,8 +22,11 @@ __all__ = [
     "DecodeBatch",
     "DecodePath",
     "Layout",
+    "MemoryUsage",
     "OutOfBlocksError",
+    "PagedKVCache",
     "PagedKVError",
+    "SlotMapping",
     "UnsupportedPathError",
     "__version__",
     "append_block",

@@ -16,8 +16,7 @@ import mlx.core as mx
 
 from pagedkv.block_table import DecodeBatch
 from pagedkv.errors import UnsupportedPathError
-
-_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+from pagedkv.kv_cache import DTYPES
 
 
 class Layout(Enum):
@@ -67,7 +66,7 @@ def contiguous_attention(
     _check_scale(scale)
     if keys.shape[0] != queries.shape[0]:
         raise ValueError(f"expected K/V of batch {queries.shape[0]}, got {keys.shape[0]}")
-    if queries.dtype not in _DTYPES:
+    if queries.dtype not in DTYPES:
         raise ValueError(f"expected float16, bfloat16 or float32, got {queries.dtype}")
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
@@ -266,7 +265,7 @@ def _gather_head_major(
 
 
 def _sdpa_supports(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
-    return dtype in _DTYPES  # MLX falls back to an unfused graph for any head dim
+    return dtype in DTYPES  # MLX falls back to an unfused graph for any head dim
 
 
 DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Block tables: which blocks of the pool hold a sequence, and one decode step's view of them."""
+"""Where tokens lie in the pool: what one step reads (block tables) and writes (slots)."""
 
 from __future__ import annotations
 
@@ -148,6 +148,67 @@ class DecodeBatch:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class SlotMapping:
+    """The slots that one step writes, checked on the host and put on the device once.
+
+    Built once a step and shared by every layer, as `DecodeBatch` is.
+
+    Attributes
+    ----------
+    slots : mx.array
+        slot = block_id * S + offset of each token, shape [T], int32.
+    block_size : int
+        S, tokens in a block.
+    num_blocks : int
+        N, blocks in the pool that the slots index.
+    """
+
+    slots: mx.array
+    block_size: int
+    num_blocks: int
+
+    @classmethod
+    def from_slots(
+        cls, slots: Sequence[int] | NDArray[np.integer], *, block_size: int, num_blocks: int
+    ) -> SlotMapping:
+        """Check host-side slots and place them on the default device.
+
+        Parameters
+        ----------
+        slots : sequence of int
+            One slot a token, in the order in which the tokens will be written; no slot twice.
+        block_size : int
+            Tokens in a block.
+        num_blocks : int
+            Blocks in the pool. MLX does not check bounds when it writes, so slots are checked here.
+
+        Returns
+        -------
+        SlotMapping
+            The step's slots.
+
+        Raises
+        ------
+        ValueError
+            If there is no slot, one is not in [0, num_blocks * block_size) or occurs twice, or
+            `block_size`, `num_blocks` or their product is not a positive 32-bit integer. Nothing
+            has reached the device then.
+        """
+        block_size = _integer(block_size, "block_size")
+        num_blocks = _integer(num_blocks, "num_blocks")
+        num_slots = _integer(num_blocks * block_size, "num_blocks * block_size")
+        array = _integers(slots, "slots")
+        if array.min() < 0 or array.max() >= num_slots:
+            bad = array[(array < 0) | (array >= num_slots)][0]
+            raise ValueError(f"expected slots in [0, {num_slots}), got {bad}")
+        ordered = np.sort(array)
+        twice = ordered[1:] == ordered[:-1]
+        if twice.any():
+            raise ValueError(f"expected each slot once, got {ordered[1:][twice][0]} twice")
+        return cls(mx.array(array.astype(np.int32)), block_size, num_blocks)
+
+
 def _integer(value: int, name: str) -> int:
     """Return a count as an int that fits the device's 32-bit ids, refusing anything else."""
     try:
@@ -159,7 +220,7 @@ def _integer(value: int, name: str) -> int:
     return number
 
 
-def _integers(values: Sequence[int], name: str) -> NDArray[np.int64]:
+def _integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
     """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
     array = np.asarray(values)
     if array.ndim != 1:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv import DecodeBatch, blocks_needed
+from pagedkv import DecodeBatch, SlotMapping, blocks_needed
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,28 @@ def test_every_position_maps_to_its_block(data):
         assert all(0 <= block < num_blocks for block in rows[b])
         visible = [True] * width if batch.mask is None else batch.mask[b, 0, 0].tolist()
         assert visible == [t < length for t in range(width)]
+
+
+def test_slots_keep_their_order():
+    mapping = SlotMapping.from_slots(np.array([9, 0, 11]), block_size=4, num_blocks=3)
+    assert mapping.slots.tolist() == [9, 0, 11]
+    assert (mapping.block_size, mapping.num_blocks) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("slots", "block_size", "num_blocks", "message"),
+    [
+        ([], 4, 3, "slots to have at least one entry"),
+        ([0, 12], 4, 3, r"slots in \[0, 12\), got 12"),
+        ([5, -1], 4, 3, r"slots in \[0, 12\), got -1"),
+        ([5, 2, 7, 2], 4, 3, "each slot once, got 2 twice"),
+        ([[1, 2]], 4, 3, "slots to be one-dimensional"),
+        ([1.0], 4, 3, "slots to hold integers"),
+        ([1], 0, 3, "block_size in"),
+        ([1], 4, 1.5, "num_blocks to be an integer"),
+        ([1], 2**16, 2**15, r"num_blocks \* block_size in .* got 2147483648"),
+    ],
+)
+def test_slots_refused(slots, block_size, num_blocks, message):
+    with pytest.raises(ValueError, match=message):
+        SlotMapping.from_slots(slots, block_size=block_size, num_blocks=num_blocks)

@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "errors": set(),
     "block_pool": {"errors"},
     "block_table": {"errors"},
-    "attention": {"block_table", "errors"},
+    "kv_cache": {"block_pool", "block_table"},
+    "attention": {"block_table", "errors", "kv_cache"},
 }
 
 
