@@ -83,7 +83,12 @@ def require_cell(batch, context, block_size, *, copies):
     quick = context in QUICK_CONTEXTS and block_size in QUICK_BLOCK_SIZES
     if os.environ.get("PAGEDKV_GRID") == "quick" and not quick:
         raise NotImplementedError("not in the quick grid")
-    need, have = copies * kv_bytes(batch, context, block_size), machine_memory()
+    require_memory(copies * kv_bytes(batch, context, block_size))
+
+
+def require_memory(need):
+    """Raise NotImplementedError (n/a) if `need` bytes are too much for this machine."""
+    have = machine_memory()
     if need > MEMORY_SHARE * have:
         raise NotImplementedError(
             f"needs {need / 2**30:.1f} GiB, more than {MEMORY_SHARE:.0%} of {have / 2**30:.1f} GiB"

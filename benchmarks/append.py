@@ -1,8 +1,10 @@
-"""What a decode step pays to append: one new block for each sequence, K and V, one layer."""
+"""What a decode step pays to append to its pools."""
 
 import functools
 
 import mlx.core as mx
+
+import pagedkv
 
 from ._workload import (
     DTYPE,
@@ -10,24 +12,25 @@ from ._workload import (
     HEAD_DIM,
     KV_HEADS,
     PARAM_NAMES,
+    QUERY_HEADS,
+    SCALE,
     block_tables,
     feature,
+    on_gpu,
     require_cell,
+    require_memory,
 )
 
 
-@functools.lru_cache(maxsize=1)
-def _template(num_blocks, block_size, batch):
-    """Block-major pool and the blocks to append, seeded."""
-    mx.random.seed(0)
-    block = (block_size, KV_HEADS, HEAD_DIM)
-    pool = mx.random.uniform(-1, 1, (num_blocks, *block), dtype=DTYPE)
-    new = mx.random.uniform(-1, 1, (batch, *block), dtype=DTYPE)
-    mx.eval(pool, new)
-    return pool, new
+def _random(*shape):
+    array = mx.random.uniform(-1, 1, shape, dtype=DTYPE)
+    mx.eval(array)
+    return array
 
 
 class _Append:
+    """One new block for each sequence, K and V, one layer."""
+
     version = "1"
     params = GRID
     param_names = PARAM_NAMES
@@ -37,6 +40,16 @@ class _Append:
     warmup_time = 0
     repeat = (3, 20, 2.0)
 
+
+@functools.lru_cache(maxsize=1)
+def _template(num_blocks, block_size, batch):
+    """Block-major pool and the blocks to append, seeded."""
+    mx.random.seed(0)
+    block = (block_size, KV_HEADS, HEAD_DIM)
+    return _random(num_blocks, *block), _random(batch, *block)
+
+
+class _Naive(_Append):
     def setup(self, batch, context, block_size):
         # Template, two pools, two results.
         require_cell(batch, context, block_size, copies=6)
@@ -61,13 +74,168 @@ class _Append:
         mx.eval(updated)
 
 
-class NaiveBlockMajor(_Append):
+class NaiveBlockMajor(_Naive):
     """`append_block` on [N, S, Hkv, D] pools that the caller keeps: MLX copies the pool."""
 
     layout_name = "block_major"
 
 
-class NaiveHeadMajor(_Append):
+class NaiveHeadMajor(_Naive):
     """`append_block` on [Hkv, N, S, D] pools that the caller keeps: MLX copies the pool."""
 
     layout_name = "head_major"
+
+
+class _CopiedPools:
+    """K and V pools of one layer before the package stored any itself."""
+
+    def __init__(self, num_blocks, block_size):
+        self.append_block = feature("append_block")
+        self.pools = [_random(num_blocks, block_size, KV_HEADS, HEAD_DIM) for _ in "kv"]
+
+    def append(self, blocks, block_ids):
+        updated = []
+        for pool in self.pools:
+            for block, block_id in zip(blocks.swapaxes(1, 2), block_ids, strict=True):
+                pool = self.append_block(pool, block, block_id)
+            updated.append(pool)
+        mx.eval(updated)
+
+
+class _CachePools:
+    """K and V pools of one layer in a PagedKVCache."""
+
+    def __init__(self, num_blocks, block_size):
+        self.sizes = {"num_blocks": num_blocks, "block_size": block_size}
+        self.cache = feature("PagedKVCache")(
+            num_layers=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=DTYPE, **self.sizes
+        )
+        self.mapping = feature("SlotMapping")
+
+    def append(self, blocks, block_ids):
+        size = self.sizes["block_size"]
+        slots = [block * size + offset for block in block_ids for offset in range(size)]
+        mapping = self.mapping.from_slots(slots, **self.sizes)
+        self.cache.write(0, blocks, blocks, mapping)
+        mx.eval(self.cache.keys, self.cache.values)
+
+
+def _pools(num_blocks, block_size):
+    """Return pools that are appended to as the package does it at its commit."""
+    kind = _CachePools if hasattr(pagedkv, "PagedKVCache") else _CopiedPools
+    return kind(num_blocks, block_size)
+
+
+class Auto(_Append):
+    """The package's own append: `append_block` at phase 0, `PagedKVCache.write` from phase 1.
+
+    A fall means that appending costs less; from phase 1 on a rise with the context would mean that
+    MLX copies the pool again.
+    """
+
+    repeat = (5, 50, 2.0)
+
+    def setup(self, batch, context, block_size):
+        if hasattr(self, "pools"):
+            return
+        require_cell(batch, context, block_size, copies=6)
+        tables, num_blocks = block_tables(batch, context, block_size)
+        self.block_ids = [table[-1] for table in tables]
+        self.pools = _pools(num_blocks, block_size)
+        self.blocks = _random(batch, KV_HEADS, block_size, HEAD_DIM)
+        self.pools.append(self.blocks, self.block_ids)
+
+    def time_append(self, batch, context, block_size):
+        self.pools.append(self.blocks, self.block_ids)
+
+
+class PoolSize(Auto):
+    """The package's own append of one block of 32 tokens, by the size of one layer's K and V.
+
+    Flat from phase 1 on: what is written costs, not where.
+    """
+
+    params = [[64, 256, 1024]]
+    param_names = ["pool_MiB"]
+
+    def setup(self, pool_mib):
+        if hasattr(self, "pools"):
+            return
+        require_memory(3 * pool_mib * 2**20)
+        block_size = 32
+        block_bytes = 2 * block_size * KV_HEADS * HEAD_DIM * DTYPE.size
+        self.pools = _pools(pool_mib * 2**20 // block_bytes, block_size)
+        self.blocks = _random(1, KV_HEADS, block_size, HEAD_DIM)
+        self.time_append(pool_mib)
+
+    def time_append(self, pool_mib):
+        self.pools.append(self.blocks, [1])
+
+
+class _Pipelined:
+    """Decode steps one ahead of each other (`mx.async_eval`), that append over ones that do not."""
+
+    version = "1"
+    params = [[1, 4], [1024], [32]]
+    param_names = PARAM_NAMES
+    unit = "x without append"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+    steps = 4
+    num_blocks = 4096  # 128 MiB for K and for V of each layer at block size 32
+
+    def setup(self, batch, context, block_size):
+        num_layers = 32 if on_gpu() else 2
+        pool_bytes = self.num_blocks * block_size * KV_HEADS * HEAD_DIM * DTYPE.size
+        require_memory((2 * num_layers + 6) * pool_bytes)
+        self.attend = feature("decode_attention")
+        sizes = {"num_blocks": self.num_blocks, "block_size": block_size}
+        self.cache = feature("PagedKVCache")(
+            num_layers=num_layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=DTYPE, **sizes
+        )
+        mx.random.seed(0)
+        for pools in (self.cache.keys, self.cache.values):
+            for layer in range(num_layers):
+                pools[layer] = _random(*pools[layer].shape)
+        tables, _ = block_tables(batch, context, block_size)
+        self.batch = feature("DecodeBatch").from_tables(tables, [context] * batch, **sizes)
+        last = [table[-1] * block_size for table in tables]
+        self.slots = feature("SlotMapping").from_slots(last, **sizes)
+        self.queries = _random(batch, QUERY_HEADS, 1, HEAD_DIM)
+        self.token = _random(batch, KV_HEADS, 1, HEAD_DIM)
+
+    def decode(self, write):
+        for _ in range(self.steps):
+            out = self.queries
+            for layer in range(len(self.cache.keys)):
+                write(layer)
+                keys, values = self.cache.keys[layer], self.cache.values[layer]
+                out = self.attend(out, keys, values, self.batch, scale=SCALE)
+            del keys, values
+            mx.async_eval(out)
+        mx.synchronize()
+
+    def ratio_append_vs_none(self, batch, context, block_size):
+        return lambda: self.decode(self.write), lambda: self.decode(lambda layer: None)
+
+
+class PipelinedWrite(_Pipelined):
+    """`PagedKVCache.write`, which waits once a step for the step in flight.
+
+    What it takes above 1.0 is the most that a way to write without waiting could gain.
+    """
+
+    def write(self, layer):
+        self.cache.write(layer, self.token, self.token, self.slots)
+
+
+class PipelinedCopy(_Pipelined):
+    """The same scatter without waiting: MLX copies a pool that the step in flight reads."""
+
+    def write(self, layer):
+        tokens = self.token.swapaxes(1, 2).reshape(-1, KV_HEADS, HEAD_DIM)
+        for pools in (self.cache.keys, self.cache.values):
+            flat = pools[layer].reshape(-1, KV_HEADS, HEAD_DIM)
+            flat[self.slots.slots] = tokens
+            pools[layer] = flat.reshape(pools[layer].shape)

@@ -100,6 +100,51 @@ class GatherOnlyHeadMajor(_GatherOnly):
     layout_name = "head_major"
 
 
+class Slabs:
+    """Gather K and V from pools grown by slabs over the same gather from one pool.
+
+    The blocks lie in 4 slabs, a tensor each. MLX has no gather over several tensors, so each slab
+    is asked for every block and the right answer chosen. Why `PagedKVCache` allocates once.
+    """
+
+    version = "1"
+    params = [[1, 4], [4096], [32]]
+    param_names = PARAM_NAMES
+    unit = "x one pool"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+    slabs = 4
+
+    def setup(self, *cell):
+        require_cell(*cell, copies=30)
+        self.cell = workload(*cell, num_layers=1)
+        layer = self.cell.layers[0]
+        self.pools = layer.key_pool, layer.value_pool
+        self.split = [mx.split(pool, self.slabs) for pool in self.pools]
+        mx.eval(self.split)
+        whole = mx.take(layer.key_pool, self.cell.batch.block_tables, axis=0)
+        if not mx.array_equal(self.gather(self.split[0]), whole).item():
+            raise AssertionError("the gather from slabs differs from the gather from one pool")
+
+    def gather(self, slabs):
+        ids = self.cell.batch.block_tables
+        size = slabs[0].shape[0]
+        out = mx.take(slabs[0], mx.minimum(ids, size - 1), axis=0)
+        for number, slab in enumerate(slabs[1:], start=1):
+            here = mx.clip(ids - number * size, 0, size - 1)
+            mine = (ids // size == number)[:, :, None, None, None]
+            out = mx.where(mine, mx.take(slab, here, axis=0), out)
+        return out
+
+    def ratio_vs_one_pool(self, batch, context, block_size):
+        ids = self.cell.batch.block_tables
+        return (
+            lambda: mx.eval([self.gather(slabs) for slabs in self.split]),
+            lambda: mx.eval([mx.take(pool, ids, axis=0) for pool in self.pools]),
+        )
+
+
 class BlockOrder:
     """Does it matter how blocks are scattered: a seeded random permutation over reversed order.
 
