@@ -3,22 +3,28 @@
 from pagedkv.attention import (
     DECODE_PATHS,
     DecodePath,
-    Layout,
-    append_block,
     contiguous_attention,
     decode_attention,
-    gather_blocks,
+    paged_attention,
 )
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import DecodeBatch, SlotMapping, blocks_needed
-from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedPathError
+from pagedkv.block_table import BlockTable, blocks_needed
+from pagedkv.errors import (
+    OutOfBlocksError,
+    PagedKVError,
+    SharedBlockError,
+    UnsupportedPathError,
+)
+from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
 from pagedkv.kv_cache import MemoryUsage, PagedKVCache
+from pagedkv.step import DecodeBatch, SlotMapping
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DECODE_PATHS",
     "BlockPool",
+    "BlockTable",
     "DecodeBatch",
     "DecodePath",
     "Layout",
@@ -26,6 +32,7 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVCache",
     "PagedKVError",
+    "SharedBlockError",
     "SlotMapping",
     "UnsupportedPathError",
     "__version__",
@@ -34,4 +41,6 @@ __all__ = [
     "contiguous_attention",
     "decode_attention",
     "gather_blocks",
+    "gather_rows",
+    "paged_attention",
 ]

@@ -9,32 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
 
 import mlx.core as mx
 
-from pagedkv.block_table import DecodeBatch
 from pagedkv.errors import UnsupportedPathError
+from pagedkv.gather import Layout, check_pool, check_rank, take_blocks, take_rows
 from pagedkv.kv_cache import DTYPES
-
-
-class Layout(Enum):
-    """Order of a pool's dimensions."""
-
-    BLOCK_MAJOR = "block_major"
-    """[N, S, Hkv, D]: a block's tokens of all heads lie together. What the package uses."""
-
-    HEAD_MAJOR = "head_major"
-    """[Hkv, N, S, D]: each head has a pool of its own. A measured alternative."""
-
-    def dims(self, pool: mx.array) -> tuple[int, int, int, int]:
-        """Return (N, S, Hkv, D) of a four-dimensional pool."""
-        if self is Layout.BLOCK_MAJOR:
-            num_blocks, block_size, kv_heads, head_dim = pool.shape
-        else:
-            kv_heads, num_blocks, block_size, head_dim = pool.shape
-        return num_blocks, block_size, kv_heads, head_dim
+from pagedkv.step import DecodeBatch
 
 
 def contiguous_attention(
@@ -61,7 +43,8 @@ def contiguous_attention(
     ValueError
         If shapes or dtypes do not fit together or `scale` is not finite.
     """
-    _check_rank("keys", keys)
+    check_rank("keys", keys)
+    _check_one_token(queries)
     _check_queries(queries, keys, values, kv_heads=keys.shape[1], head_dim=keys.shape[3])
     _check_scale(scale)
     if keys.shape[0] != queries.shape[0]:
@@ -69,78 +52,6 @@ def contiguous_attention(
     if queries.dtype not in DTYPES:
         raise ValueError(f"expected float16, bfloat16 or float32, got {queries.dtype}")
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
-
-
-def gather_blocks(
-    pool: mx.array, batch: DecodeBatch, *, layout: Layout = Layout.BLOCK_MAJOR
-) -> mx.array:
-    """Gather the blocks of each sequence into one K or V tensor, block by block.
-
-    Parameters
-    ----------
-    pool : mx.array
-        K or V pool in `layout`.
-    batch : DecodeBatch
-        The step's tables.
-    layout : Layout
-        Order of the pool's dimensions.
-
-    Returns
-    -------
-    mx.array
-        Shape [B, Hkv, M * S, D], lazy, not contiguous: the copy is in the pool's order and the
-        heads are brought forward by strides. Positions past a context length hold whatever the
-        block held before.
-
-    Raises
-    ------
-    ValueError
-        If the pool does not have the number of blocks and block size the tables were made for.
-    """
-    layout = Layout(layout)
-    _check_pool("pool", pool, batch, layout)
-    return _gather(pool, batch, layout)
-
-
-def append_block(
-    pool: mx.array, block: mx.array, block_id: int, *, layout: Layout = Layout.BLOCK_MAJOR
-) -> mx.array:
-    """Return a pool in which one block is replaced; the naive append, O(pool) while `pool` lives.
-
-    `pool` stays valid and unchanged, so MLX copies all of it to write one block.
-
-    Parameters
-    ----------
-    pool : mx.array
-        K or V pool in `layout`.
-    block : mx.array
-        Shape [S, Hkv, D] (block-major) or [Hkv, S, D] (head-major), dtype of the pool.
-    block_id : int
-        Which block to replace, in [0, N).
-    layout : Layout
-        Order of the pool's dimensions.
-
-    Returns
-    -------
-    mx.array
-        The new pool, lazy.
-
-    Raises
-    ------
-    ValueError
-        If shape, dtype or id do not fit the pool.
-    """
-    layout = Layout(layout)
-    _check_rank("pool", pool)
-    axis = 0 if layout is Layout.BLOCK_MAJOR else 1
-    expected = (*pool.shape[:axis], *pool.shape[axis + 1 :])
-    if block.shape != expected:
-        raise ValueError(f"expected a block of shape {expected}, got {block.shape}")
-    if block.dtype != pool.dtype:
-        raise ValueError(f"expected a block of dtype {pool.dtype}, got {block.dtype}")
-    if not isinstance(block_id, int) or not 0 <= block_id < pool.shape[axis]:
-        raise ValueError(f"expected a block id in [0, {pool.shape[axis]}), got {block_id}")
-    return mx.slice_update(pool, mx.expand_dims(block, axis), mx.array([block_id]), axes=[axis])
 
 
 @dataclass(frozen=True)
@@ -155,11 +66,14 @@ class DecodePath:
         (queries, keys, values, batch, scale) -> output, arguments already checked.
     supports : callable
         (device, dtype, head_dim) -> whether it can run.
+    causal : bool
+        Whether it takes several query tokens a sequence, each seeing those before it.
     """
 
     layout: Layout
     attend: Callable[[mx.array, mx.array, mx.array, DecodeBatch, float], mx.array]
     supports: Callable[[mx.Device, mx.Dtype, int], bool]
+    causal: bool = False
 
 
 def decode_attention(
@@ -199,40 +113,79 @@ def decode_attention(
     UnsupportedPathError
         If the path cannot run this dtype or head dim on the default device.
     """
-    name = _choose() if path == "auto" else path
-    if name not in DECODE_PATHS:
+    _check_one_token(queries)
+    return _attend(queries, keys, values, batch, scale, path)
+
+
+def paged_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    batch: DecodeBatch,
+    *,
+    scale: float,
+    path: str = "auto",
+) -> mx.array:
+    """Attend with the last Q tokens of each sequence, causally: a prefill chunk, a verification.
+
+    Parameters
+    ----------
+    queries : mx.array
+        Shape [B, Hq, Q, D]; query i is the token at position context length - Q + i and sees the
+        positions up to its own. K and V of all Q tokens are in the pools.
+    keys, values, batch, scale, path
+        As for `decode_attention`, which is the same for Q = 1.
+
+    Returns
+    -------
+    mx.array
+        Shape [B, Hq, Q, D], dtype of `queries`; lazy.
+
+    Raises
+    ------
+    ValueError
+        As `decode_attention`, and if a context is shorter than Q.
+    UnsupportedPathError
+        If the path cannot run this dtype, head dim or Q on the default device.
+    """
+    return _attend(queries, keys, values, batch, scale, path)
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    batch: DecodeBatch,
+    scale: float,
+    path: str,
+) -> mx.array:
+    """Check everything, choose, attend."""
+    if path != "auto" and path not in DECODE_PATHS:
         known = ", ".join(["auto", *DECODE_PATHS])
         raise ValueError(f"expected path to be one of {known}, got {path!r}")
+    device = mx.default_device()
+    tokens = batch.block_tables.shape[0] * batch.longest
+    name = _choose(device, tokens, queries.shape[2]) if path == "auto" else path
     chosen = DECODE_PATHS[name]
-    _, _, kv_heads, head_dim = _check_pool("keys", keys, batch, chosen.layout)
+    _, _, kv_heads, head_dim = check_pool("keys", keys, batch, chosen.layout)
     _check_queries(queries, keys, values, kv_heads=kv_heads, head_dim=head_dim)
     _check_scale(scale)
     if queries.shape[0] != batch.context_lens.shape[0]:
         raise ValueError(
             f"expected queries of batch {batch.context_lens.shape[0]}, got {queries.shape[0]}"
         )
-    device = mx.default_device()
+    query_len = queries.shape[2]
+    if not 1 <= query_len <= batch.shortest:
+        raise ValueError(
+            f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
+        )
     if not chosen.supports(device, queries.dtype, head_dim):
         raise UnsupportedPathError(
             f"path {name!r} does not support {queries.dtype} with head dim {head_dim} on {device}"
         )
+    if query_len > 1 and not chosen.causal:
+        raise UnsupportedPathError(f"path {name!r} takes one query token, got {query_len}")
     return chosen.attend(queries, keys, values, batch, scale)
-
-
-def _choose() -> str:
-    """Return the name of the path behind ``"auto"``."""
-    return "gather_block_major"
-
-
-def _gather(pool: mx.array, batch: DecodeBatch, layout: Layout) -> mx.array:
-    rows, blocks = batch.block_tables.shape
-    _, block_size, kv_heads, head_dim = layout.dims(pool)
-    positions = blocks * block_size
-    if layout is Layout.BLOCK_MAJOR:
-        taken = mx.take(pool, batch.block_tables, axis=0)
-        return taken.reshape(rows, positions, kv_heads, head_dim).transpose(0, 2, 1, 3)
-    taken = mx.take(pool, batch.block_tables, axis=1)
-    return taken.reshape(kv_heads, rows, positions, head_dim).transpose(1, 0, 2, 3)
 
 
 def _gather_then_sdpa(
@@ -243,7 +196,7 @@ def _gather_then_sdpa(
     scale: float,
     layout: Layout,
 ) -> mx.array:
-    keys, values = _gather(keys, batch, layout), _gather(values, batch, layout)
+    keys, values = take_blocks(keys, batch, layout), take_blocks(values, batch, layout)
     if batch.mask is not None:
         # A weight of zero does not silence a stale NaN, so positions past the context are zeroed.
         keep = batch.mask.swapaxes(2, 3)
@@ -264,6 +217,35 @@ def _gather_head_major(
     return _gather_then_sdpa(queries, keys, values, batch, scale, Layout.HEAD_MAJOR)
 
 
+def _gather_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
+) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(
+        queries,
+        take_rows(keys, batch),
+        take_rows(values, batch),
+        scale=scale,
+        mask=batch.causal_mask(queries.shape[2]),
+    )
+
+
+def _gather_rows_grouped(
+    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
+) -> mx.array:
+    """All query heads of a KV head in one matrix product; K and V are read once for them."""
+    rows, heads, query_len, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    grouped = (queries * scale).reshape(rows, kv_heads, -1, head_dim)  # [B, Hkv, G * Q, D]
+    scores = grouped @ take_rows(keys, batch).swapaxes(2, 3)
+    mask = batch.causal_mask(query_len)
+    if mask is not None:
+        by_query = scores.reshape(rows, kv_heads, -1, query_len, scores.shape[-1])
+        masked = mx.where(mask[:, :, None], by_query, mx.array(-mx.inf, scores.dtype))
+        scores = masked.reshape(scores.shape)
+    out = mx.softmax(scores, axis=-1, precise=True) @ take_rows(values, batch)
+    return out.reshape(rows, heads, query_len, head_dim)
+
+
 def _sdpa_supports(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
     return dtype in DTYPES  # MLX falls back to an unfused graph for any head dim
 
@@ -272,14 +254,46 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
     {
         "gather_block_major": DecodePath(Layout.BLOCK_MAJOR, _gather_block_major, _sdpa_supports),
         "gather_head_major": DecodePath(Layout.HEAD_MAJOR, _gather_head_major, _sdpa_supports),
+        "gather_rows": DecodePath(Layout.BLOCK_MAJOR, _gather_rows, _sdpa_supports, causal=True),
+        "gather_rows_grouped": DecodePath(
+            Layout.BLOCK_MAJOR, _gather_rows_grouped, _sdpa_supports, causal=True
+        ),
     }
 )
 """Every decode path by name."""
 
 
-def _check_rank(name: str, array: mx.array) -> None:
-    if array.ndim != 4:
-        raise ValueError(f"expected {name} with 4 dimensions, got shape {array.shape}")
+# What "auto" is: by kind of device, up to so many tokens in the batch, which path. The order of the
+# paths was the same for every dtype measured.
+_AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
+    {
+        # MLX's SDPA is an unfused graph here. Times over contiguous SDPA, 128 to 4096 tokens, batch
+        # 1 and 4 (linux-2core-xeon, MLX 0.32.4), rows and grouped: float16 1.06-1.18 and 0.52-0.64,
+        # bfloat16 1.15-1.33 and 0.81-0.96, float32 1.3-1.9 and 1.4-1.8. Block-major: 1.9 to 12.
+        "cpu": ((math.inf, "gather_rows_grouped"),),
+        # H100, float16, MLX 0.32.4, microseconds a layer, block-major and rows: 47 and 59 at one
+        # sequence of 1024 tokens, 121 and 116 at 4096, 787 and 660 at 32768; 3484 and 2585 at four.
+        "cuda": ((1024, "gather_block_major"), (math.inf, "gather_rows")),
+        # Not measured. SDPA copies strided K/V, so the gather that it can read is the better guess.
+        "metal": ((math.inf, "gather_rows"),),
+    }
+)
+
+
+def _choose(device: mx.Device, tokens: int, query_len: int) -> str:
+    """Return the name of the path behind ``"auto"``."""
+    gpu = "metal" if mx.metal.is_available() else "cuda"
+    table = _AUTO["cpu" if device.type == mx.cpu else gpu]
+    return next(
+        name
+        for limit, name in table
+        if tokens <= limit and (query_len == 1 or DECODE_PATHS[name].causal)
+    )
+
+
+def _check_one_token(queries: mx.array) -> None:
+    if queries.ndim != 4 or queries.shape[2] != 1:
+        raise ValueError(f"expected queries of shape [B, Hq, 1, D], got {queries.shape}")
 
 
 def _check_scale(scale: float) -> None:
@@ -287,27 +301,13 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"expected a finite scale, got {scale}")
 
 
-def _check_pool(
-    name: str, pool: mx.array, batch: DecodeBatch, layout: Layout
-) -> tuple[int, int, int, int]:
-    """Return (N, S, Hkv, D) of a pool that fits the batch."""
-    _check_rank(name, pool)
-    dims = layout.dims(pool)
-    if dims[:2] != (batch.num_blocks, batch.block_size):
-        raise ValueError(
-            f"expected {name} in {layout.value} layout with {batch.num_blocks} blocks of "
-            f"{batch.block_size} tokens, got shape {pool.shape}"
-        )
-    return dims
-
-
 def _check_queries(
     queries: mx.array, keys: mx.array, values: mx.array, *, kv_heads: int, head_dim: int
 ) -> None:
     if values.shape != keys.shape:
         raise ValueError(f"expected values of shape {keys.shape}, got {values.shape}")
-    if queries.ndim != 4 or queries.shape[2] != 1 or queries.shape[3] != head_dim:
-        raise ValueError(f"expected queries of shape [B, Hq, 1, {head_dim}], got {queries.shape}")
+    if queries.ndim != 4 or queries.shape[3] != head_dim:
+        raise ValueError(f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries.shape}")
     if 0 in keys.shape:
         raise ValueError(f"expected keys without empty dimensions, got shape {keys.shape}")
     if queries.shape[1] == 0 or queries.shape[1] % kv_heads:

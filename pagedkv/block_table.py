@@ -1,16 +1,28 @@
-"""Where tokens lie in the pool: what one step reads (block tables) and writes (slots)."""
+"""Which blocks of the pool hold a sequence. Host only: the tensors are in `kv_cache`."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-_INT32_MAX = 2**31 - 1
+from pagedkv.block_pool import BlockPool
+from pagedkv.errors import SharedBlockError
+
+INT32_MAX = 2**31 - 1
+
+
+def positive_int32(value: int, name: str) -> int:
+    """Return a size as an int that fits the device's 32-bit ids; ValueError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected {name} to be an integer, got {value!r}") from None
+    if not 1 <= number <= INT32_MAX:
+        raise ValueError(f"expected {name} in [1, {INT32_MAX}], got {number}")
+    return number
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:
@@ -40,193 +52,126 @@ def blocks_needed(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-@dataclass(frozen=True, eq=False)
-class DecodeBatch:
-    """The block tables of one decode step, checked on the host and put on the device once.
+class BlockTable:
+    """The blocks of one sequence, in the order of its tokens, held in a `BlockPool`.
 
-    Built once a step and shared by every layer, like the plan of FlashInfer's plan/run split.
+    Host only: it says where tokens lie; `PagedKVCache` moves them.
 
-    Attributes
+    Parameters
     ----------
-    block_tables : mx.array
-        Block ids, shape [B, M], int32. M is the largest number of blocks any sequence needs;
-        shorter rows repeat their own first block.
-    context_lens : mx.array
-        Tokens to attend over, shape [B], int32.
-    mask : mx.array or None
-        True where a gathered position belongs to the sequence, shape [B, 1, 1, M * S], bool;
-        None when every context fills its M blocks exactly and there is nothing to mask.
+    pool : BlockPool
+        Where blocks come from and go back to.
     block_size : int
-        S, tokens in a block.
-    num_blocks : int
-        N, blocks in the pool that the ids index.
+        Tokens in a block.
+
+    Raises
+    ------
+    ValueError
+        If `block_size` is not a positive integer.
     """
 
-    block_tables: mx.array
-    context_lens: mx.array
-    mask: mx.array | None
-    block_size: int
-    num_blocks: int
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = positive_int32(block_size, "block_size")
+        self._ids = array("i")
+        self._num_tokens = 0
 
-    @classmethod
-    def from_tables(
-        cls,
-        block_tables: Sequence[Sequence[int]],
-        context_lens: Sequence[int],
-        *,
-        block_size: int,
-        num_blocks: int,
-    ) -> DecodeBatch:
-        """Check host-side tables and place them on the default device.
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the sequence."""
+        return self._num_tokens
+
+    @property
+    def block_ids(self) -> NDArray[np.int32]:
+        """Ids of its blocks, shape [M], a copy."""
+        return np.array(self._ids, dtype=np.int32)
+
+    def slots(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Return the slot of each token from `start` up to but not including `stop`.
 
         Parameters
         ----------
-        block_tables : sequence of sequence of int
-            One row of block ids a sequence, in the order of its tokens. Rows may differ in length;
-            ids past the last block that the context needs are checked and then left out.
-        context_lens : sequence of int
-            Context length in tokens, one a sequence.
-        block_size : int
-            Tokens in a block.
-        num_blocks : int
-            Blocks in the pool. `mx.take` does not check bounds, so ids are checked here.
+        start, stop : int
+            Positions in tokens, 0 <= start <= stop <= num_tokens; `stop` is the end by default.
 
         Returns
         -------
-        DecodeBatch
-            The step's tables.
+        numpy.ndarray
+            slot = block_id * S + offset, shape [stop - start].
 
         Raises
         ------
         ValueError
-            If the batch is empty, the two sequences differ in length, a context length is not
-            positive, a table is shorter than its context needs, an id is not in [0, num_blocks),
-            or `block_size` or `num_blocks` is not a positive 32-bit integer. Nothing has reached
-            the device then.
+            If the positions are not in the sequence.
         """
-        block_size = _integer(block_size, "block_size")
-        num_blocks = _integer(num_blocks, "num_blocks")
-        if len(block_tables) == 0:
-            raise ValueError("expected at least one block table, got an empty batch")
-        if len(block_tables) != len(context_lens):
+        stop = self._num_tokens if stop is None else stop
+        if not 0 <= start <= stop <= self._num_tokens:
             raise ValueError(
-                f"expected one context length per block table, "
-                f"got {len(context_lens)} lengths for {len(block_tables)} tables"
+                f"expected 0 <= start <= stop <= {self._num_tokens} tokens, got {start}, {stop}"
             )
-        lens = _integers(context_lens, "context_lens")
-        if lens.min() < 1:
-            row = int(lens.argmin())
-            raise ValueError(f"expected context lengths >= 1, got {lens[row]} in row {row}")
+        blocks, offsets = np.divmod(np.arange(start, stop), self.block_size)
+        return np.asarray(self._ids, dtype=np.int64)[blocks] * self.block_size + offsets
 
-        needed = -(-lens // block_size)
-        tables = [_integers(table, f"block table {b}") for b, table in enumerate(block_tables)]
-        for row, ids in enumerate(tables):
-            if len(ids) < needed[row]:
-                raise ValueError(
-                    f"expected at least {needed[row]} blocks for {lens[row]} tokens in row {row}, "
-                    f"got {len(ids)}"
-                )
-            if ids.min() < 0 or ids.max() >= num_blocks:
-                bad = ids[(ids < 0) | (ids >= num_blocks)][0]
-                raise ValueError(f"expected block ids in [0, {num_blocks}), got {bad} in row {row}")
-
-        padded = np.empty((len(tables), int(needed.max())), dtype=np.int32)
-        for row, ids in enumerate(tables):
-            padded[row] = ids[0]
-            padded[row, : needed[row]] = ids[: needed[row]]
-
-        positions = padded.shape[1] * block_size
-        mask = None
-        if lens.min() < positions:
-            mask = mx.array(np.arange(positions) < lens[:, None])[:, None, None, :]
-        return cls(
-            block_tables=mx.array(padded),
-            context_lens=mx.array(lens.astype(np.int32)),
-            mask=mask,
-            block_size=block_size,
-            num_blocks=num_blocks,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class SlotMapping:
-    """The slots that one step writes, checked on the host and put on the device once.
-
-    Built once a step and shared by every layer, as `DecodeBatch` is.
-
-    Attributes
-    ----------
-    slots : mx.array
-        slot = block_id * S + offset of each token, shape [T], int32.
-    block_size : int
-        S, tokens in a block.
-    num_blocks : int
-        N, blocks in the pool that the slots index.
-    """
-
-    slots: mx.array
-    block_size: int
-    num_blocks: int
-
-    @classmethod
-    def from_slots(
-        cls, slots: Sequence[int] | NDArray[np.integer], *, block_size: int, num_blocks: int
-    ) -> SlotMapping:
-        """Check host-side slots and place them on the default device.
+    def append(self, count: int = 1) -> NDArray[np.int64]:
+        """Make room for tokens at the end, with blocks from the pool as needed.
 
         Parameters
         ----------
-        slots : sequence of int
-            One slot a token, in the order in which the tokens will be written; no slot twice.
-        block_size : int
-            Tokens in a block.
-        num_blocks : int
-            Blocks in the pool. MLX does not check bounds when it writes, so slots are checked here.
+        count : int
+            Number of tokens, 0 or more.
 
         Returns
         -------
-        SlotMapping
-            The step's slots.
+        numpy.ndarray
+            The slots of the new tokens, shape [count].
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool has too few free blocks. Nothing has changed then.
+        SharedBlockError
+            If the last block is partly filled and has other holders. Nothing has changed then.
+        ValueError
+            If `count` is negative.
+        """
+        if count < 0:
+            raise ValueError(f"expected a count >= 0, got {count}")
+        end = self._num_tokens + count
+        if count and self._num_tokens % self.block_size:
+            holders = self.pool.reference_count(self._ids[-1])
+            if holders > 1:
+                raise SharedBlockError(
+                    f"expected block {self._ids[-1]} to be this sequence's own before it is "
+                    f"written, got {holders} holders"
+                )
+        self._ids.extend(self.pool.allocate(blocks_needed(end, self.block_size) - len(self._ids)))
+        start, self._num_tokens = self._num_tokens, end
+        return self.slots(start)
+
+    def fork(self) -> BlockTable:
+        """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
+        self.pool.retain(self._ids)
+        other = BlockTable(self.pool, self.block_size)
+        other._ids.extend(self._ids)
+        other._num_tokens = self._num_tokens
+        return other
+
+    def truncate(self, num_tokens: int) -> None:
+        """Drop tokens from the end and give back the blocks that held only them.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Tokens to keep, in [0, self.num_tokens]; 0 gives everything back.
 
         Raises
         ------
         ValueError
-            If there is no slot, one is not in [0, num_blocks * block_size) or occurs twice, or
-            `block_size`, `num_blocks` or their product is not a positive 32-bit integer. Nothing
-            has reached the device then.
+            If the sequence is not that long. Nothing has changed then.
         """
-        block_size = _integer(block_size, "block_size")
-        num_blocks = _integer(num_blocks, "num_blocks")
-        num_slots = _integer(num_blocks * block_size, "num_blocks * block_size")
-        array = _integers(slots, "slots")
-        if array.min() < 0 or array.max() >= num_slots:
-            bad = array[(array < 0) | (array >= num_slots)][0]
-            raise ValueError(f"expected slots in [0, {num_slots}), got {bad}")
-        ordered = np.sort(array)
-        twice = ordered[1:] == ordered[:-1]
-        if twice.any():
-            raise ValueError(f"expected each slot once, got {ordered[1:][twice][0]} twice")
-        return cls(mx.array(array.astype(np.int32)), block_size, num_blocks)
-
-
-def _integer(value: int, name: str) -> int:
-    """Return a count as an int that fits the device's 32-bit ids, refusing anything else."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"expected {name} to be an integer, got {value!r}") from None
-    if not 1 <= number <= _INT32_MAX:
-        raise ValueError(f"expected {name} in [1, {_INT32_MAX}], got {number}")
-    return number
-
-
-def _integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
-    """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"expected {name} to be one-dimensional, got {array.ndim} dimensions")
-    if array.size == 0:
-        raise ValueError(f"expected {name} to have at least one entry, got none")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"expected {name} to hold integers, got {array.dtype}")
-    return array.astype(np.int64)
+        if not 0 <= num_tokens <= self._num_tokens:
+            raise ValueError(f"expected 0 to {self._num_tokens} tokens to keep, got {num_tokens}")
+        kept = blocks_needed(num_tokens, self.block_size)
+        self.pool.release(self._ids[kept:])
+        del self._ids[kept:]
+        self._num_tokens = num_tokens

@@ -11,3 +11,7 @@ class UnsupportedPathError(PagedKVError, ValueError):
 
 class OutOfBlocksError(PagedKVError):
     """More blocks are needed than the pool has free. Nothing has changed."""
+
+
+class SharedBlockError(PagedKVError):
+    """A block that other sequences hold would be written. Nothing has changed."""

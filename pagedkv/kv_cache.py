@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import mlx.core as mx
 
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import SlotMapping
+from pagedkv.block_table import positive_int32
+from pagedkv.step import SlotMapping
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 """What pools and queries may hold."""
@@ -86,8 +86,7 @@ class PagedKVCache:
     Raises
     ------
     ValueError
-        If a size is not a positive integer, the pool has 2**31 slots or more, or the dtype is
-        another.
+        If a size or the number of slots is not a positive 32-bit integer, or the dtype is another.
     """
 
     def __init__(
@@ -108,12 +107,8 @@ class PagedKVCache:
             "head_dim": head_dim,
         }
         for name, size in sizes.items():
-            if not isinstance(size, Integral) or size < 1:
-                raise ValueError(f"expected {name} to be an integer >= 1, got {size!r}")
-        if num_blocks * block_size >= 2**31:
-            raise ValueError(
-                f"expected fewer than 2**31 slots, got {num_blocks} blocks of {block_size} tokens"
-            )
+            positive_int32(size, name)
+        positive_int32(num_blocks * block_size, "num_blocks * block_size")
         if dtype not in DTYPES:
             raise ValueError(f"expected float16, bfloat16 or float32, got {dtype}")
         shape = (num_blocks, block_size, kv_heads, head_dim)

@@ -6,7 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import attend_one, paged_attention
+from reference import attend_one, in_layout, random
+from reference import paged_attention as reference_attention
 
 import pagedkv
 from pagedkv import (
@@ -14,14 +15,14 @@ from pagedkv import (
     DecodeBatch,
     Layout,
     UnsupportedPathError,
-    append_block,
     contiguous_attention,
     decode_attention,
-    gather_blocks,
+    paged_attention,
 )
 
 README = Path(__file__).parents[1] / "README.md"
 PATHS = ["auto", *DECODE_PATHS]
+CAUSAL_PATHS = ["auto", *(name for name, path in DECODE_PATHS.items() if path.causal)]
 HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (6, 1)}
 # Relative error of one sequence's output; MLX's CPU graph keeps scores in the input dtype.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
@@ -31,26 +32,27 @@ def layout_of(path):
     return Layout.BLOCK_MAJOR if path == "auto" else DECODE_PATHS[path].layout
 
 
-def in_layout(pool, layout):
-    """Bring a block-major pool into `layout`."""
-    return pool if layout is Layout.BLOCK_MAJOR else mx.contiguous(pool.transpose(2, 0, 1, 3))
-
-
-def random(rng, shape, dtype):
-    return mx.array(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
-
-
 class Case:
     """A pool with twice the blocks needed, tables in random order, stale blocks full of noise."""
 
-    def __init__(self, lens, *, heads=(8, 2), head_dim=64, block_size=16, dtype=mx.float32, seed=0):
+    def __init__(
+        self,
+        lens,
+        *,
+        heads=(8, 2),
+        query_len=1,
+        head_dim=64,
+        block_size=16,
+        dtype=mx.float32,
+        seed=0,
+    ):
         rng = np.random.default_rng(seed)
         needed = [pagedkv.blocks_needed(length, block_size) for length in lens]
         self.num_blocks = 2 * sum(needed)
         ids = iter(rng.permutation(self.num_blocks).tolist())
         self.tables = [list(itertools.islice(ids, n)) for n in needed]
         self.lens, self.block_size = lens, block_size
-        self.queries = random(rng, (len(lens), heads[0], 1, head_dim), dtype)
+        self.queries = random(rng, (len(lens), heads[0], query_len, head_dim), dtype)
         shape = (self.num_blocks, block_size, heads[1], head_dim)
         self.keys, self.values = random(rng, shape, dtype), random(rng, shape, dtype)
         self.scale = head_dim**-0.5
@@ -62,7 +64,8 @@ class Case:
 
     def attend(self, path):
         layout = layout_of(path)
-        return decode_attention(
+        attention = decode_attention if self.queries.shape[2] == 1 else paged_attention
+        return attention(
             self.queries,
             in_layout(self.keys, layout),
             in_layout(self.values, layout),
@@ -73,7 +76,7 @@ class Case:
 
     def expected(self):
         arrays = (np.array(x.astype(mx.float32)) for x in (self.queries, self.keys, self.values))
-        return paged_attention(*arrays, self.tables, self.lens, self.scale)
+        return reference_attention(*arrays, self.tables, self.lens, self.scale)
 
 
 def assert_close(out, expected, dtype):
@@ -102,19 +105,72 @@ def test_block_sizes(path, block_size):
     assert_close(case.attend(path), case.expected(), mx.float32)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_stale_nan_is_never_seen(path, dtype):
-    """Freed blocks keep their old contents: NaN in every slot that no sequence owns."""
-    case = Case([1, 17, 30], dtype=dtype)
+def poison(case):
+    """Put NaN into every slot that no sequence owns, as freed blocks keep their old contents."""
     owned = np.zeros((case.num_blocks, case.block_size, 1, 1), dtype=bool)
     for table, length in zip(case.tables, case.lens, strict=True):
         for t in range(length):
             owned[table[t // case.block_size], t % case.block_size] = True
-    nan = mx.array(math.nan, dtype=dtype)
+    nan = mx.array(math.nan, dtype=case.keys.dtype)
     case.keys = mx.where(mx.array(owned), case.keys, nan)
     case.values = mx.where(mx.array(owned), case.values, nan)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_stale_nan_is_never_seen(path, dtype):
+    case = Case([1, 17, 30], dtype=dtype)
+    poison(case)
     assert_close(case.attend(path), case.expected(), dtype)
+
+
+@pytest.mark.parametrize("path", CAUSAL_PATHS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lens", [[40], [32, 32], [5, 33, 100]], ids=str)
+def test_several_query_tokens_see_what_came_before_them(path, dtype, heads, lens):
+    for query_len in (2, 5):
+        case = Case(lens, heads=HEADS[heads], query_len=query_len, dtype=dtype, seed=query_len)
+        poison(case)
+        assert_close(case.attend(path), case.expected(), dtype)
+
+
+@pytest.mark.parametrize("path", CAUSAL_PATHS)
+def test_a_prompt_attends_to_itself(path):
+    case = Case([70], query_len=70)
+    assert_close(case.attend(path), case.expected(), mx.float32)
+
+
+def test_one_query_token_is_a_decode_step():
+    case = Case([20, 33])
+    arguments = case.queries, case.keys, case.values, case.batch()
+    out = paged_attention(*arguments, scale=case.scale)
+    assert mx.array_equal(out, decode_attention(*arguments, scale=case.scale)).item()
+
+
+def test_more_query_tokens_than_context():
+    case = Case([20, 4], query_len=5)
+    with pytest.raises(ValueError, match="1 to 4 query tokens, the shortest context, got 5"):
+        case.attend("auto")
+
+
+@pytest.mark.parametrize("path", sorted(set(DECODE_PATHS) - set(CAUSAL_PATHS)))
+def test_a_path_for_one_query_token_refuses_two(path):
+    with pytest.raises(UnsupportedPathError, match=f"{path}' takes one query token, got 2"):
+        Case([20], query_len=2).attend(path)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "metal"])
+@pytest.mark.parametrize("tokens", [1, 1024, 1025, 10**7])
+def test_auto_is_a_path_that_takes_the_queries(query_len, device, tokens, monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: device == "metal")
+    kind = mx.cpu if device == "cpu" else mx.gpu
+    chosen = pagedkv.attention._choose(mx.Device(kind, 0), tokens, query_len)
+    expected = {"cpu": "gather_rows_grouped", "metal": "gather_rows", "cuda": "gather_rows"}[device]
+    if (device, query_len) == ("cuda", 1) and tokens <= 1024:
+        expected = "gather_block_major"
+    assert chosen == expected
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -145,53 +201,6 @@ def test_contiguous_equals_reference(dtype, heads):
     assert_close(contiguous_attention(queries, keys, values, scale=0.3), expected, dtype)
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_gather_reads_literal_slots(layout):
-    pool = mx.arange(5 * 2 * 3 * 4).reshape(5, 2, 3, 4)  # N=5, S=2, Hkv=3, D=4
-    batch = DecodeBatch.from_tables([[4, 0], [2, 3]], [4, 3], block_size=2, num_blocks=5)
-    out = np.array(gather_blocks(in_layout(pool, layout), batch, layout=layout))
-    assert out.shape == (2, 3, 4, 4)
-    for b, slots in enumerate([[(4, 0), (4, 1), (0, 0), (0, 1)], [(2, 0), (2, 1), (3, 0), (3, 1)]]):
-        for position, (block, offset) in enumerate(slots):
-            for head in range(3):
-                expected = pool[block, offset, head].tolist()
-                assert out[b, head, position].tolist() == expected
-
-
-@pytest.mark.parametrize("layout", Layout)
-def test_append_replaces_one_block_and_leaves_the_old_pool(layout):
-    rng = np.random.default_rng(5)
-    pool = random(rng, (6, 4, 2, 8), mx.float16)
-    block = random(rng, (4, 2, 8), mx.float16)
-    old = in_layout(pool, layout)
-    before = np.array(old)
-    shaped = block if layout is Layout.BLOCK_MAJOR else block.swapaxes(0, 1)
-    new = append_block(old, shaped, 3, layout=layout)
-    expected = np.array(pool)
-    expected[3] = np.array(block)
-    back = new if layout is Layout.BLOCK_MAJOR else new.transpose(1, 2, 0, 3)
-    assert np.array_equal(np.array(back), expected)
-    assert np.array_equal(np.array(old), before)
-
-
-def test_append_refuses():
-    pool = mx.ones((6, 4, 2, 8))
-    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got 6"):
-        append_block(pool, mx.ones((4, 2, 8)), 6)
-    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got -1"):
-        append_block(pool, mx.ones((4, 2, 8)), -1)
-    with pytest.raises(ValueError, match=r"block id in \[0, 6\), got 1\.5"):
-        append_block(pool, mx.ones((4, 2, 8)), 1.5)
-    with pytest.raises(ValueError, match="not a valid Layout"):
-        append_block(pool, mx.ones((4, 2, 8)), 0, layout="diagonal")
-    with pytest.raises(ValueError, match=r"block of shape \(4, 2, 8\), got \(2, 4, 8\)"):
-        append_block(pool, mx.ones((2, 4, 8)), 0)
-    with pytest.raises(ValueError, match="block of dtype"):
-        append_block(pool, mx.ones((4, 2, 8), dtype=mx.float16), 0)
-    with pytest.raises(ValueError, match="expected pool with 4 dimensions"):
-        append_block(mx.ones((6, 8)), mx.ones((8,)), 0)
-
-
 def arguments(**changes):
     """Good arguments for `decode_attention`, B=2 Hq=4 Hkv=2 D=8 N=5 S=4, with changes."""
     good = {
@@ -208,9 +217,9 @@ BAD = {
     "unknown path": ({"path": "gather"}, "path to be one of auto, .*, got 'gather'"),
     "NaN scale": ({"scale": math.nan}, "finite scale, got nan"),
     "infinite scale": ({"scale": math.inf}, "finite scale, got inf"),
-    "three-dimensional queries": ({"queries": mx.ones((2, 4, 8))}, r"\[B, Hq, 1, 8\]"),
-    "two query tokens": ({"queries": mx.ones((2, 4, 2, 8))}, r"\[B, Hq, 1, 8\]"),
-    "other head dim": ({"queries": mx.ones((2, 4, 1, 16))}, r"\[B, Hq, 1, 8\]"),
+    "three-dimensional queries": ({"queries": mx.ones((2, 4, 8))}, r"\[B, Hq, 1, D\]"),
+    "two query tokens": ({"queries": mx.ones((2, 4, 2, 8))}, r"\[B, Hq, 1, D\]"),
+    "other head dim": ({"queries": mx.ones((2, 4, 1, 16))}, r"\[B, Hq, Q, 8\]"),
     "other batch": ({"queries": mx.ones((3, 4, 1, 8))}, "queries of batch 2, got 3"),
     "Hq not a multiple of Hkv": (
         {"queries": mx.ones((2, 3, 1, 8))},
@@ -261,12 +270,6 @@ def test_contiguous_attention_refuses():
         contiguous_attention(q, kv[:, :, :0], kv[:, :, :0], scale=1.0)
     with pytest.raises(ValueError, match="keys with 4 dimensions"):
         contiguous_attention(q, kv[0], kv[0], scale=1.0)
-
-
-def test_gather_refuses_a_pool_of_another_size():
-    batch = arguments()["batch"]
-    with pytest.raises(ValueError, match="head_major layout with 5 blocks of 4 tokens"):
-        gather_blocks(mx.ones((5, 4, 2, 8)), batch, layout=Layout.HEAD_MAJOR)
 
 
 def test_decode_paths_is_read_only():

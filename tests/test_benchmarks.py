@@ -122,7 +122,9 @@ def test_require_path_notices_another_path(monkeypatch):
     cell = _workload.workload(1, 64, 16, num_layers=1)
     _workload.require_path(cell, "gather_block_major")
     attend = cell.paged
-    monkeypatch.setattr(_workload.Workload, "paged", lambda self, path: attend("auto"))
+    monkeypatch.setattr(
+        _workload.Workload, "paged", lambda self, path: attend("gather_block_major")
+    )
     with pytest.raises(AssertionError, match=r"asked for path warp, ran \['gather_block_major'\]"):
         _workload.require_path(cell, "warp")
 

@@ -1,10 +1,9 @@
-import mlx.core as mx
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pagedkv import DecodeBatch, SlotMapping, blocks_needed
+from pagedkv import BlockPool, BlockTable, OutOfBlocksError, SharedBlockError, blocks_needed
 
 
 @pytest.mark.parametrize(
@@ -21,112 +20,154 @@ def test_blocks_needed_refuses(tokens, block_size):
         blocks_needed(tokens, block_size)
 
 
-def test_full_blocks_have_no_mask():
-    batch = DecodeBatch.from_tables([[7, 2], [0, 5]], [8, 8], block_size=4, num_blocks=8)
-    assert batch.block_tables.tolist() == [[7, 2], [0, 5]]
-    assert batch.context_lens.tolist() == [8, 8]
-    assert batch.mask is None
-    assert (batch.block_size, batch.num_blocks) == (4, 8)
+def test_a_table_takes_blocks_as_it_grows():
+    pool = BlockPool(8)
+    pool.allocate(2)
+    table = BlockTable(pool, 4)
+    assert table.append(3).tolist() == [8, 9, 10]
+    assert table.append().tolist() == [11]
+    assert table.append(5).tolist() == [12, 13, 14, 15, 16]
+    assert table.append(0).tolist() == []
+    assert (table.num_tokens, table.block_ids.tolist()) == (9, [2, 3, 4])
+    assert table.slots(2, 5).tolist() == [10, 11, 12]
+    assert table.slots(9).tolist() == []
+    assert pool.num_free == 3
 
 
-def test_ragged_rows_repeat_their_own_first_block():
-    batch = DecodeBatch.from_tables([[3], [6, 1, 4]], [2, 9], block_size=4, num_blocks=7)
-    assert batch.block_tables.tolist() == [[3, 3, 3], [6, 1, 4]]
-    assert batch.mask.shape == (2, 1, 1, 12)
-    assert batch.mask[0, 0, 0].tolist() == [True] * 2 + [False] * 10
-    assert batch.mask[1, 0, 0].tolist() == [True] * 9 + [False] * 3
+def test_a_fork_holds_the_same_blocks():
+    pool = BlockPool(8)
+    table = BlockTable(pool, 4)
+    table.append(8)
+    forks = [table.fork() for _ in range(3)]
+    assert [fork.block_ids.tolist() for fork in forks] == [[0, 1]] * 3
+    assert [pool.reference_count(block) for block in (0, 1)] == [4, 4]
+    assert pool.num_free == 6
+    # Full blocks are never written again: each goes on in a block of its own.
+    assert [fork.append().tolist() for fork in forks] == [[8], [12], [16]]
+    table.truncate(0)
+    assert [pool.reference_count(block) for block in range(5)] == [3, 3, 1, 1, 1]
+    for fork in forks:
+        fork.truncate(0)
+    assert pool.num_free == 8
 
 
-def test_blocks_past_the_context_are_left_out():
-    batch = DecodeBatch.from_tables([[3, 2, 1]], [4], block_size=4, num_blocks=4)
-    assert batch.block_tables.tolist() == [[3]]
-    assert batch.mask is None
+def test_truncate_gives_back_the_blocks_past_the_end():
+    pool = BlockPool(8)
+    table = BlockTable(pool, 4)
+    table.append(11)
+    table.truncate(9)
+    assert (table.num_tokens, table.block_ids.tolist(), pool.num_free) == (9, [0, 1, 2], 5)
+    table.truncate(4)
+    assert (table.num_tokens, table.block_ids.tolist(), pool.num_free) == (4, [0], 7)
+    assert table.append(2).tolist() == [8, 9]  # the block given back last comes first
 
 
-def test_numpy_rows_and_lengths():
-    tables = np.array([[1, 0], [2, 3]], dtype=np.uint16)
-    batch = DecodeBatch.from_tables(tables, np.array([3, 4]), block_size=2, num_blocks=4)
-    assert batch.block_tables.tolist() == [[1, 0], [2, 3]]
+def test_a_shared_partial_block_is_not_written():
+    pool = BlockPool(8)
+    table = BlockTable(pool, 4)
+    table.append(6)
+    fork = table.fork()
+    for sequence in (table, fork):
+        with pytest.raises(SharedBlockError, match=r"block 1 to be this sequence's own .* 2 hold"):
+            sequence.append(5)
+        assert sequence.append(0).tolist() == []
+        assert (sequence.num_tokens, sequence.block_ids.tolist()) == (6, [0, 1])
+    assert pool.num_free == 6
+    fork.truncate(4)
+    assert table.append().tolist() == [6]
+    assert fork.append().tolist() == [8]
 
 
-BAD = {
-    "empty batch": ([], [], 4, 8, "empty batch"),
-    "fewer lengths than tables": ([[1], [2]], [3], 4, 8, "one context length per block table"),
-    "zero context": ([[1], [2]], [3, 0], 4, 8, "context lengths >= 1, got 0 in row 1"),
-    "negative context": ([[1]], [-3], 4, 8, "context lengths >= 1, got -3"),
-    "table too short": ([[1]], [5], 4, 8, "at least 2 blocks for 5 tokens in row 0, got 1"),
-    "empty table": ([[]], [1], 4, 8, "block table 0 to have at least one entry"),
-    "id too large": ([[1], [8]], [1, 1], 4, 8, r"block ids in \[0, 8\), got 8 in row 1"),
-    "negative id": ([[-1]], [1], 4, 8, r"block ids in \[0, 8\), got -1"),
-    "bad id past the context": ([[1, 99]], [1], 4, 8, "got 99"),
-    "float ids": ([[1.0]], [1], 4, 8, "to hold integers, got float64"),
-    "float lengths": ([[1]], [1.5], 4, 8, "context_lens to hold integers"),
-    "bool ids": ([[True]], [1], 4, 8, "to hold integers, got bool"),
-    "nested table": ([[[1]]], [1], 4, 8, "one-dimensional"),
-    "zero block size": ([[1]], [1], 0, 8, r"block_size in \[1, .*\], got 0"),
-    "float block size": ([[1]], [1], 4.0, 8, r"block_size to be an integer, got 4\.0"),
-    "no blocks": ([[0]], [1], 4, 0, r"num_blocks in \[1, .*\], got 0"),
-    "NaN blocks": ([[0]], [1], 4, float("nan"), "num_blocks to be an integer, got nan"),
-    "ids beyond 32 bits": ([[0]], [1], 4, 2**31, "num_blocks in .*, got 2147483648"),
-    "a context beyond memory": ([[0]], [10**15], 4, 8, "at least 250000000000000 blocks"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_tables_are_refused_before_anything_reaches_the_device(name, monkeypatch):
-    monkeypatch.setattr(mx, "array", None)
-    tables, lens, block_size, num_blocks, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        DecodeBatch.from_tables(tables, lens, block_size=block_size, num_blocks=num_blocks)
-
-
-@settings(deadline=None)  # the first call of MLX takes long
-@given(st.data())
-def test_every_position_maps_to_its_block(data):
-    block_size = data.draw(st.integers(1, 9))
-    num_blocks = data.draw(st.integers(1, 40))
-    lens = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
-    tables = [
-        data.draw(
-            st.lists(
-                st.integers(0, num_blocks - 1),
-                min_size=blocks_needed(length, block_size),
-                max_size=blocks_needed(length, block_size) + 3,
-            )
-        )
-        for length in lens
-    ]
-    batch = DecodeBatch.from_tables(tables, lens, block_size=block_size, num_blocks=num_blocks)
-    rows = batch.block_tables.tolist()
-    width = len(rows[0]) * block_size
-    assert len(rows[0]) == max(blocks_needed(length, block_size) for length in lens)
-    for b, length in enumerate(lens):
-        assert all(rows[b][t // block_size] == tables[b][t // block_size] for t in range(length))
-        assert all(0 <= block < num_blocks for block in rows[b])
-        visible = [True] * width if batch.mask is None else batch.mask[b, 0, 0].tolist()
-        assert visible == [t < length for t in range(width)]
-
-
-def test_slots_keep_their_order():
-    mapping = SlotMapping.from_slots(np.array([9, 0, 11]), block_size=4, num_blocks=3)
-    assert mapping.slots.tolist() == [9, 0, 11]
-    assert (mapping.block_size, mapping.num_blocks) == (4, 3)
+def test_out_of_blocks_leaves_the_table():
+    pool = BlockPool(3)
+    table = BlockTable(pool, 4)
+    table.append(6)
+    with pytest.raises(OutOfBlocksError, match="expected 2 free blocks, 1 are left"):
+        table.append(7)
+    assert (table.num_tokens, table.block_ids.tolist(), pool.num_free) == (6, [0, 1], 1)
+    assert table.append(6).tolist() == [6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
-    ("slots", "block_size", "num_blocks", "message"),
+    ("call", "message"),
     [
-        ([], 4, 3, "slots to have at least one entry"),
-        ([0, 12], 4, 3, r"slots in \[0, 12\), got 12"),
-        ([5, -1], 4, 3, r"slots in \[0, 12\), got -1"),
-        ([5, 2, 7, 2], 4, 3, "each slot once, got 2 twice"),
-        ([[1, 2]], 4, 3, "slots to be one-dimensional"),
-        ([1.0], 4, 3, "slots to hold integers"),
-        ([1], 0, 3, "block_size in"),
-        ([1], 4, 1.5, "num_blocks to be an integer"),
-        ([1], 2**16, 2**15, r"num_blocks \* block_size in .* got 2147483648"),
+        (lambda table: table.append(-1), "count >= 0, got -1"),
+        (lambda table: table.truncate(7), "0 to 6 tokens to keep, got 7"),
+        (lambda table: table.truncate(-1), "0 to 6 tokens to keep, got -1"),
+        (lambda table: table.slots(0, 7), "<= 6 tokens, got 0, 7"),
+        (lambda table: table.slots(5, 4), "<= 6 tokens, got 5, 4"),
+        (lambda table: table.slots(-2), "<= 6 tokens, got -2, 6"),
     ],
 )
-def test_slots_refused(slots, block_size, num_blocks, message):
+def test_a_table_refuses(call, message):
+    table = BlockTable(BlockPool(4), 4)
+    table.append(6)
     with pytest.raises(ValueError, match=message):
-        SlotMapping.from_slots(slots, block_size=block_size, num_blocks=num_blocks)
+        call(table)
+    assert (table.num_tokens, table.block_ids.tolist()) == (6, [0, 1])
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 1.5])
+def test_a_table_has_a_block_size(block_size):
+    with pytest.raises(ValueError, match="block_size"):
+        BlockTable(BlockPool(4), block_size)
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Tables against lists of tokens; a written slot keeps its token for all that hold it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(10)
+        self.tables, self.models = [BlockTable(self.pool, 3)], [[]]
+        self.written = {}  # slot -> token
+        self.token = 0
+
+    def draw(self, data):
+        return data.draw(st.integers(0, len(self.tables) - 1))
+
+    @rule(data=st.data(), count=st.integers(0, 8))
+    def append(self, data, count):
+        which = self.draw(data)
+        table, model = self.tables[which], self.models[which]
+        before = table.block_ids.tolist()
+        shared = bool(len(model) % 3) and self.pool.reference_count(before[-1]) > 1
+        needed = blocks_needed(len(model) + count, 3) - len(before)
+        if (shared and count) or needed > self.pool.num_free:
+            with pytest.raises((SharedBlockError, OutOfBlocksError)):
+                table.append(count)
+            assert table.block_ids.tolist() == before
+            return
+        for slot in table.append(count).tolist():
+            self.token += 1
+            self.written[slot] = self.token
+            model.append(self.token)
+
+    @precondition(lambda self: len(self.tables) < 5)
+    @rule(data=st.data())
+    def fork(self, data):
+        which = self.draw(data)
+        self.tables.append(self.tables[which].fork())
+        self.models.append(list(self.models[which]))
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        which = self.draw(data)
+        keep = data.draw(st.integers(0, len(self.models[which])))
+        self.tables[which].truncate(keep)
+        del self.models[which][keep:]
+
+    @invariant()
+    def agrees(self):
+        self.pool.check_invariants()
+        held = [0] * 10
+        for table, model in zip(self.tables, self.models, strict=True):
+            assert [self.written[slot] for slot in table.slots().tolist()] == model
+            assert len(table.block_ids) == blocks_needed(len(model), 3)
+            for block in table.block_ids:
+                held[block] += 1
+        assert held == [self.pool.reference_count(block) for block in range(10)]
+
+
+TableMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestTables = TableMachine.TestCase

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOST_ONLY = {"errors", "block_pool", "prefix_cache", "scheduler"}
+HOST_ONLY = {"errors", "block_pool", "block_table", "prefix_cache", "scheduler"}
 # What each module of the package may import of the package.
 MAY_IMPORT = {
     "errors": set(),
     "block_pool": {"errors"},
-    "block_table": {"errors"},
-    "kv_cache": {"block_pool", "block_table"},
-    "attention": {"block_table", "errors", "kv_cache"},
+    "block_table": {"block_pool", "errors"},
+    "step": {"block_table"},
+    "kv_cache": {"block_pool", "block_table", "step"},
+    "gather": {"step"},
+    "attention": {"errors", "gather", "kv_cache", "step"},
 }
 
 

@@ -1,0 +1,166 @@
+"""Pools by block and by row: their layouts, reading them into one tensor, replacing a block.
+
+Shapes: B batch, Hkv KV heads, D head dim, N blocks in the pool, S block size, M blocks of the
+longest table, L longest context length.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import mlx.core as mx
+
+from pagedkv.step import DecodeBatch
+
+
+class Layout(Enum):
+    """Order of a pool's dimensions."""
+
+    BLOCK_MAJOR = "block_major"
+    """[N, S, Hkv, D]: a block's tokens of all heads lie together. What the package uses."""
+
+    HEAD_MAJOR = "head_major"
+    """[Hkv, N, S, D]: each head has a pool of its own. A measured alternative."""
+
+    def dims(self, pool: mx.array) -> tuple[int, int, int, int]:
+        """Return (N, S, Hkv, D) of a four-dimensional pool."""
+        if self is Layout.BLOCK_MAJOR:
+            num_blocks, block_size, kv_heads, head_dim = pool.shape
+        else:
+            kv_heads, num_blocks, block_size, head_dim = pool.shape
+        return num_blocks, block_size, kv_heads, head_dim
+
+
+def gather_blocks(
+    pool: mx.array, batch: DecodeBatch, *, layout: Layout = Layout.BLOCK_MAJOR
+) -> mx.array:
+    """Gather the blocks of each sequence into one K or V tensor, block by block.
+
+    Parameters
+    ----------
+    pool : mx.array
+        K or V pool in `layout`.
+    batch : DecodeBatch
+        The step's tables.
+    layout : Layout
+        Order of the pool's dimensions.
+
+    Returns
+    -------
+    mx.array
+        Shape [B, Hkv, M * S, D], lazy, not contiguous: the copy is in the pool's order and the
+        heads are brought forward by strides. Positions past a context length hold whatever the
+        block held before.
+
+    Raises
+    ------
+    ValueError
+        If the pool does not have the number of blocks and block size the tables were made for.
+    """
+    layout = Layout(layout)
+    check_pool("pool", pool, batch, layout)
+    return take_blocks(pool, batch, layout)
+
+
+def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
+    """Gather the tokens of each sequence into one contiguous K or V tensor, row by row.
+
+    Parameters
+    ----------
+    pool : mx.array
+        K or V pool, [N, S, Hkv, D].
+    batch : DecodeBatch
+        The step's tables.
+
+    Returns
+    -------
+    mx.array
+        Shape [B, Hkv, L, D] with L the longest context length; lazy, contiguous, what SDPA reads
+        without a second copy. Positions past a context length repeat the sequence's first.
+
+    Raises
+    ------
+    ValueError
+        If the pool does not have the number of blocks and block size the tables were made for.
+    """
+    check_pool("pool", pool, batch, Layout.BLOCK_MAJOR)
+    return take_rows(pool, batch)
+
+
+def append_block(
+    pool: mx.array, block: mx.array, block_id: int, *, layout: Layout = Layout.BLOCK_MAJOR
+) -> mx.array:
+    """Return a pool in which one block is replaced; the naive append, O(pool) while `pool` lives.
+
+    `pool` stays valid and unchanged, so MLX copies all of it to write one block.
+
+    Parameters
+    ----------
+    pool : mx.array
+        K or V pool in `layout`.
+    block : mx.array
+        Shape [S, Hkv, D] (block-major) or [Hkv, S, D] (head-major), dtype of the pool.
+    block_id : int
+        Which block to replace, in [0, N).
+    layout : Layout
+        Order of the pool's dimensions.
+
+    Returns
+    -------
+    mx.array
+        The new pool, lazy.
+
+    Raises
+    ------
+    ValueError
+        If shape, dtype or id do not fit the pool.
+    """
+    layout = Layout(layout)
+    check_rank("pool", pool)
+    axis = 0 if layout is Layout.BLOCK_MAJOR else 1
+    expected = (*pool.shape[:axis], *pool.shape[axis + 1 :])
+    if block.shape != expected:
+        raise ValueError(f"expected a block of shape {expected}, got {block.shape}")
+    if block.dtype != pool.dtype:
+        raise ValueError(f"expected a block of dtype {pool.dtype}, got {block.dtype}")
+    if not isinstance(block_id, int) or not 0 <= block_id < pool.shape[axis]:
+        raise ValueError(f"expected a block id in [0, {pool.shape[axis]}), got {block_id}")
+    return mx.slice_update(pool, mx.expand_dims(block, axis), mx.array([block_id]), axes=[axis])
+
+
+def take_blocks(pool: mx.array, batch: DecodeBatch, layout: Layout) -> mx.array:
+    """Do what `gather_blocks` says, without its checks."""
+    rows, blocks = batch.block_tables.shape
+    _, block_size, kv_heads, head_dim = layout.dims(pool)
+    positions = blocks * block_size
+    if layout is Layout.BLOCK_MAJOR:
+        taken = mx.take(pool, batch.block_tables, axis=0)
+        return taken.reshape(rows, positions, kv_heads, head_dim).transpose(0, 2, 1, 3)
+    taken = mx.take(pool, batch.block_tables, axis=1)
+    return taken.reshape(kv_heads, rows, positions, head_dim).transpose(1, 0, 2, 3)
+
+
+def take_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
+    """Do what `gather_rows` says, without its checks."""
+    _, _, kv_heads, head_dim = pool.shape
+    return mx.take(pool.reshape(-1, head_dim), batch.rows(kv_heads), axis=0)
+
+
+def check_rank(name: str, array: mx.array) -> None:
+    """Raise ValueError unless an array has four dimensions."""
+    if array.ndim != 4:
+        raise ValueError(f"expected {name} with 4 dimensions, got shape {array.shape}")
+
+
+def check_pool(
+    name: str, pool: mx.array, batch: DecodeBatch, layout: Layout
+) -> tuple[int, int, int, int]:
+    """Return (N, S, Hkv, D) of a pool that fits the batch; ValueError if it does not."""
+    check_rank(name, pool)
+    dims = layout.dims(pool)
+    if dims[:2] != (batch.num_blocks, batch.block_size):
+        raise ValueError(
+            f"expected {name} in {layout.value} layout with {batch.num_blocks} blocks of "
+            f"{batch.block_size} tokens, got shape {pool.shape}"
+        )
+    return dims
