@@ -120,7 +120,16 @@ def test_machine_is_recorded_in_full_once(home):
     assert json.loads(path.read_text())["box"]["os"] == "by hand"
 
 
-def test_a_recorded_machine_keeps_its_record_on_a_new_home(home):
+def test_another_machine_does_not_add_to_recorded_results(home):
+    (home / "results/box").mkdir(parents=True)
+    (home / "results/box/machine.json").write_text('{"cpu": "abacus", "version": 1}')
+    with pytest.raises(SystemExit, match=r"results/box was measured on abacus, this is .*MACHINE="):
+        history.record_machine("box")
+    assert not (home / ".asv-machine.json").exists()
+
+
+def test_a_recorded_machine_keeps_its_record_on_a_new_home(home, monkeypatch):
+    monkeypatch.setattr(history.Machine, "get_defaults", lambda: {"cpu": "c", "ram": "1", "os": ""})
     (home / "results/box").mkdir(parents=True)
     record = {
         "machine": "box",
@@ -214,6 +223,29 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     monkeypatch.setitem(report.MARKS, "echo", lambda machine, commit: f"{machine} at {commit}\n")
     text = "before\n<!-- results: echo machine=m commit=c -->\nold\n<!-- end results -->\nafter\n"
     assert report.fill(text) == text.replace("old", "m at c")
+
+
+def test_a_series_is_written_by_cell_and_commit(monkeypatch):
+    tables = {
+        "a" * 8: {"append.Auto.time_append": {("4", "64"): report.Value(0.25, 0.2, 0.3)}},
+        "b" * 8: {
+            "append.Auto.time_append": {
+                ("4", "64"): report.Value(0.001, 0.001, 0.002),
+                ("16", "1"): report.Value(None),
+                ("1", "1"): report.MISSING,
+                ("1", "64"): report.Value(0.002),
+            }
+        },
+    }
+    monkeypatch.setattr(report, "load", lambda machine, commit: tables[commit])
+    monkeypatch.setattr(report, "phase_commits", lambda: {"b" * 40: "1"})
+    text = report.mark_series("m", "append.Auto.time_append", ",".join(tables), "batch,size")
+    assert text.splitlines() == [
+        "| batch | size | aaaaaaaa | phase 1 (bbbbbbbb) |",
+        "| --: | --: | --: | --: |",
+        "| 1 | 64 | n/a | 2.00 |",
+        "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",
+    ]
 
 
 @pytest.mark.skipif(

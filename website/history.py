@@ -22,7 +22,7 @@ from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 ROOT = Path(__file__).parents[1]
 
 # The quick grid measures old commits by these alone; every path of today is measured at HEAD.
-HISTORY = ("overhead.Auto.", "append.Auto.", "append.PoolSize.")
+HISTORY = ("overhead.Auto.", "append.Auto.", "append.PoolSize.", "decode.Plan.")
 NOISE = ("overhead.", "decode.Auto.", "decode.Contiguous.")
 
 
@@ -99,16 +99,21 @@ def record_machine(name):
     path = Path(MachineCollection.get_machine_file_path())
     if path.exists() and name in load_json(str(path), Machine.api_version):
         return
-    recorded = ROOT / "results" / name / "machine.json"
-    if recorded.exists():
-        record = load_json(str(recorded), Machine.api_version)
-    else:
-        macos = platform.mac_ver()[0]
-        kernel = ".".join(platform.release().split(".")[:2])
-        record = Machine.get_defaults()
-        record["os"] = f"macOS {macos}" if macos else f"{platform.system()} {kernel}"
-        record["cpu"] = record["cpu"] or platform.processor() or platform.machine()
-        record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
+    macos = platform.mac_ver()[0]
+    kernel = ".".join(platform.release().split(".")[:2])
+    record = Machine.get_defaults()
+    record["os"] = f"macOS {macos}" if macos else f"{platform.system()} {kernel}"
+    record["cpu"] = record["cpu"] or platform.processor() or platform.machine()
+    record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
+    path = ROOT / "results" / name / "machine.json"
+    if path.exists():
+        recorded = load_json(str(path), Machine.api_version)
+        if recorded["cpu"] != record["cpu"]:
+            sys.exit(
+                f"results/{name} was measured on {recorded['cpu']}, this is {record['cpu']}: "
+                "give it a name of its own, MACHINE=name"
+            )
+        record = recorded
     MachineCollection.save(name, {**record, "machine": name})
 
 

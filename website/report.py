@@ -17,6 +17,7 @@ from pathlib import Path
 
 from asv.results import iter_results_for_machine
 
+from benchmarks._workload import PARAM_NAMES
 from pagedkv import blocks_needed
 from website.history import ROOT, git, machine_name, phase_commits
 
@@ -178,6 +179,12 @@ def as_markdown(header, rows):
 FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
+def commit_label(commit):
+    """Return what a table calls a commit: its phase, if it has one, and its hash."""
+    phases = {hash[: len(commit)]: phase for hash, phase in phase_commits().items()}
+    return f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]
+
+
 def headline(machine, commits, results=RESULTS):
     """Return (header, rows): `auto` over contiguous at phase commits and the last of `commits`.
 
@@ -193,8 +200,7 @@ def headline(machine, commits, results=RESULTS):
     cells = sorted((c for c in cells if c[2] == "32"), key=lambda c: [int(x) for x in c])
     header = ["commit", *(f"batch {b}, {int(context) // 1024}k" for b, context, _ in cells)]
     rows = [
-        [f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]]
-        + [table.get(cell, MISSING).show(interval=True) for cell in cells]
+        [commit_label(commit)] + [table.get(cell, MISSING).show(interval=True) for cell in cells]
         for commit, table in tables.items()
     ]
     return header, rows
@@ -208,6 +214,20 @@ def mark_adr_table(machine, commit):
 def mark_headline(machine):
     """Write the headline table."""
     return as_markdown(*headline(machine, recorded_commits(machine)))
+
+
+def mark_series(machine, benchmark, commits=None, params=None):
+    """Write the cells of one benchmark, times in ms, at `commits` or at all recorded ones."""
+    commits = commits.split(",") if commits else recorded_commits(machine)
+    params = params.split(",") if params else PARAM_NAMES
+    tables = [load(machine, commit).get(benchmark, {}) for commit in commits]
+    factor = 1000 if ".time_" in benchmark else 1
+    rows = [
+        [*cell, *(table.get(cell, MISSING).show(factor, interval=True) for table in tables)]
+        for cell in sorted({*itertools.chain(*tables)}, key=lambda cell: [int(x) for x in cell])
+        if any(table.get(cell, MISSING).known for table in tables)
+    ]
+    return as_markdown([*params, *map(commit_label, commits)], rows)
 
 
 def mark_layouts(machine, commit):
@@ -252,6 +272,7 @@ def mark_noise(machine):
 MARKS = {
     "adr-table": mark_adr_table,
     "headline": mark_headline,
+    "series": mark_series,
     "layouts": mark_layouts,
     "pattern": mark_pattern,
     "noise": mark_noise,
