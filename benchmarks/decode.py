@@ -7,7 +7,9 @@ import mlx.core as mx
 
 from ._workload import (
     GRID,
+    KV_HEADS,
     PARAM_NAMES,
+    block_tables,
     feature,
     layout_of,
     require_cell,
@@ -70,6 +72,18 @@ class GatherHeadMajor(_Path):
     path = "gather_head_major"
 
 
+class GatherRows(_Path):
+    """`gather_rows`: take rows of a [N, S, Hkv, D] pool into contiguous K/V, then SDPA."""
+
+    path = "gather_rows"
+
+
+class GatherRowsGrouped(_Path):
+    """`gather_rows_grouped`: the same rows, then grouped matrix products."""
+
+    path = "gather_rows_grouped"
+
+
 class _GatherOnly(_Decode):
     def prepare(self, *cell):
         self.gather = feature("gather_blocks")
@@ -98,6 +112,45 @@ class GatherOnlyHeadMajor(_GatherOnly):
     """`gather_blocks` of K and V together from [Hkv, N, S, D] pools; otherwise as block-major."""
 
     layout_name = "head_major"
+
+
+class Plan:
+    """`DecodeBatch.from_tables`: what a step of 64 sequences pays on the host, once for all layers.
+
+    From lists of block ids, as every commit takes them. The goal is under 1 ms.
+    """
+
+    version = "1"
+    params = [[64], [4096], [32]]
+    param_names = PARAM_NAMES
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 100, 2.0)
+
+    def setup(self, batch, context, block_size):
+        self.from_tables = feature("DecodeBatch").from_tables
+        self.tables, self.num_blocks = block_tables(batch, context, block_size)
+        self.lens = [context] * batch
+
+    def plan(self):
+        return self.from_tables(
+            self.tables, self.lens, block_size=self.params[2][0], num_blocks=self.num_blocks
+        )
+
+    def time_plan(self, batch, context, block_size):
+        self.plan()
+
+
+class PlanRows(Plan):
+    """The same, and the device's index array that the rows paths share between layers."""
+
+    def setup(self, batch, context, block_size):
+        super().setup(batch, context, block_size)
+        if not hasattr(feature("DecodeBatch"), "rows"):
+            raise NotImplementedError("DecodeBatch has no rows at this commit")
+
+    def time_plan(self, batch, context, block_size):
+        mx.eval(self.plan().rows(KV_HEADS))
 
 
 class Slabs:

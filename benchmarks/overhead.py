@@ -59,3 +59,23 @@ class GatherHeadMajor(_Overhead):
     """
 
     path = "gather_head_major"
+
+
+class GatherRows(_Overhead):
+    """The path `gather_rows` over `contiguous_attention`.
+
+    Takes rows of a [N, S, Hkv, D] pool so that the copy is contiguous, then SDPA. A change means
+    that MLX's take of rows or its SDPA changed.
+    """
+
+    path = "gather_rows"
+
+
+class GatherRowsGrouped(_Overhead):
+    """The path `gather_rows_grouped` over `contiguous_attention`.
+
+    The same rows, then one matrix product for all query heads of a KV head. Below 1.0 where SDPA is
+    an unfused graph (CPU). A change means that take, matmul or softmax changed.
+    """
+
+    path = "gather_rows_grouped"
