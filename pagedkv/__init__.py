@@ -8,7 +8,7 @@ from pagedkv.attention import (
     paged_attention,
 )
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import BlockTable, blocks_needed
+from pagedkv.block_table import BlockTable, Reservation, blocks_needed, reserve
 from pagedkv.errors import (
     OutOfBlocksError,
     PagedKVError,
@@ -17,7 +17,7 @@ from pagedkv.errors import (
 )
 from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
 from pagedkv.kv_cache import MemoryUsage, PagedKVCache
-from pagedkv.step import DecodeBatch, SlotMapping
+from pagedkv.step import DecodeBatch, SlotMapping, Step
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,10 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVCache",
     "PagedKVError",
+    "Reservation",
     "SharedBlockError",
     "SlotMapping",
+    "Step",
     "UnsupportedPathError",
     "__version__",
     "append_block",
@@ -43,4 +45,5 @@ __all__ = [
     "gather_blocks",
     "gather_rows",
     "paged_attention",
+    "reserve",
 ]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import operator
 from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.block_pool import BlockPool
-from pagedkv.errors import SharedBlockError
+from pagedkv.errors import OutOfBlocksError, SharedBlockError
 
 INT32_MAX = 2**31 - 1
 
@@ -132,21 +137,16 @@ class BlockTable:
         SharedBlockError
             If the last block is partly filled and has other holders. Nothing has changed then.
         ValueError
-            If `count` is negative.
+            If `count` is not an integer or is negative.
         """
-        if count < 0:
-            raise ValueError(f"expected a count >= 0, got {count}")
-        end = self._num_tokens + count
-        if count and self._num_tokens % self.block_size:
-            holders = self.pool.reference_count(self._ids[-1])
-            if holders > 1:
-                raise SharedBlockError(
-                    f"expected block {self._ids[-1]} to be this sequence's own before it is "
-                    f"written, got {holders} holders"
-                )
-        self._ids.extend(self.pool.allocate(blocks_needed(end, self.block_size) - len(self._ids)))
-        start, self._num_tokens = self._num_tokens, end
-        return self.slots(start)
+        if not isinstance(count, Integral) or count < 0:
+            raise ValueError(f"expected a count to be an integer >= 0, got {count}")
+        if count and self._has_shared_tail():
+            raise SharedBlockError(
+                f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
+                f"got {self.pool.reference_count(self._ids[-1])} holders"
+            )
+        return self._grow(count)
 
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
@@ -175,3 +175,104 @@ class BlockTable:
         self.pool.release(self._ids[kept:])
         del self._ids[kept:]
         self._num_tokens = num_tokens
+
+    def _has_shared_tail(self) -> bool:
+        """Whether the next token goes into a block that others hold."""
+        partial = self._num_tokens % self.block_size > 0
+        return partial and self.pool.reference_count(self._ids[-1]) > 1
+
+    def _missing_blocks(self, count: int) -> int:
+        """How many blocks `count` more tokens need."""
+        return blocks_needed(self._num_tokens + count, self.block_size) - len(self._ids)
+
+    def _grow(self, count: int) -> NDArray[np.int64]:
+        self._ids.extend(self.pool.allocate(self._missing_blocks(count)))
+        start, self._num_tokens = self._num_tokens, self._num_tokens + count
+        return self.slots(start)
+
+
+class Reservation(NamedTuple):
+    """Where new tokens of several sequences go.
+
+    Attributes
+    ----------
+    slots : numpy.ndarray
+        The slots of the new tokens, sequence by sequence, shape [sum(counts)].
+    copies : list of (int, int)
+        Blocks to copy before anything is written: from which id, to which id.
+    """
+
+    slots: NDArray[np.int64]
+    copies: list[tuple[int, int]]
+
+
+@contextmanager
+def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Reservation]:
+    """Append to several sequences, all or nothing, with copy-on-write.
+
+    A sequence whose last block is partly filled and has other holders gets a block of its own in
+    its place; if all holders are among the sequences, the last keeps the old one. An exception in
+    the body of the `with` statement undoes everything. The tables are not to be changed in there.
+
+    Parameters
+    ----------
+    tables : sequence of BlockTable
+        Distinct sequences of one pool.
+    counts : sequence of int
+        New tokens of each, 0 or more.
+
+    Yields
+    ------
+    Reservation
+        The new tokens' slots, and the blocks to copy first.
+
+    Raises
+    ------
+    OutOfBlocksError
+        If the pool has too few free blocks for all of it. Nothing has changed then.
+    ValueError
+        If the tables are not distinct or not of one pool and block size, or the counts are not one
+        a table, not integers or negative. Nothing has changed then.
+    """
+    if not tables or len(tables) != len(counts):
+        raise ValueError(
+            f"expected one count per table, got {len(counts)} counts for {len(tables)} tables"
+        )
+    if len({id(table) for table in tables}) < len(tables):
+        raise ValueError("expected distinct tables, got one twice")
+    pool, block_size = tables[0].pool, tables[0].block_size
+    if any(table.pool is not pool or table.block_size != block_size for table in tables):
+        raise ValueError("expected tables of one pool and block size")
+    for count in counts:
+        if not isinstance(count, Integral) or count < 0:
+            raise ValueError(f"expected counts to be integers >= 0, got {count}")
+
+    forked, holders = [], Counter[int]()
+    for table, count in zip(tables, counts, strict=True):
+        if count and table._has_shared_tail():
+            tail = table._ids[-1]
+            holders.setdefault(tail, pool.reference_count(tail))
+            if holders[tail] > 1:
+                forked.append(table)
+                holders[tail] -= 1
+    missing = [table._missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
+    needed = len(forked) + sum(missing)
+    if needed > pool.num_free:
+        raise OutOfBlocksError(f"expected {needed} free blocks, {pool.num_free} are left")
+
+    lengths = [table.num_tokens for table in tables]
+    tails = [table._ids[-1] for table in forked]
+    copies = list(zip(tails, pool.allocate(len(forked)), strict=True))
+    for table, (_, own) in zip(forked, copies, strict=True):
+        table._ids[-1] = own
+    slots = [table._grow(count) for table, count in zip(tables, counts, strict=True)]
+    try:
+        yield Reservation(np.concatenate(slots), copies)
+    except BaseException:
+        for table, length in zip(tables, lengths, strict=True):
+            table.truncate(length)
+        for table, tail in zip(forked, tails, strict=True):
+            table._ids[-1] = tail
+        pool.release([own for _, own in copies])
+        raise
+    pool.release(tails)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import positive_int32
-from pagedkv.step import SlotMapping
+from pagedkv.block_table import BlockTable, positive_int32, reserve
+from pagedkv.step import DecodeBatch, SlotMapping, Step
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 """What pools and queries may hold."""
@@ -131,12 +133,65 @@ class PagedKVCache:
             block_bytes=2 * len(self.keys) * self.keys[0].nbytes // self.pool.num_blocks,
         )
 
+    def new_table(self) -> BlockTable:
+        """Return an empty sequence in this cache."""
+        return BlockTable(self.pool, self.block_size)
+
+    @contextmanager
+    def extend(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Step]:
+        """Append tokens to sequences: prompts, chunks of them, a decode step; all or nothing.
+
+        To be used as ``with cache.extend(tables, counts) as step:``, with a `write` to every layer
+        in the body. Blocks are taken from the pool, and a partly filled last block that other
+        sequences hold is copied first, it alone, in every layer. An exception in the body leaves
+        pool, tables, and the K and V of every sequence as they were before.
+
+        Parameters
+        ----------
+        tables : sequence of BlockTable
+            Distinct sequences of this cache, not to be changed in the body.
+        counts : sequence of int
+            New tokens of each, 0 or more, not all 0.
+
+        Yields
+        ------
+        Step
+            What `write` and `decode_attention` or `paged_attention` need.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool has too few free blocks for all of it. Nothing has changed then.
+        ValueError
+            If the tables are not distinct sequences of this cache, the counts are not one a table,
+            negative or all 0, or a sequence stays empty. Nothing has changed then.
+        """
+        if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
+            raise ValueError("expected tables of this cache")
+        sizes = {"block_size": self.block_size, "num_blocks": self.pool.num_blocks}
+        with reserve(tables, counts) as reserved:
+            step = Step(
+                SlotMapping.from_slots(reserved.slots, **sizes),
+                DecodeBatch.from_tables(
+                    [table.block_ids for table in tables],
+                    [table.num_tokens for table in tables],
+                    **sizes,
+                ),
+                reserved.copies,
+            )
+            if step.copies:
+                self._copy_blocks(step.copies)
+            yield step
+
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
         """Write tokens into one layer's pools, in place and lazily.
 
         Costs what the tokens cost, whatever the size of the pool. The second write of a layer waits
         for what is in flight on the default stream, once for all layers: a decode step still being
-        computed reads the pool, and MLX would copy it to keep that step's view.
+        computed reads the pool, and MLX would copy it to keep that step's view. A step that is not
+        even being computed cannot be waited for: start it (`mx.async_eval`) before the next one.
+
+        Slots from `extend` are the sequences' own; of others it is not checked who holds them.
 
         Parameters
         ----------
@@ -178,8 +233,7 @@ class PagedKVCache:
                 f"expected {dtype}, got keys of {keys.dtype} and values of {values.dtype}"
             )
         if self._written[layer]:
-            mx.synchronize()
-            self._written = [False] * len(self._written)
+            self._wait()
         written = [
             _scatter(pool, slots.slots, new.swapaxes(1, 2).reshape(-1, kv_heads, head_dim))
             for pool, new in ((self.keys[layer], keys), (self.values[layer], values))
@@ -187,8 +241,23 @@ class PagedKVCache:
         self.keys[layer], self.values[layer] = written
         self._written[layer] = True
 
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        sources, targets = (mx.array(ids) for ids in zip(*copies, strict=True))
+        blocks = [[pool[sources] for pool in pools] for pools in (self.keys, self.values)]
+        # A reader that has not run would make MLX copy the pool.
+        mx.eval(blocks)
+        self._wait()
+        for pools, copied in zip((self.keys, self.values), blocks, strict=True):
+            pools[:] = [_scatter(p, targets, b) for p, b in zip(pools, copied, strict=True)]
 
-def _scatter(pool: mx.array, slots: mx.array, tokens: mx.array) -> mx.array:
-    flat = pool.reshape(-1, *pool.shape[2:])
-    flat[slots] = tokens
+    def _wait(self) -> None:
+        """Wait for what is in flight, so that it holds no pool."""
+        mx.synchronize()
+        self._written = [False] * len(self._written)
+
+
+def _scatter(pool: mx.array, indices: mx.array, rows: mx.array) -> mx.array:
+    """Write rows of any number of trailing dimensions of the pool."""
+    flat = pool.reshape(-1, *rows.shape[1:])
+    flat[indices] = rows
     return flat.reshape(pool.shape)

@@ -244,6 +244,25 @@ class SlotMapping:
         return cls(mx.array(array.astype(np.int32)), block_size, num_blocks)
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of some sequences: where its new tokens go, and what their queries read.
+
+    Attributes
+    ----------
+    slots : SlotMapping
+        The slots of the new tokens, sequence by sequence.
+    batch : DecodeBatch
+        The sequences with their new tokens.
+    copies : list of (int, int)
+        Blocks that were copied because they were shared: from which id, to which id.
+    """
+
+    slots: SlotMapping
+    batch: DecodeBatch
+    copies: list[tuple[int, int]]
+
+
 def _integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
     """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
     array = np.asarray(values)

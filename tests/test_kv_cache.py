@@ -3,8 +3,23 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from reference import attend_one
 
-from pagedkv import DecodeBatch, MemoryUsage, PagedKVCache, SlotMapping, decode_attention
+from pagedkv import (
+    BlockPool,
+    BlockTable,
+    DecodeBatch,
+    MemoryUsage,
+    OutOfBlocksError,
+    PagedKVCache,
+    SlotMapping,
+    blocks_needed,
+    decode_attention,
+    paged_attention,
+)
 
 MIB = 2**20
 
@@ -171,3 +186,434 @@ def test_a_write_does_not_copy_the_pool(steps):
     assert mx.get_peak_memory() - before < 8 * MIB
     stored = paged.keys[1][mx.array(table)].reshape(-1, 8, 128)[:40]
     assert mx.array_equal(stored, mx.broadcast_to(new[0, :, 0], stored.shape)).item()
+
+
+def test_copy_on_write_does_not_copy_the_pool():
+    """A block of two layers with pools of 256 MiB each, a decode step in flight."""
+    paged = PagedKVCache(num_layers=2, num_blocks=8192, block_size=16, kv_heads=8, head_dim=128)
+    mx.random.seed(0)
+    queries = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
+    table = paged.new_table()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for number in range(16):
+        with paged.extend([table], [1]) as step:
+            assert len(step.copies) == (number > 0)
+            out = queries
+            for layer in range(2):
+                paged.write(layer, out, out, step.slots)
+                pools = paged.keys[layer], paged.values[layer]
+                out = decode_attention(out, *pools, step.batch, scale=128**-0.5)
+            del pools
+            mx.async_eval(out)
+        table = table.fork()  # the first holder stays
+    mx.synchronize()
+    assert mx.get_peak_memory() - before < 8 * MIB
+
+
+def fill(paged, step, *new):
+    """Write (keys, values) of each layer."""
+    for layer, (keys, values) in enumerate(new):
+        paged.write(layer, keys, values, step.slots)
+
+
+def extend(paged, rng, tables, counts):
+    """Extend with random tokens; return (keys, values) of layer 1 by sequence, and the step."""
+    new = [(tokens(rng, 1, sum(counts)), tokens(rng, 1, sum(counts))) for _ in paged.keys]
+    with paged.extend(tables, counts) as step:
+        fill(paged, step, *new)
+    cuts = np.cumsum(counts)[:-1]
+    return [np.split(np.array(x)[0].swapaxes(0, 1), cuts) for x in new[1]], step
+
+
+def stored(paged, table, layer=1):
+    """What a table's slots hold: keys and values, [L, Hkv, D]."""
+    slots = table.slots()
+    pools = paged.keys[layer], paged.values[layer]
+    return [np.array(pool).reshape(-1, *pool.shape[2:])[slots] for pool in pools]
+
+
+def test_a_prompt_is_one_scatter_per_pool_and_starts_anywhere():
+    rng = np.random.default_rng(5)
+    paged = cache(num_blocks=12)
+    first, second = paged.new_table(), paged.new_table()
+    written = [[], []]
+    for counts in [(3, 9), (10, 1), (1, 6)]:
+        (keys, values), step = extend(paged, rng, [first, second], counts)
+        assert step.slots.slots.tolist() == [
+            *first.slots(first.num_tokens - counts[0]),
+            *second.slots(second.num_tokens - counts[1]),
+        ]
+        assert step.batch.context_lens.tolist() == [first.num_tokens, second.num_tokens]
+        for sequence, new in zip(written, zip(keys, values, strict=True), strict=True):
+            sequence.append(new)
+    for table, new in zip((first, second), written, strict=True):
+        for pool, parts in zip(stored(paged, table), zip(*new, strict=True), strict=True):
+            assert np.array_equal(pool, np.concatenate(parts))
+    assert paged.pool.num_free == 12 - 4 - 4
+
+
+@pytest.mark.parametrize("count", [1, 23])
+def test_any_number_of_tokens_is_one_scatter_per_pool(count, tmp_path):
+    rng = np.random.default_rng(16)
+    paged = cache()
+    new = tokens(rng, 1, count)
+    with paged.extend([paged.new_table()], [count]) as step:
+        paged.write(0, new, new, step.slots)
+    graph = tmp_path / "graph.dot"
+    mx.export_to_dot(str(graph), paged.keys[0], paged.values[0])
+    assert graph.read_text().count('label ="Scatter"') == 2
+
+
+def test_a_shared_partial_block_is_copied_alone_and_once():
+    rng = np.random.default_rng(6)
+    paged = cache()
+    parent = paged.new_table()
+    extend(paged, rng, [parent], [6])
+    child = parent.fork()
+    before = stored(paged, parent)
+    _, step = extend(paged, rng, [child], [1])
+    assert step.copies == [(1, 2)]
+    assert (parent.block_ids.tolist(), child.block_ids.tolist()) == ([0, 1], [0, 2])
+    assert [paged.pool.reference_count(block) for block in range(4)] == [2, 1, 1, 0]
+    for layer in range(2):
+        for old, new in zip(stored(paged, parent, layer), stored(paged, child, layer), strict=True):
+            assert np.array_equal(old, new[:6])
+    for old, new in zip(before, stored(paged, parent), strict=True):
+        assert np.array_equal(old, new)
+    # Now the block is the parent's own.
+    _, step = extend(paged, rng, [parent], [1])
+    assert (step.copies, parent.block_ids.tolist()) == ([], [0, 1])
+
+
+def test_of_holders_written_together_the_last_keeps_the_block():
+    rng = np.random.default_rng(7)
+    paged = cache()
+    parent = paged.new_table()
+    extend(paged, rng, [parent], [5])
+    forks = [parent.fork() for _ in range(2)]
+    _, step = extend(paged, rng, [forks[0], parent, forks[1]], [1, 1, 1])
+    assert step.copies == [(1, 2), (1, 3)]
+    ids = [table.block_ids.tolist() for table in (forks[0], parent, forks[1])]
+    assert ids == [[0, 2], [0, 3], [0, 1]]
+    assert [paged.pool.reference_count(block) for block in range(5)] == [3, 1, 1, 1, 0]
+
+
+def test_appending_nothing_to_a_shared_block_copies_nothing():
+    rng = np.random.default_rng(8)
+    paged = cache()
+    parent, other = paged.new_table(), paged.new_table()
+    extend(paged, rng, [parent], [6])
+    child = parent.fork()
+    _, step = extend(paged, rng, [child, other], [0, 2])
+    assert (step.copies, child.block_ids.tolist()) == ([], [0, 1])
+
+
+def test_a_prefix_that_ends_inside_a_shared_block():
+    """A prompt's second half is another's: the block where they part is copied, the rest shared."""
+    rng = np.random.default_rng(9)
+    paged = cache(num_blocks=12)
+    prompt = paged.new_table()
+    extend(paged, rng, [prompt], [16])
+    other = prompt.fork()
+    other.truncate(10)
+    _, step = extend(paged, rng, [other], [6])
+    assert step.copies == [(2, 4)]
+    assert other.block_ids.tolist() == [0, 1, 4, 5]
+    for mine, theirs in zip(stored(paged, other), stored(paged, prompt), strict=True):
+        assert np.array_equal(mine[:10], theirs[:10])
+        assert not np.isclose(mine[10:], theirs[10:]).any()
+
+
+@pytest.mark.parametrize(("length", "copied"), [(4096, 0), (4090, 1)])
+def test_forks_of_a_prompt_take_a_block_each_when_they_write(length, copied):
+    paged = cache(num_blocks=256 + 8, block_size=16)
+    prompt = paged.new_table()
+    with paged.extend([prompt], [length]):
+        pass  # a body that writes nothing is allowed
+    forks = [prompt.fork() for _ in range(8)]
+    assert paged.pool.num_free == 8
+    rng = np.random.default_rng(10)
+    for count, fork in enumerate(forks, start=1):
+        _, step = extend(paged, rng, [fork], [1])
+        assert len(step.copies) == copied
+        assert paged.pool.num_free == 8 - count
+    assert paged.memory_usage().live_blocks == 264
+
+
+def state(paged, tables):
+    """All that a failed step must not change."""
+    counts = [paged.pool.reference_count(block) for block in range(paged.pool.num_blocks)]
+    ids = [(table.block_ids.tolist(), table.num_tokens) for table in tables]
+    contents = [[x.tolist() for x in stored(paged, table)] for table in tables]
+    return counts, paged.pool.num_free, ids, contents
+
+
+class Fault(BaseException):
+    """Not even an Exception."""
+
+
+def chunks(rng, fail_after):
+    """A caller's iterator that breaks down."""
+    for number in range(4):
+        if number == fail_after:
+            raise Fault
+        yield tokens(rng, 1, 2), tokens(rng, 1, 2)
+
+
+@pytest.mark.parametrize("fail_after", [0, 1, 3])
+def test_a_failure_while_writing_leaves_everything(fail_after):
+    rng = np.random.default_rng(11)
+    paged = cache(num_blocks=10)
+    parent, other = paged.new_table(), paged.new_table()
+    extend(paged, rng, [parent, other], [6, 3])
+    child, tables = parent.fork(), [parent, other]
+    tables.append(child)
+    before = state(paged, tables)
+
+    def step_by_chunks():
+        with paged.extend(tables, [3, 4, 1]) as step:
+            assert step.copies == [(1, 3)]
+            slots = np.split(np.array(step.slots.slots), 4)
+            for two, (keys, values) in zip(slots, chunks(rng, fail_after), strict=True):
+                part = SlotMapping.from_slots(two, block_size=4, num_blocks=10)
+                paged.write(0, keys, values, part)
+                paged.write(1, keys, values, part)
+
+    with pytest.raises(Fault):
+        step_by_chunks()
+    assert state(paged, tables) == before
+    paged.pool.check_invariants()
+    _, step = extend(paged, rng, tables, [3, 4, 1])
+    assert step.copies == [(1, 3)]  # and the same again goes through
+
+
+def test_a_bad_shape_while_writing_leaves_everything():
+    rng = np.random.default_rng(12)
+    paged = cache()
+    table = paged.new_table()
+    extend(paged, rng, [table], [3])
+    before = state(paged, [table])
+
+    def step_with_three():
+        with paged.extend([table], [4]) as step:
+            paged.write(0, tokens(rng, 1, 4), tokens(rng, 1, 4), step.slots)
+            paged.write(1, tokens(rng, 1, 3), tokens(rng, 1, 3), step.slots)
+
+    with pytest.raises(ValueError, match="expected 4 tokens, one a slot"):
+        step_with_three()
+    assert state(paged, [table]) == before
+
+
+def test_out_of_blocks_leaves_everything():
+    rng = np.random.default_rng(13)
+    paged = cache()
+    parent, other = paged.new_table(), paged.new_table()
+    extend(paged, rng, [parent, other], [6, 8])
+    child = parent.fork()
+    before = state(paged, [parent, other, child])
+    # One block for other, one for the child's copy, one for its ninth token.
+    with (
+        pytest.raises(OutOfBlocksError, match="expected 3 free blocks, 2 are left"),
+        paged.extend([other, child], [1, 3]),
+    ):
+        pytest.fail("entered the body")
+    assert state(paged, [parent, other, child]) == before
+
+
+BAD_EXTENSIONS = {
+    "no tables": (lambda table: ([], []), "one count per table, got 0 counts for 0 tables"),
+    "counts": (lambda table: ([table], [1, 2]), "got 2 counts for 1 tables"),
+    "twice": (lambda table: ([table, table], [1, 1]), "distinct tables, got one twice"),
+    "negative": (lambda table: ([table], [-1]), "counts to be integers >= 0, got -1"),
+    "nothing": (lambda table: ([table], [0]), "slots to have at least one entry"),
+    "fraction": (lambda table: ([table], [1.5]), r"counts to be integers >= 0, got 1\.5"),
+    "another pool": (
+        lambda table: ([BlockTable(BlockPool(6), 4)], [1]),
+        "expected tables of this cache",
+    ),
+    "another block size": (
+        lambda table: ([BlockTable(table.pool, 8)], [1]),
+        "expected tables of this cache",
+    ),
+    "an empty sequence": (
+        lambda table: ([table, table.fork(), BlockTable(table.pool, 4)], [1, 1, 0]),
+        "context lengths >= 1, got 0 in row 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EXTENSIONS)
+def test_a_refused_extension_changes_nothing(name):
+    make, message = BAD_EXTENSIONS[name]
+    rng = np.random.default_rng(14)
+    paged = cache()
+    table = paged.new_table()
+    extend(paged, rng, [table], [3])
+    tables, counts = make(table)
+    before = state(paged, [table])
+    with pytest.raises(ValueError, match=message), paged.extend(tables, counts):
+        pytest.fail("entered the body")
+    assert state(paged, [table]) == before
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_decode_with_forks_and_frees_equals_dense_attention(dtype):
+    """200 steps of up to 5 sequences, prompts in chunks, forks, frees and rejected tokens."""
+    tolerance = {mx.float32: 1e-5, mx.float16: 2e-3}[dtype]
+    rng = np.random.default_rng(15)
+    paged = cache(num_layers=1, num_blocks=400, dtype=dtype)
+    alive = []  # (table, dense keys [L, Hkv, D], dense values)
+    for step_number in range(200):
+        if len(alive) > 4 or (alive and rng.random() < 0.1):
+            alive.pop(rng.integers(len(alive)))[0].truncate(0)
+        if not alive or rng.random() < 0.1:
+            alive.append((paged.new_table(), *np.zeros((2, 0, 2, 8), np.float32)))
+        elif rng.random() < 0.2:
+            table, keys, values = alive[rng.integers(len(alive))]
+            alive.append((table.fork(), keys, values))
+        if rng.random() < 0.2:  # rejected speculation
+            table, keys, values = alive.pop(rng.integers(len(alive)))
+            kept = rng.integers(table.num_tokens + 1)
+            table.truncate(kept)
+            alive.append((table, keys[:kept], values[:kept]))
+        query_len = int(rng.choice([1, 1, 1, 3, 7]))
+        batch, tables = len(alive), [table for table, _, _ in alive]
+        keys, values = (tokens(rng, batch, query_len).astype(dtype) for _ in "kv")
+        queries = mx.array(rng.standard_normal((batch, 4, query_len, 8))).astype(dtype)
+        with paged.extend(tables, [query_len] * batch) as step:
+            paged.write(0, keys, values, step.slots)
+            out = paged_attention(
+                queries, paged.keys[0], paged.values[0], step.batch, scale=8**-0.5
+            )
+            mx.async_eval(out)
+        dense = [np.array(x.astype(mx.float32)).swapaxes(1, 2) for x in (keys, values)]
+        alive = [
+            (table, np.concatenate([k, new_k]), np.concatenate([v, new_v]))
+            for (table, k, v), new_k, new_v in zip(alive, *dense, strict=True)
+        ]
+        q = np.array(queries.astype(mx.float32), np.float64)
+        for b, (table, *sequence) in enumerate(alive):
+            got = stored(paged, table, layer=0)
+            assert all(np.array_equal(x, y) for x, y in zip(got, sequence, strict=True))
+            expected = np.empty((4, query_len, 8))
+            for head in range(4):
+                k, v = (x[:, head // 2].astype(np.float64) for x in sequence)
+                for i in range(query_len):
+                    seen = len(k) - query_len + i + 1
+                    expected[head, i] = attend_one(q[b, head, i], k[:seen], v[:seen], 8**-0.5)
+            error = np.array(out[b].astype(mx.float32)) - expected
+            assert np.linalg.norm(error) <= tolerance * np.linalg.norm(expected), step_number
+    for table, _, _ in alive:
+        table.truncate(0)
+    assert paged.pool.num_free == 400
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every table against a NumPy array of what was written through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.paged = PagedKVCache(
+            num_layers=1, num_blocks=9, block_size=3, kv_heads=1, head_dim=2, dtype=mx.float32
+        )
+        self.tables, self.models = [self.paged.new_table()], [np.zeros((0, 2), np.float32)]
+        self.next = 1.0
+
+    def draw(self, data, many=False):
+        index = st.integers(0, len(self.tables) - 1)
+        return data.draw(st.lists(index, min_size=1, unique=True) if many else index)
+
+    def new(self, count):
+        values = np.arange(2 * count, dtype=np.float32).reshape(count, 2) + self.next
+        self.next += 2 * count
+        return values
+
+    def blocks_for(self, chosen, counts):
+        """Blocks that an extension takes, counted the slow way."""
+        needed, holders = 0, {}
+        for which, count in zip(chosen, counts, strict=True):
+            length, ids = len(self.models[which]), self.tables[which].block_ids.tolist()
+            needed += blocks_needed(length + count, 3) - len(ids)
+            if count and length % 3:
+                left = holders.setdefault(ids[-1], sum(ids[-1] in t.block_ids for t in self.tables))
+                needed += left > 1
+                holders[ids[-1]] -= left > 1
+        return needed
+
+    @rule(data=st.data(), fail=st.booleans())
+    def extend(self, data, fail):
+        chosen = self.draw(data, many=True)
+        counts = data.draw(
+            st.lists(st.integers(0, 5), min_size=len(chosen), max_size=len(chosen)).filter(any)
+        )
+        tables = [self.tables[which] for which in chosen]
+        empty = any(
+            len(self.models[which]) + count == 0
+            for which, count in zip(chosen, counts, strict=True)
+        )
+        new = self.new(sum(counts))
+        keys = mx.array(new)[None, None]
+        free, needed = self.paged.pool.num_free, self.blocks_for(chosen, counts)
+        try:
+            with self.paged.extend(tables, counts) as step:
+                self.paged.write(0, keys, -keys, step.slots)
+                assert self.paged.pool.num_free == free - needed
+                if fail:
+                    raise Fault
+        except OutOfBlocksError:
+            assert needed > free
+            return
+        except ValueError:
+            assert empty
+            return
+        except Fault:
+            return
+        assert not empty
+        for which, part in zip(chosen, np.split(new, np.cumsum(counts)[:-1]), strict=True):
+            self.models[which] = np.concatenate([self.models[which], part])
+
+    @precondition(lambda self: len(self.tables) < 6)
+    @rule(data=st.data())
+    def fork(self, data):
+        which = self.draw(data)
+        self.tables.append(self.tables[which].fork())
+        self.models.append(self.models[which])
+
+    @rule()
+    def start(self):
+        if len(self.tables) < 6:
+            self.tables.append(self.paged.new_table())
+            self.models.append(np.zeros((0, 2), np.float32))
+
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(data=st.data())
+    def free(self, data):
+        which = self.draw(data)
+        self.tables.pop(which).truncate(0)
+        self.models.pop(which)
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        which = self.draw(data)
+        kept = data.draw(st.integers(0, len(self.models[which])))
+        self.tables[which].truncate(kept)
+        self.models[which] = self.models[which][:kept]
+
+    @invariant()
+    def agrees(self):
+        pool = self.paged.pool
+        pool.check_invariants()
+        held = np.zeros(9, int)
+        for table, model in zip(self.tables, self.models, strict=True):
+            assert table.num_tokens == len(model)
+            np.add.at(held, table.block_ids, 1)
+            keys, values = stored(self.paged, table, layer=0)
+            assert np.array_equal(keys[:, 0], model)
+            assert np.array_equal(values[:, 0], -model)
+        assert held.tolist() == [pool.reference_count(block) for block in range(9)]
+
+
+CacheMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestCache = CacheMachine.TestCase
