@@ -1,8 +1,40 @@
-"""What the cache takes in memory."""
+"""What the cache takes in memory. Counted, not timed: the same everywhere but for the peaks."""
 
 import mlx.core as mx
+import numpy as np
 
-from ._workload import DTYPE, HEAD_DIM, KV_HEADS, require_memory
+from ._workload import DTYPE, HEAD_DIM, KV_HEADS, feature, require_memory
+
+TOKENS = 4090  # not a multiple of any block size
+
+
+def _cache(block_size, tokens):
+    """Return a cache of one layer with room for `tokens` tokens."""
+    num_blocks = -(-tokens // block_size)
+    require_memory(4 * num_blocks * block_size * KV_HEADS * HEAD_DIM * DTYPE.size)
+    cache = feature("PagedKVCache")(
+        num_layers=1,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=DTYPE,
+    )
+    if not hasattr(cache, "extend"):
+        raise NotImplementedError("PagedKVCache has no extend at this commit")
+    return cache
+
+
+def _extend(cache, table, keys):
+    with cache.extend([table], [keys.shape[2]]) as step:
+        cache.write(0, keys, keys, step.slots)
+        mx.eval(cache.keys, cache.values)
+
+
+def _tokens(count):
+    keys = mx.random.uniform(-1, 1, (1, KV_HEADS, count, HEAD_DIM), dtype=DTYPE)
+    mx.eval(keys)
+    return keys
 
 
 class GrowByConcatenation:
@@ -33,3 +65,63 @@ class GrowByConcatenation:
         del slab
         mx.eval(pool)
         return mx.get_peak_memory() / size
+
+
+class _ByBlockSize:
+    version = "1"
+    params = [[8, 16, 32, 64, 128]]
+    param_names = ["block_size"]
+
+
+class Fragmentation(_ByBlockSize):
+    """Slots without a token, in percent of the slots held by 64 sequences of 1 to 4096 tokens."""
+
+    unit = "%"
+
+    def track_unused(self, block_size):
+        blocks_needed = feature("blocks_needed")
+        lens = np.random.default_rng(0).integers(1, 4097, 64).tolist()
+        slots = sum(blocks_needed(length, block_size) for length in lens) * block_size
+        return 100 * (slots - sum(lens)) / slots
+
+
+class PrefillPeak(_ByBlockSize):
+    """Peak bytes while a prompt is written in one piece, over the bytes of pools and prompt.
+
+    1.0 means that nothing is copied on the way.
+    """
+
+    unit = "x pools and prompt"
+
+    def setup(self, block_size):
+        self.cache = _cache(block_size, 2 * TOKENS)
+        mx.random.seed(0)
+        self.keys = _tokens(TOKENS)
+
+    def track_peak(self, block_size):
+        mx.synchronize()
+        mx.reset_peak_memory()
+        _extend(self.cache, self.cache.new_table(), self.keys)
+        pools = self.cache.memory_usage().allocated_bytes
+        return mx.get_peak_memory() / (pools + self.keys.nbytes)
+
+
+class Forks(_ByBlockSize):
+    """Bytes live in 8 forks of a prompt that have each gone on by a token, over 8 copies' bytes."""
+
+    unit = "x copies"
+
+    def setup(self, block_size):
+        self.cache = _cache(block_size, TOKENS + 9 * block_size)
+        mx.random.seed(0)
+        self.prompt = self.cache.new_table()
+        _extend(self.cache, self.prompt, _tokens(TOKENS))
+
+    def track_live(self, block_size):
+        forks = [self.prompt.fork() for _ in range(8)]
+        self.prompt.truncate(0)
+        for fork in forks:
+            _extend(self.cache, fork, _tokens(1))
+        usage = self.cache.memory_usage()
+        copies = 8 * feature("blocks_needed")(TOKENS + 1, block_size) * usage.block_bytes
+        return usage.live_bytes / copies

@@ -282,4 +282,5 @@ def test_the_readmes_example_runs():
     names = {}
     exec(example, names)
     mx.eval(names["out"])
-    assert names["out"].shape == (2, 32, 1, 128)
+    assert names["out"].shape == (3, 32, 1, 128)
+    assert names["cache"].memory_usage().live_blocks == 0

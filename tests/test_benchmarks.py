@@ -155,7 +155,7 @@ def test_smallest_cell_runs(name):
     instance = cls()
     smallest_first = tuple(values[0] for values in cls.params)
     cell = SMALLEST if SMALLEST[1:2] == smallest_first[1:2] else smallest_first
-    instance.setup(*cell)
+    getattr(instance, "setup", lambda *cell: None)(*cell)
     result = getattr(instance, function)(*cell)
     if function.startswith("ratio_"):
         for call in result:
