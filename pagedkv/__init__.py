@@ -17,6 +17,7 @@ from pagedkv.errors import (
 )
 from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
 from pagedkv.kv_cache import MemoryUsage, PagedKVCache
+from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
 from pagedkv.step import DecodeBatch, SlotMapping, Step
 
 __version__ = "0.1.0"
@@ -32,6 +33,9 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVCache",
     "PagedKVError",
+    "PrefixMatch",
+    "RadixNode",
+    "RadixTree",
     "Reservation",
     "SharedBlockError",
     "SlotMapping",

@@ -148,12 +148,34 @@ class BlockTable:
             )
         return self._grow(count)
 
+    def adopt(self, block_ids: Sequence[int], num_tokens: int) -> None:
+        """Begin with tokens that others hold, a cached prefix: nothing is copied.
+
+        Parameters
+        ----------
+        block_ids : sequence of int
+            Their blocks, in order, as many as `num_tokens` need.
+        num_tokens : int
+            Tokens in them. The last block may be partly used; it is copied when it is written.
+
+        Raises
+        ------
+        ValueError
+            If the sequence is not empty, the blocks are too few or too many, or one is unknown or
+            free. Nothing has changed then.
+        """
+        if self._num_tokens:
+            raise ValueError(f"expected an empty sequence, got one of {self._num_tokens} tokens")
+        if len(block_ids) != blocks_needed(num_tokens, self.block_size):
+            raise ValueError(f"expected the blocks of {num_tokens} tokens, got {len(block_ids)}")
+        self.pool.retain(block_ids)
+        self._ids.extend(block_ids)
+        self._num_tokens = num_tokens
+
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
-        self.pool.retain(self._ids)
         other = BlockTable(self.pool, self.block_size)
-        other._ids.extend(self._ids)
-        other._num_tokens = self._num_tokens
+        other.adopt(self._ids, self._num_tokens)
         return other
 
     def truncate(self, num_tokens: int) -> None:

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "errors": set(),
     "block_pool": {"errors"},
     "block_table": {"block_pool", "errors"},
+    "prefix_cache": {"block_pool"},
     "step": {"block_table"},
     "kv_cache": {"block_pool", "block_table", "step"},
     "gather": {"step"},

@@ -1,0 +1,337 @@
+"""Cached prefixes: a radix tree from tokens to the blocks that hold their K and V. Host only."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv.block_pool import BlockPool
+
+_TOKEN = np.dtype(np.int32)
+
+
+class RadixNode:
+    """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
+
+    __slots__ = ("blocks", "children", "key", "locks", "parent", "queued", "used")
+
+    def __init__(self, key: bytes, blocks: list[int], parent: RadixNode | None) -> None:
+        self.key = key  # the tokens of the run, whole blocks
+        self.blocks = blocks
+        self.parent = parent  # None at a root
+        self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
+        self.locks = 0  # sequences that use this run or one below it
+        self.used = 0  # when it was last looked up
+        self.queued = False  # whether it waits in line to be evicted
+
+
+class _Root(RadixNode):
+    """Where a namespace begins: no tokens, no blocks."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Hashable) -> None:
+        super().__init__(b"", [], None)
+        self.namespace = namespace
+
+
+class PrefixMatch(NamedTuple):
+    """A cached prefix.
+
+    Attributes
+    ----------
+    blocks : list of int
+        Its blocks, in the order of the tokens: the first len(blocks) * S of them.
+    node : RadixNode
+        Where it ends in the tree.
+    """
+
+    blocks: list[int]
+    node: RadixNode
+
+
+class RadixTree:
+    """The longest cached prefix of a prompt, in whole blocks, and which to forget first.
+
+    The tree holds a reference of its own on every block in it. A prompt that hits adds references
+    to the blocks of its match and copies nothing. Tokens are compared exactly. Edges are runs of
+    blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` a run.
+
+    Parameters
+    ----------
+    pool : BlockPool
+        Whose blocks these are.
+    block_size : int
+        S, tokens in a block.
+
+    Raises
+    ------
+    ValueError
+        If `block_size` is not positive.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"expected block_size >= 1, got {block_size}")
+        self.pool = pool
+        self.block_size = block_size
+        self._width = block_size * _TOKEN.itemsize  # bytes of a block's tokens
+        self._roots: dict[Hashable, _Root] = {}
+        self._num_blocks = 0
+        self._num_locked = 0
+        self._clock = itertools.count(1)
+        # Leaves without locks, least recently used first; each at most once. An entry may be out of
+        # date and is then put right when its turn comes.
+        self._line: list[tuple[int, int, RadixNode]] = []
+        self._serial = itertools.count()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the tree."""
+        return self._num_blocks
+
+    @property
+    def num_evictable(self) -> int:
+        """Blocks in the tree that no lock keeps."""
+        return self._num_blocks - self._num_locked
+
+    def match_prefix(
+        self, tokens: Sequence[int] | NDArray[np.integer], namespace: Hashable = None
+    ) -> PrefixMatch:
+        """Return the longest cached prefix of `tokens`, and note that it was used.
+
+        Splits a node when the match ends inside it, so that it ends at a node. Takes no references:
+        add them (`BlockPool.retain`) and lock the node before anything is evicted.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The prompt, 32-bit token ids. An int32 array is read without a conversion.
+        namespace : hashable
+            Whose prefixes: nothing is shared between namespaces (tenants, adapters, models).
+
+        Returns
+        -------
+        PrefixMatch
+            No blocks if nothing is cached.
+
+        Raises
+        ------
+        ValueError
+            If `tokens` are not 32-bit integers in one dimension.
+        """
+        root = self._roots.get(namespace) or _Root(namespace)
+        node, blocks, _ = self._walk(root, self._key(tokens))
+        return PrefixMatch(blocks, node)
+
+    def insert(
+        self,
+        tokens: Sequence[int] | NDArray[np.integer],
+        blocks: Sequence[int],
+        namespace: Hashable = None,
+    ) -> PrefixMatch:
+        """Cache the whole blocks of `tokens`.
+
+        What is cached already keeps the blocks it has; the tree adds a reference to each of the
+        others. The caller's own references stay the caller's.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Token ids; those past the last whole block are left out.
+        blocks : sequence of int
+            The blocks that hold them, in order, at least one for each whole block of tokens.
+        namespace : hashable
+            As for `match_prefix`.
+
+        Returns
+        -------
+        PrefixMatch
+            The tokens' whole blocks as the tree has them now.
+
+        Raises
+        ------
+        ValueError
+            If `tokens` are not 32-bit integers in one dimension, there are too few blocks, or one
+            of those to be added is unknown or free. Nothing is cached then.
+        """
+        key = self._key(tokens)
+        count = len(key) // self._width
+        if len(blocks) < count:
+            raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
+        root = self._roots.get(namespace) or _Root(namespace)
+        node, cached, position = self._walk(root, key)
+        added = [int(block) for block in blocks[len(cached) : count]]
+        if added:
+            self.pool.retain(added)
+            self._roots[namespace] = root
+            leaf = RadixNode(key[position:], added, node)
+            leaf.used = node.used
+            node.children[key[position : position + self._width]] = leaf
+            self._num_blocks += len(added)
+            self._wait(leaf)
+            node = leaf
+        return PrefixMatch(cached + added, node)
+
+    def lock(self, node: RadixNode) -> None:
+        """Keep a match from being evicted, until `unlock` was called as often."""
+        up: RadixNode | None = node
+        while up is not None:
+            if up.locks == 0:
+                self._num_locked += len(up.blocks)
+            up.locks += 1
+            up = up.parent
+
+    def unlock(self, node: RadixNode) -> None:
+        """Undo one `lock`.
+
+        Raises
+        ------
+        ValueError
+            If the node is not locked. Nothing has changed then.
+        """
+        if node.locks < 1:
+            raise ValueError("expected a locked node, got one without locks")
+        up: RadixNode | None = node
+        while up is not None:
+            up.locks -= 1
+            if up.locks == 0:
+                self._num_locked -= len(up.blocks)
+            self._wait(up)
+            up = up.parent
+
+    def evict(self, num_blocks: int) -> int:
+        """Forget the least recently used prefixes, from their ends, until enough blocks are free.
+
+        A run is forgotten after all that goes on from it, and never while it is locked. Blocks that
+        a sequence still holds are forgotten in turn but do not count.
+
+        Parameters
+        ----------
+        num_blocks : int
+            Blocks to free.
+
+        Returns
+        -------
+        int
+            Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
+        """
+        freed = 0
+        while freed < num_blocks and self._line:
+            used, _, node = heapq.heappop(self._line)
+            node.queued = False
+            if node.children or node.locks:
+                continue  # comes back when that has changed
+            if node.used == used:
+                freed += self._trim(node, num_blocks - freed)
+            self._wait(node if node.blocks else node.parent)
+        return freed
+
+    def check_invariants(self) -> None:
+        """Check the tree's structure, locks, references and order; for tests, linear time.
+
+        Raises
+        ------
+        AssertionError
+            If something is broken.
+        """
+        seen: list[int] = []
+        locked = 0
+        stack: list[RadixNode] = [*self._roots.values()]
+        assert all(root.children for root in stack), "an empty namespace is kept"
+        while stack:
+            node = stack.pop()
+            assert len(node.key) == len(node.blocks) * self._width, "tokens without blocks"
+            assert bool(node.blocks) == (node.parent is not None), "an empty node"
+            assert node.locks >= sum(child.locks for child in node.children.values())
+            evictable = node.parent is not None and not node.children and not node.locks
+            assert not evictable or node.queued, "a leaf is not in line"
+            for first, child in node.children.items():
+                assert child.parent is node, "a child of another"
+                assert child.key.startswith(first), "a child under another's tokens"
+                assert child.used <= node.used, "used later than its parent"
+            seen += node.blocks
+            locked += len(node.blocks) if node.locks else 0
+            stack += node.children.values()
+        assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
+        assert locked == self._num_locked, "locked blocks are miscounted"
+        assert all(self.pool.reference_count(block) > 0 for block in seen), "a free block"
+        line = [id(node) for _, _, node in self._line]
+        assert len(line) == len(set(line)), "a node is in line twice"
+
+    def _key(self, tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
+        """Return the tokens' whole blocks as bytes."""
+        array = np.asarray(tokens)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                f"expected tokens to be integers in one dimension, "
+                f"got {array.dtype} in {array.ndim}"
+            )
+        ids = array.astype(_TOKEN, copy=False)
+        if array.dtype != _TOKEN and not np.array_equal(ids, array):
+            raise ValueError("expected token ids to fit in 32 bits")
+        return ids[: ids.size // self.block_size * self.block_size].tobytes()
+
+    def _walk(self, root: RadixNode, key: bytes) -> tuple[RadixNode, list[int], int]:
+        """Go down as far as `key` is cached, splitting the last node if need be.
+
+        Returns the node, the blocks on the way and the bytes of `key` that they stand for.
+        """
+        node, position, now = root, 0, next(self._clock)
+        blocks: list[int] = []
+        node.used = now
+        while child := node.children.get(key[position : position + self._width]):
+            common = self._common_bytes(child.key, key, position)
+            node = child if common == len(child.key) else self._split(child, common)
+            node.used = now
+            position += common
+            blocks += node.blocks
+        return node, blocks, position
+
+    def _common_bytes(self, run: bytes, key: bytes, start: int) -> int:
+        """How much of `run` lies in `key` at `start`, in whole blocks."""
+        if key.startswith(run, start):
+            return len(run)
+        count = min(len(run), len(key) - start) // _TOKEN.itemsize
+        here, there = np.frombuffer(run, _TOKEN, count), np.frombuffer(key, _TOKEN, count, start)
+        differ = here != there
+        same = int(differ.argmax()) if differ.any() else count
+        return same // self.block_size * self._width
+
+    def _split(self, node: RadixNode, at: int) -> RadixNode:
+        """Put the first `at` bytes of a node into a new one above it, and return that."""
+        assert node.parent is not None
+        upper = RadixNode(node.key[:at], node.blocks[: at // self._width], node.parent)
+        upper.locks, upper.used = node.locks, node.used
+        node.parent.children[node.key[: self._width]] = upper
+        node.key, node.blocks, node.parent = node.key[at:], node.blocks[at // self._width :], upper
+        upper.children[node.key[: self._width]] = node
+        return upper
+
+    def _wait(self, node: RadixNode | None) -> None:
+        """Put a node in line if it may be evicted and is not there yet."""
+        if node is None or node.queued or node.children or node.locks:
+            return
+        if node.parent is not None:
+            node.queued = True
+            heapq.heappush(self._line, (node.used, next(self._serial), node))
+
+    def _trim(self, node: RadixNode, wanted: int) -> int:
+        """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
+        assert node.parent is not None
+        kept = max(len(node.blocks) - wanted, 0)
+        if kept == 0:
+            del node.parent.children[node.key[: self._width]]
+            if isinstance(node.parent, _Root) and not node.parent.children:
+                del self._roots[node.parent.namespace]
+        dropped = node.blocks[kept:]
+        node.blocks, node.key = node.blocks[:kept], node.key[: kept * self._width]
+        self._num_blocks -= len(dropped)
+        free = self.pool.num_free
+        self.pool.release(dropped)
+        return self.pool.num_free - free

@@ -1,0 +1,332 @@
+"""The radix tree: literal blocks, order of eviction, namespaces, and a machine against a dict."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pagedkv import BlockPool, BlockTable, RadixTree, reserve
+
+
+def tree(num_blocks=32, block_size=2):
+    return RadixTree(BlockPool(num_blocks), block_size)
+
+
+def cache(radix, tokens, namespace=None):
+    """Insert tokens in new blocks that only the tree holds; return the match.
+
+    Blocks for what was cached already are taken too, and are free again afterwards.
+    """
+    blocks = radix.pool.allocate(len(tokens) // radix.block_size)
+    match = radix.insert(tokens, blocks, namespace)
+    radix.pool.release(blocks)
+    return match
+
+
+def test_match_is_the_longest_prefix_in_whole_blocks():
+    radix = tree()
+    assert cache(radix, [1, 2, 3, 4, 5, 6, 7]).blocks == [0, 1, 2]
+    for tokens, blocks in [
+        ([1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2]),
+        ([1, 2, 3, 4, 5, 6], [0, 1, 2]),
+        ([1, 2, 3, 4, 5], [0, 1]),
+        ([1, 2, 3, 9], [0]),
+        ([1, 2], [0]),
+        ([1], []),
+        ([], []),
+        ([2, 1], []),
+        ([3, 4], []),
+    ]:
+        assert radix.match_prefix(tokens).blocks == blocks
+        radix.check_invariants()
+
+
+def test_what_is_cached_keeps_its_blocks():
+    radix = tree()
+    cache(radix, [1, 2, 3, 4])
+    blocks = radix.pool.allocate(3)
+    assert blocks == [2, 3, 4]
+    assert radix.insert([1, 2, 3, 4, 5, 6], blocks).blocks == [0, 1, 4]
+    assert [radix.pool.reference_count(block) for block in range(5)] == [1, 1, 1, 1, 2]
+    radix.pool.release(blocks)
+    assert radix.pool.num_free == 32 - 3
+    # Going another way after a common block:
+    assert cache(radix, [1, 2, 8, 8]).blocks == [0, 2]
+    assert radix.match_prefix([1, 2, 3, 4, 5, 6]).blocks == [0, 1, 4]
+    assert radix.num_blocks == 4
+    radix.check_invariants()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda x: np.array(x, np.uint16)])
+def test_tokens_of_any_kind_are_the_same(kind):
+    radix = tree()
+    cache(radix, [1, 2, 3, 4])
+    assert radix.match_prefix(kind([1, 2, 3, 4])).blocks == [0, 1]
+
+
+def test_tokens_that_share_bytes_or_hashes_are_told_apart():
+    radix = tree(block_size=1)
+    cache(radix, [256, 1])
+    for tokens in ([1], [65536, 256], [-1], [0, 1, 256], [2**31 - 1]):
+        assert radix.match_prefix(tokens).blocks == []
+    assert hash(-1) == hash(-2)
+    assert cache(radix, [-1]).blocks == [2]
+    assert radix.match_prefix([-2]).blocks == []
+
+
+def test_eight_requests_with_one_prefix_hold_one_copy():
+    """Together: 8 prompts of the same 4096 tokens and 3 of their own, blocks of 16."""
+    pool = BlockPool(400)
+    radix = RadixTree(pool, 16)
+    prefix = list(range(4096))
+    first = BlockTable(pool, 16)
+    first.append(4096)
+    radix.insert(prefix, first.block_ids)
+    tables = []
+    for request in range(8):
+        match = radix.match_prefix([*prefix, 9000 + request, 1, 2])
+        table = BlockTable(pool, 16)
+        table.adopt(match.blocks, 4096)
+        radix.lock(match.node)
+        tables.append(table)
+    assert pool.num_blocks - pool.num_free == 256
+    assert {pool.reference_count(block) for block in range(256)} == {10}
+    with reserve(tables, [3] * 8) as step:
+        assert step.copies == []
+    assert pool.num_blocks - pool.num_free == 256 + 8
+
+
+def test_a_wholly_cached_prompt_forks_the_block_of_its_last_token():
+    """The last token is computed again for its logits: its block is shared, so it is copied."""
+    pool = BlockPool(40)
+    radix = RadixTree(pool, 4)
+    prompt = list(range(16))
+    cache(radix, prompt)
+    tables = []
+    for _ in range(8):
+        table = BlockTable(pool, 4)
+        table.adopt(radix.match_prefix(prompt).blocks, 15)
+        tables.append(table)
+    with reserve(tables, [1] * 8) as step:
+        assert step.copies == [(3, block) for block in range(4, 12)]
+    assert [pool.reference_count(block) for block in range(5)] == [9, 9, 9, 1, 1]
+
+
+def test_the_least_recently_used_leaf_goes_first():
+    radix = tree()
+    cache(radix, [1, 2, 3, 4])
+    cache(radix, [1, 2, 5, 6])
+    cache(radix, [7, 8, 9, 9])
+    radix.match_prefix([1, 2, 3, 4])
+    assert radix.evict(1) == 1
+    assert radix.match_prefix([1, 2, 5, 6]).blocks == [0]
+    assert radix.evict(1) == 1  # the end of the oldest run first
+    assert radix.match_prefix([7, 8, 9, 9]).blocks == [2]
+    radix.match_prefix([1, 2])
+    # [3, 4] below [1, 2] was used before [7, 8], and [1, 2] itself last.
+    assert radix.evict(1) == 1
+    assert radix.match_prefix([1, 2, 3, 4]).blocks == [0]
+    assert radix.match_prefix([7, 8]).blocks == [2]
+    radix.check_invariants()
+    assert radix.evict(5) == 2
+    assert (radix.num_blocks, radix.pool.num_free) == (0, 32)
+    radix.check_invariants()
+
+
+def test_an_inner_run_is_kept_until_its_children_are_gone():
+    radix = tree()
+    cache(radix, [1, 1, 2, 2])
+    cache(radix, [1, 1, 3, 3])
+    freed = []
+    for _ in range(3):
+        before = {b for b in range(32) if radix.pool.reference_count(b)}
+        assert radix.evict(1) == 1
+        freed += before - {b for b in range(32) if radix.pool.reference_count(b)}
+    assert freed == [1, 3, 0]
+
+
+def test_a_locked_path_stays():
+    radix = tree()
+    cache(radix, [1, 2, 3, 4, 5, 6])
+    cache(radix, [1, 2, 9, 9])
+    match = radix.match_prefix([1, 2, 3, 4])
+    radix.lock(match.node)
+    radix.lock(match.node)
+    assert radix.num_evictable == 2
+    assert radix.evict(10) == 2  # [5, 6] and [9, 9]
+    assert radix.match_prefix([1, 2, 3, 4, 5, 6]).blocks == [0, 1]
+    radix.unlock(match.node)
+    assert radix.evict(10) == 0
+    radix.unlock(match.node)
+    assert radix.num_evictable == 2
+    assert radix.evict(10) == 2
+    with pytest.raises(ValueError, match="expected a locked node"):
+        radix.unlock(match.node)
+
+
+def test_a_lock_outlives_a_split():
+    radix = tree()
+    match = cache(radix, [1, 2, 3, 4])
+    radix.lock(match.node)
+    assert radix.match_prefix([1, 2]).blocks == [0]  # splits
+    radix.check_invariants()
+    assert (radix.num_evictable, radix.evict(2)) == (0, 0)
+    radix.unlock(match.node)
+    radix.check_invariants()
+    assert (radix.num_evictable, radix.evict(2)) == (2, 2)
+
+
+def test_blocks_that_a_sequence_holds_are_not_counted_as_freed():
+    radix = tree()
+    match = cache(radix, [1, 2, 3, 4])
+    radix.pool.retain(match.blocks)
+    cache(radix, [5, 6])
+    assert radix.evict(1) == 1
+    assert (radix.num_blocks, radix.pool.num_free) == (0, 30)
+
+
+def test_nothing_is_read_across_namespaces():
+    radix = tree()
+    secret = [1, 2, 3, 4]
+    cache(radix, secret, "alice")
+    for namespace in (None, "bob", "", 0, ("alice",)):
+        assert radix.match_prefix(secret, namespace).blocks == []
+    theirs = cache(radix, secret, "bob")
+    mine = radix.match_prefix(secret, "alice")
+    assert not set(theirs.blocks) & set(mine.blocks)
+    assert radix.insert(secret, radix.pool.allocate(2), "alice").blocks == mine.blocks
+    # Looking does not leave anything behind either.
+    radix.match_prefix(secret, "carol")
+    assert radix.evict(4) == 4
+    radix.check_invariants()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1.5, 2.0], "tokens to be integers in one dimension, got float64"),
+        ([[1, 2], [3, 4]], "tokens to be integers in one dimension"),
+        (["a", "b"], "tokens to be integers in one dimension"),
+        ([1, 2**31], "token ids to fit in 32 bits"),
+        ([True, False], "tokens to be integers in one dimension"),
+    ],
+)
+def test_tokens_refused(tokens, message):
+    radix = tree()
+    for call in (radix.match_prefix, lambda t: radix.insert(t, [0, 1])):
+        with pytest.raises(ValueError, match=message):
+            call(tokens)
+    assert radix.num_blocks == 0
+
+
+def test_insert_refuses_and_caches_nothing():
+    radix = tree()
+    with pytest.raises(ValueError, match="at least 2 blocks, got 1"):
+        radix.insert([1, 2, 3, 4], [0])
+    with pytest.raises(ValueError, match="block 0 to have at least 1 holders, got 0"):
+        radix.insert([1, 2, 3, 4], [0, 1])
+    (block,) = radix.pool.allocate(1)
+    with pytest.raises(ValueError, match="got 99"):
+        radix.insert([1, 2, 3, 4], [block, 99], "alice")
+    assert radix.pool.reference_count(block) == 1
+    assert radix.num_blocks == 0
+    radix.check_invariants()
+
+
+def test_block_size_refused():
+    with pytest.raises(ValueError, match="block_size >= 1, got 0"):
+        RadixTree(BlockPool(1), 0)
+
+
+class TreeMachine(RuleBasedStateMachine):
+    """Against a dict of cached prefixes, with sequences that hold and lock what they matched."""
+
+    TOKENS = st.lists(st.integers(0, 1), max_size=8)
+    NAMESPACES = st.sampled_from([None, "a"])
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(12)
+        self.radix = RadixTree(self.pool, 2)
+        self.known = {}  # (namespace, tokens of whole blocks) -> last block
+        self.held = []  # (match, tokens, namespace)
+
+    def prefixes(self, tokens):
+        return [tuple(tokens[:end]) for end in range(2, len(tokens) + 1, 2)]
+
+    def expected(self, tokens, namespace):
+        blocks = []
+        for prefix in self.prefixes(tokens):
+            if (namespace, prefix) not in self.known:
+                break
+            blocks.append(self.known[namespace, prefix])
+        return blocks
+
+    def forget(self):
+        """Drop from the model what was evicted; a prefix never goes before what goes on from it."""
+        gone = set()
+        for namespace, prefix in self.known:
+            if self.expected(prefix, namespace) != self.radix_blocks(prefix, namespace):
+                gone.add((namespace, prefix))
+        for namespace, prefix in gone:
+            del self.known[namespace, prefix]
+        return len(gone)
+
+    def radix_blocks(self, prefix, namespace):
+        return self.radix.match_prefix(prefix, namespace).blocks
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES)
+    def insert(self, tokens, namespace):
+        cached = self.expected(tokens, namespace)
+        prefixes = self.prefixes(tokens)
+        missing = len(prefixes) - len(cached)
+        if missing > self.pool.num_free:
+            return
+        new = self.pool.allocate(missing)
+        match = self.radix.insert(tokens, cached + new, namespace)
+        assert match.blocks == cached + new
+        self.pool.release(new)
+        for prefix, block in zip(prefixes[len(cached) :], new, strict=True):
+            self.known[namespace, prefix] = block
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES, hold=st.booleans())
+    def match(self, tokens, namespace, hold):
+        match = self.radix.match_prefix(tokens, namespace)
+        assert match.blocks == self.expected(tokens, namespace)
+        if hold:
+            self.radix.lock(match.node)
+            self.pool.retain(match.blocks)
+            self.held.append((match, tokens, namespace))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def let_go(self, data):
+        match, _, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.radix.unlock(match.node)
+        self.pool.release(match.blocks)
+
+    @rule(count=st.integers(0, 12))
+    def evict(self, count):
+        evictable, free = self.radix.num_evictable, self.pool.num_free
+        freed = self.radix.evict(count)
+        assert freed == min(count, evictable) == self.pool.num_free - free
+        assert self.forget() == freed
+
+    @invariant()
+    def agrees(self):
+        self.radix.check_invariants()
+        self.pool.check_invariants()
+        assert self.radix.num_blocks == len(self.known)
+        held = [0] * 12
+        for block in self.known.values():
+            held[block] += 1
+        for match, tokens, namespace in self.held:
+            assert self.expected(tokens, namespace)[: len(match.blocks)] == match.blocks
+            for block in match.blocks:
+                held[block] += 1
+        assert held == [self.pool.reference_count(block) for block in range(12)]
+
+
+TreeMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestTree = TreeMachine.TestCase
