@@ -125,3 +125,28 @@ class Forks(_ByBlockSize):
         usage = self.cache.memory_usage()
         copies = 8 * feature("blocks_needed")(TOKENS + 1, block_size) * usage.block_bytes
         return usage.live_bytes / copies
+
+
+class SharedPrefix(_ByBlockSize):
+    """Bytes live in 8 sequences of one cached prompt and a token of their own, over 8 copies'."""
+
+    unit = "x copies"
+
+    def setup(self, block_size):
+        self.tree = feature("RadixTree")
+        self.cache = _cache(block_size, TOKENS + 9 * block_size)
+
+    def track_live(self, block_size):
+        cache, tree = self.cache, self.tree(self.cache.pool, block_size)
+        mx.random.seed(0)
+        prompt, first = list(range(TOKENS)), cache.new_table()
+        _extend(cache, first, _tokens(TOKENS))
+        tree.insert(prompt, first.block_ids)
+        first.truncate(0)
+        for _ in range(8):
+            table, match = cache.new_table(), tree.match_prefix(prompt)
+            table.adopt(match.blocks, len(match.blocks) * block_size)
+            _extend(cache, table, _tokens(TOKENS + 1 - table.num_tokens))
+        usage = cache.memory_usage()
+        copies = 8 * feature("blocks_needed")(TOKENS + 1, block_size) * usage.block_bytes
+        return usage.live_bytes / copies

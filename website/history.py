@@ -22,7 +22,15 @@ from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 ROOT = Path(__file__).parents[1]
 
 # The quick grid measures old commits by these alone; every path of today is measured at HEAD.
-HISTORY = ("overhead.Auto.", "append.Auto.", "append.PoolSize.", "decode.Plan.", "prefill.Write.")
+HISTORY = (
+    "overhead.Auto.",
+    "append.Auto.",
+    "append.PoolSize.",
+    "decode.Plan.",
+    "prefill.Write.",
+    "prefix_cache.Insert.",
+    "prefix_cache.Match.",
+)
 NOISE = ("overhead.", "decode.Auto.", "decode.Contiguous.")
 
 
