@@ -40,7 +40,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._returned) + self.num_blocks - self._unused
+        return len(self._returned) + len(self._counts) - self._unused
 
     def reference_count(self, block_id: int) -> int:
         """Return how many holders a block has; 0 if it is free.
@@ -139,5 +139,5 @@ class BlockPool:
             )
 
     def _check_id(self, block_id: int) -> None:
-        if not 0 <= block_id < self.num_blocks:
+        if not 0 <= block_id < len(self._counts):
             raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +67,11 @@ class BlockTable:
     block_size : int
         Tokens in a block.
 
+    Attributes
+    ----------
+    num_tokens : int
+        Tokens in the sequence, to be read only.
+
     Raises
     ------
     ValueError
@@ -79,12 +82,7 @@ class BlockTable:
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
         self._ids = array("i")
-        self._num_tokens = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the sequence."""
-        return self._num_tokens
+        self.num_tokens = 0
 
     @property
     def block_ids(self) -> NDArray[np.int32]:
@@ -109,13 +107,22 @@ class BlockTable:
         ValueError
             If the positions are not in the sequence.
         """
-        stop = self._num_tokens if stop is None else stop
-        if not 0 <= start <= stop <= self._num_tokens:
+        stop = self.num_tokens if stop is None else stop
+        if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(
-                f"expected 0 <= start <= stop <= {self._num_tokens} tokens, got {start}, {stop}"
+                f"expected 0 <= start <= stop <= {self.num_tokens} tokens, got {start}, {stop}"
             )
         blocks, offsets = np.divmod(np.arange(start, stop), self.block_size)
         return np.asarray(self._ids, dtype=np.int64)[blocks] * self.block_size + offsets
+
+    def missing_blocks(self, count: int) -> int:
+        """Return how many blocks `count` more tokens take from the pool.
+
+        One of them is for the copy of a partly filled last block, if others hold it.
+        """
+        offset = self.num_tokens % self.block_size
+        new = -(-(offset + count) // self.block_size) - (offset > 0)
+        return new + (count > 0 and self._has_shared_tail())
 
     def append(self, count: int = 1) -> NDArray[np.int64]:
         """Make room for tokens at the end, with blocks from the pool as needed.
@@ -139,14 +146,16 @@ class BlockTable:
         ValueError
             If `count` is not an integer or is negative.
         """
-        if not isinstance(count, Integral) or count < 0:
+        if not isinstance(count, (int, np.integer)) or count < 0:
             raise ValueError(f"expected a count to be an integer >= 0, got {count}")
         if count and self._has_shared_tail():
             raise SharedBlockError(
                 f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
                 f"got {self.pool.reference_count(self._ids[-1])} holders"
             )
-        return self._grow(count)
+        start = self.num_tokens
+        self._grow(count)
+        return self.slots(start)
 
     def adopt(self, block_ids: Sequence[int], num_tokens: int) -> None:
         """Begin with tokens that others hold, a cached prefix: nothing is copied.
@@ -164,18 +173,18 @@ class BlockTable:
             If the sequence is not empty, the blocks are too few or too many, or one is unknown or
             free. Nothing has changed then.
         """
-        if self._num_tokens:
-            raise ValueError(f"expected an empty sequence, got one of {self._num_tokens} tokens")
+        if self.num_tokens:
+            raise ValueError(f"expected an empty sequence, got one of {self.num_tokens} tokens")
         if len(block_ids) != blocks_needed(num_tokens, self.block_size):
             raise ValueError(f"expected the blocks of {num_tokens} tokens, got {len(block_ids)}")
         self.pool.retain(block_ids)
         self._ids.extend(block_ids)
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
 
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
         other = BlockTable(self.pool, self.block_size)
-        other.adopt(self._ids, self._num_tokens)
+        other.adopt(self._ids, self.num_tokens)
         return other
 
     def truncate(self, num_tokens: int) -> None:
@@ -191,26 +200,25 @@ class BlockTable:
         ValueError
             If the sequence is not that long. Nothing has changed then.
         """
-        if not 0 <= num_tokens <= self._num_tokens:
-            raise ValueError(f"expected 0 to {self._num_tokens} tokens to keep, got {num_tokens}")
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"expected 0 to {self.num_tokens} tokens to keep, got {num_tokens}")
         kept = blocks_needed(num_tokens, self.block_size)
-        self.pool.release(self._ids[kept:])
+        self.pool.release(self._ids[kept:][::-1])  # so that the same come back in the same order
         del self._ids[kept:]
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
 
     def _has_shared_tail(self) -> bool:
         """Whether the next token goes into a block that others hold."""
-        partial = self._num_tokens % self.block_size > 0
+        partial = self.num_tokens % self.block_size > 0
         return partial and self.pool.reference_count(self._ids[-1]) > 1
 
-    def _missing_blocks(self, count: int) -> int:
-        """How many blocks `count` more tokens need."""
-        return blocks_needed(self._num_tokens + count, self.block_size) - len(self._ids)
-
-    def _grow(self, count: int) -> NDArray[np.int64]:
-        self._ids.extend(self.pool.allocate(self._missing_blocks(count)))
-        start, self._num_tokens = self._num_tokens, self._num_tokens + count
-        return self.slots(start)
+    def _grow(self, count: int) -> None:
+        """Append without looking at who holds the last block."""
+        end = self.num_tokens + count
+        if end > len(self._ids) * self.block_size:
+            new = blocks_needed(end, self.block_size) - len(self._ids)
+            self._ids.extend(self.pool.allocate(new))
+        self.num_tokens = end
 
 
 class Reservation(NamedTuple):
@@ -233,8 +241,9 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Res
     """Append to several sequences, all or nothing, with copy-on-write.
 
     A sequence whose last block is partly filled and has other holders gets a block of its own in
-    its place; if all holders are among the sequences, the last keeps the old one. An exception in
-    the body of the `with` statement undoes everything. The tables are not to be changed in there.
+    its place, also when all holders are among the sequences: an exception in the body of the `with`
+    statement undoes everything, and then the block must be as it was. The tables are not to be
+    changed in there.
 
     Parameters
     ----------
@@ -263,38 +272,41 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Res
     if len({id(table) for table in tables}) < len(tables):
         raise ValueError("expected distinct tables, got one twice")
     pool, block_size = tables[0].pool, tables[0].block_size
-    if any(table.pool is not pool or table.block_size != block_size for table in tables):
-        raise ValueError("expected tables of one pool and block size")
-    for count in counts:
-        if not isinstance(count, Integral) or count < 0:
-            raise ValueError(f"expected counts to be integers >= 0, got {count}")
-
-    forked, holders = [], Counter[int]()
+    needed = 0
+    forked: list[BlockTable] = []
     for table, count in zip(tables, counts, strict=True):
+        if table.pool is not pool or table.block_size != block_size:
+            raise ValueError("expected tables of one pool and block size")
+        if not isinstance(count, (int, np.integer)) or count < 0:
+            raise ValueError(f"expected counts to be integers >= 0, got {count}")
+        needed += table.missing_blocks(count)
         if count and table._has_shared_tail():
-            tail = table._ids[-1]
-            holders.setdefault(tail, pool.reference_count(tail))
-            if holders[tail] > 1:
-                forked.append(table)
-                holders[tail] -= 1
-    missing = [table._missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
-    needed = len(forked) + sum(missing)
+            forked.append(table)
     if needed > pool.num_free:
         raise OutOfBlocksError(f"expected {needed} free blocks, {pool.num_free} are left")
 
     lengths = [table.num_tokens for table in tables]
     tails = [table._ids[-1] for table in forked]
-    copies = list(zip(tails, pool.allocate(len(forked)), strict=True))
-    for table, (_, own) in zip(forked, copies, strict=True):
-        table._ids[-1] = own
-    slots = [table._grow(count) for table, count in zip(tables, counts, strict=True)]
+    own: list[int] = []
     try:
-        yield Reservation(np.concatenate(slots), copies)
+        own += pool.allocate(len(forked))
+        for table, block in zip(forked, own, strict=True):
+            table._ids[-1] = block
+        slots: list[int] = []
+        for table, count in zip(tables, counts, strict=True):
+            start = table.num_tokens
+            table._grow(count)
+            if count == 1:  # most of them; an array each would take longer than all the rest
+                slots.append(table._ids[-1] * block_size + start % block_size)
+            else:
+                slots += table.slots(start).tolist()
+        copies = list(zip(tails, own, strict=True))
+        yield Reservation(np.array(slots, dtype=np.int64), copies)
+        pool.release(tails)
     except BaseException:
-        for table, length in zip(tables, lengths, strict=True):
+        for table, length in reversed(list(zip(tables, lengths, strict=True))):
             table.truncate(length)
         for table, tail in zip(forked, tails, strict=True):
             table._ids[-1] = tail
-        pool.release([own for _, own in copies])
+        pool.release(own[::-1])
         raise
-    pool.release(tails)

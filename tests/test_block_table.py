@@ -51,6 +51,45 @@ def test_a_fork_holds_the_same_blocks():
     assert pool.num_free == 8
 
 
+def test_adopted_blocks_are_shared_and_the_last_may_be_partly_used():
+    pool = BlockPool(8)
+    cached = pool.allocate(3)
+    table = BlockTable(pool, 4)
+    table.adopt(cached, 10)
+    assert (table.num_tokens, table.slots(8).tolist()) == (10, [8, 9])
+    assert [pool.reference_count(block) for block in cached] == [2, 2, 2]
+    assert [table.missing_blocks(count) for count in (0, 1, 2, 3, 7)] == [0, 1, 1, 2, 3]
+    table.truncate(0)
+    assert [pool.reference_count(block) for block in cached] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_tokens", "message"),
+    [
+        ([0], 5, "expected the blocks of 5 tokens, got 1"),
+        ([0, 1], 4, "expected the blocks of 4 tokens, got 2"),
+        ([0, 5], 5, "block 5 to have at least 1 holders, got 0"),
+        ([0, 99], 5, "got 99"),
+    ],
+)
+def test_blocks_that_cannot_be_adopted(blocks, num_tokens, message):
+    pool = BlockPool(8)
+    pool.allocate(2)
+    table = BlockTable(pool, 4)
+    with pytest.raises(ValueError, match=message):
+        table.adopt(blocks, num_tokens)
+    assert (table.num_tokens, table.block_ids.tolist()) == (0, [])
+    assert pool.reference_count(0) == 1
+
+
+def test_only_an_empty_sequence_adopts():
+    pool = BlockPool(8)
+    table = BlockTable(pool, 4)
+    table.append(2)
+    with pytest.raises(ValueError, match="an empty sequence, got one of 2 tokens"):
+        table.adopt([0], 3)
+
+
 def test_truncate_gives_back_the_blocks_past_the_end():
     pool = BlockPool(8)
     table = BlockTable(pool, 4)
@@ -59,7 +98,7 @@ def test_truncate_gives_back_the_blocks_past_the_end():
     assert (table.num_tokens, table.block_ids.tolist(), pool.num_free) == (9, [0, 1, 2], 5)
     table.truncate(4)
     assert (table.num_tokens, table.block_ids.tolist(), pool.num_free) == (4, [0], 7)
-    assert table.append(2).tolist() == [8, 9]  # the block given back last comes first
+    assert table.append(2).tolist() == [4, 5]  # the same block comes back
 
 
 def test_a_shared_partial_block_is_not_written():
