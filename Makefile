@@ -17,7 +17,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish serve table adr noise record screenshot test lint types unit format clean
+.PHONY: help bench prove publish serve table adr noise record screenshot test lint types unit soak example format clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headline"
@@ -30,6 +30,8 @@ help:
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results into README and docs, print the table"
 	@echo "make screenshot  take the README's picture of the site"
+	@echo "make soak        100,000 requests through the scheduler in a tight budget"
+	@echo "make example     replay a request trace, plot block usage"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make clean       remove environments, caches and built pages; results stay"
 
@@ -100,6 +102,13 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+soak: $(READY)
+	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler.py -k soak
+
+example: $(READY)
+	@mkdir -p .asv
+	$(BIN)/python examples/replay_trace.py --plot .asv/usage.png
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

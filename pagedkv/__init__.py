@@ -18,6 +18,8 @@ from pagedkv.errors import (
 from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
 from pagedkv.kv_cache import MemoryUsage, PagedKVCache
 from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
+from pagedkv.scheduler import ScheduledStep, Scheduler
+from pagedkv.stats import Stats, render_prometheus
 from pagedkv.step import DecodeBatch, SlotMapping, Step
 
 __version__ = "0.1.0"
@@ -37,8 +39,11 @@ __all__ = [
     "RadixNode",
     "RadixTree",
     "Reservation",
+    "ScheduledStep",
+    "Scheduler",
     "SharedBlockError",
     "SlotMapping",
+    "Stats",
     "Step",
     "UnsupportedPathError",
     "__version__",
@@ -49,5 +54,6 @@ __all__ = [
     "gather_blocks",
     "gather_rows",
     "paged_attention",
+    "render_prometheus",
     "reserve",
 ]

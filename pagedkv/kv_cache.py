@@ -179,8 +179,7 @@ class PagedKVCache:
                 ),
                 reserved.copies,
             )
-            if step.copies:
-                self._copy_blocks(step.copies)
+            self.copy_blocks(step.copies)
             yield step
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
@@ -241,14 +240,37 @@ class PagedKVCache:
         self.keys[layer], self.values[layer] = written
         self._written[layer] = True
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        sources, targets = (mx.array(ids) for ids in zip(*copies, strict=True))
-        blocks = [[pool[sources] for pool in pools] for pools in (self.keys, self.values)]
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks in every layer, in place; `extend` does it by itself.
+
+        Waits for what is in flight: a block is copied when a fork first writes, which is seldom.
+
+        Parameters
+        ----------
+        copies : sequence of (int, int)
+            From which block id, to which; the latter each once and not among the former.
+
+        Raises
+        ------
+        ValueError
+            If an id is not in the pool, or is written twice or both read and written. Nothing has
+            changed then.
+        """
+        if not copies:
+            return
+        sources, targets = zip(*copies, strict=True)
+        for block in (*sources, *targets):
+            if not 0 <= block < self.pool.num_blocks:
+                raise ValueError(f"expected block ids in [0, {self.pool.num_blocks}), got {block}")
+        if len(set(targets)) < len(targets) or set(targets) & set(sources):
+            raise ValueError(f"expected each target once and no source among them, got {copies}")
+        blocks = [[pool[mx.array(sources)] for pool in pools] for pools in (self.keys, self.values)]
         # A reader that has not run would make MLX copy the pool.
         mx.eval(blocks)
         self._wait()
+        to = mx.array(targets)
         for pools, copied in zip((self.keys, self.values), blocks, strict=True):
-            pools[:] = [_scatter(p, targets, b) for p, b in zip(pools, copied, strict=True)]
+            pools[:] = [_scatter(p, to, b) for p, b in zip(pools, copied, strict=True)]
 
     def _wait(self) -> None:
         """Wait for what is in flight, so that it holds no pool."""

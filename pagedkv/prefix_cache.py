@@ -132,7 +132,7 @@ class RadixTree:
     def insert(
         self,
         tokens: Sequence[int] | NDArray[np.integer],
-        blocks: Sequence[int],
+        blocks: Sequence[int] | NDArray[np.integer],
         namespace: Hashable = None,
     ) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
@@ -227,9 +227,11 @@ class RadixTree:
             node.queued = False
             if node.children or node.locks:
                 continue  # comes back when that has changed
-            if node.used == used:
-                freed += self._trim(node, num_blocks - freed)
-            self._wait(node if node.blocks else node.parent)
+            try:
+                if node.used == used:
+                    freed += self._trim(node, num_blocks - freed)
+            finally:
+                self._wait(node if node.blocks else node.parent)
         return freed
 
     def check_invariants(self) -> None:
@@ -325,13 +327,12 @@ class RadixTree:
         """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
         assert node.parent is not None
         kept = max(len(node.blocks) - wanted, 0)
+        free = self.pool.num_free
+        self.pool.release(node.blocks[kept:])
         if kept == 0:
             del node.parent.children[node.key[: self._width]]
             if isinstance(node.parent, _Root) and not node.parent.children:
                 del self._roots[node.parent.namespace]
-        dropped = node.blocks[kept:]
+        self._num_blocks -= len(node.blocks) - kept
         node.blocks, node.key = node.blocks[:kept], node.key[: kept * self._width]
-        self._num_blocks -= len(dropped)
-        free = self.pool.num_free
-        self.pool.release(dropped)
         return self.pool.num_free - free

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOST_ONLY = {"errors", "block_pool", "block_table", "prefix_cache", "scheduler"}
+HOST_ONLY = {"errors", "block_pool", "block_table", "prefix_cache", "scheduler", "stats"}
 # What each module of the package may import of the package.
 MAY_IMPORT = {
     "errors": set(),
     "block_pool": {"errors"},
     "block_table": {"block_pool", "errors"},
     "prefix_cache": {"block_pool"},
+    "scheduler": {"block_pool", "block_table", "errors", "prefix_cache", "stats"},
+    "stats": set(),
     "step": {"block_table"},
     "kv_cache": {"block_pool", "block_table", "step"},
     "gather": {"step"},

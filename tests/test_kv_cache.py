@@ -287,6 +287,35 @@ def test_a_shared_partial_block_is_copied_alone_and_once():
     assert (step.copies, parent.block_ids.tolist()) == ([], [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("copies", "message"),
+    [
+        ([(0, 6)], r"block ids in \[0, 6\), got 6"),
+        ([(-1, 2)], r"block ids in \[0, 6\), got -1"),
+        ([(0, 2), (1, 2)], "each target once"),
+        ([(0, 1), (1, 2)], "no source among them"),
+    ],
+)
+def test_copies_refused(copies, message):
+    rng = np.random.default_rng(18)
+    paged = cache()
+    extend(paged, rng, [paged.new_table()], [20])
+    before = contents(paged)
+    with pytest.raises(ValueError, match=message):
+        paged.copy_blocks(copies)
+    assert all(np.array_equal(a, b) for a, b in zip(before, contents(paged), strict=True))
+
+
+def test_copies_of_blocks():
+    rng = np.random.default_rng(19)
+    paged = cache()
+    extend(paged, rng, [paged.new_table()], [20])
+    before = contents(paged)
+    paged.copy_blocks([(3, 5), (3, 0), (1, 2)])
+    for old, new in zip(before, contents(paged), strict=True):
+        assert np.array_equal(new, old[[3, 1, 1, 3, 4, 3]])
+
+
 def test_holders_written_together_each_get_a_copy():
     rng = np.random.default_rng(7)
     paged = cache()
