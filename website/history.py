@@ -30,6 +30,7 @@ HISTORY = (
     "prefill.Write.",
     "prefix_cache.Insert.",
     "prefix_cache.Match.",
+    "scheduler.Decode.",
 )
 NOISE = ("overhead.", "decode.Auto.", "decode.Contiguous.")
 
