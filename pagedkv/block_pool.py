@@ -50,7 +50,8 @@ class BlockPool:
         ValueError
             If the pool has no such block.
         """
-        self._check_id(block_id)
+        if not 0 <= block_id < len(self._counts):
+            self._check_id(block_id)
         return self._counts[block_id]
 
     def allocate(self, count: int) -> list[int]:

@@ -120,9 +120,9 @@ class BlockTable:
 
         One of them is for the copy of a partly filled last block, if others hold it.
         """
-        offset = self.num_tokens % self.block_size
-        new = -(-(offset + count) // self.block_size) - (offset > 0)
-        return new + (count > 0 and self._has_shared_tail())
+        if count and self._has_shared_tail():
+            return self._new_blocks(count) + 1
+        return self._new_blocks(count)
 
     def append(self, count: int = 1) -> NDArray[np.int64]:
         """Make room for tokens at the end, with blocks from the pool as needed.
@@ -209,16 +209,20 @@ class BlockTable:
 
     def _has_shared_tail(self) -> bool:
         """Whether the next token goes into a block that others hold."""
-        partial = self.num_tokens % self.block_size > 0
-        return partial and self.pool.reference_count(self._ids[-1]) > 1
+        if self.num_tokens % self.block_size == 0:
+            return False
+        return self.pool.reference_count(self._ids[-1]) > 1
+
+    def _new_blocks(self, count: int) -> int:
+        """How many blocks `count` more tokens need beside those that are there."""
+        space = len(self._ids) * self.block_size - self.num_tokens
+        return 0 if count <= space else -((space - count) // self.block_size)
 
     def _grow(self, count: int) -> None:
         """Append without looking at who holds the last block."""
-        end = self.num_tokens + count
-        if end > len(self._ids) * self.block_size:
-            new = blocks_needed(end, self.block_size) - len(self._ids)
+        if new := self._new_blocks(count):
             self._ids.extend(self.pool.allocate(new))
-        self.num_tokens = end
+        self.num_tokens += count
 
 
 class Reservation(NamedTuple):
@@ -279,9 +283,10 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Res
             raise ValueError("expected tables of one pool and block size")
         if not isinstance(count, (int, np.integer)) or count < 0:
             raise ValueError(f"expected counts to be integers >= 0, got {count}")
-        needed += table.missing_blocks(count)
+        needed += table._new_blocks(count)
         if count and table._has_shared_tail():
             forked.append(table)
+    needed += len(forked)
     if needed > pool.num_free:
         raise OutOfBlocksError(f"expected {needed} free blocks, {pool.num_free} are left")
 

@@ -7,7 +7,6 @@ from array import array
 from bisect import insort
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,8 @@ from pagedkv.block_table import BlockTable, blocks_needed, reserve
 from pagedkv.errors import PagedKVError
 from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
 from pagedkv.stats import Stats
+
+_SMALLEST, _LARGEST = -(2**31), 2**31 - 1  # token ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,7 @@ class Scheduler:
         ids = np.asarray(prompt)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise ValueError("expected a prompt of at least one integer token")
-        if ids.min() < -(2**31) or ids.max() >= 2**31:
+        if ids.min() < _SMALLEST or ids.max() > _LARGEST:
             raise ValueError("expected token ids to fit in 32 bits")
         if max_new_tokens < 1 or priority < 0:
             raise ValueError(
@@ -415,7 +416,7 @@ class Scheduler:
         for sequence in self._running.copy():
             if not budget or sequence.node is None:
                 break  # out of tokens; or preempted, like all after it
-            count = min(sequence.missing, budget)
+            count = min(len(sequence.tokens) - sequence.table.num_tokens, budget)
             needed = sequence.table.missing_blocks(count)
             while needed and (short := planned + needed - self.pool.num_free) > 0:
                 if self._evict(short) < short:
@@ -562,6 +563,6 @@ class Scheduler:
 
 def _token(value: int) -> int:
     """Return a token id, refusing what is not a 32-bit integer."""
-    if not isinstance(value, Integral) or not -(2**31) <= value < 2**31:
+    if not isinstance(value, (int, np.integer)) or not _SMALLEST <= value <= _LARGEST:
         raise ValueError(f"expected a 32-bit token id, got {value!r}")
     return int(value)
