@@ -176,7 +176,7 @@ class _Pipelined:
     """Decode steps one ahead of each other (`mx.async_eval`), that append over ones that do not."""
 
     version = "1"
-    params = [[1, 4], [1024], [32]]
+    params = [[1], [1024], [32]]
     param_names = PARAM_NAMES
     unit = "x without append"
     timeout = 600

@@ -115,6 +115,7 @@ class IndexBytes(_Tree):
     unit = "bytes/token"
 
     def setup(self, tokens):
+        _tree(10_000, _pool(10_000))  # what the first use of anything allocates is not the tree's
         self.pool = _pool(tokens)
 
     def track_bytes(self, tokens):

@@ -1,5 +1,6 @@
 """Running the history, tables of results, and the offline page; no benchmark runs here."""
 
+import importlib
 import json
 import math
 import re
@@ -45,6 +46,26 @@ def test_benchmarks_with_other_parameters_are_whole_in_both_grids(grid):
     _, pattern = history.selection(PLAIN, grid)
     assert re.search(pattern, PLAIN["name"])
     assert not re.search(pattern, PLAIN["name"] + "_more")
+
+
+def test_the_quick_grid_keeps_to_the_headline_at_old_commits_and_leaves_settled_questions():
+    names = ["append.Auto.time_append", "decode.Auto.time_decode", "decode.Slabs.ratio_x"]
+    assert history.in_quick_run(names, is_head=True) == names[:2]
+    assert history.in_quick_run(names, is_head=False) == names[:1]
+
+
+def test_a_quick_run_starts_asv_once_for_a_module():
+    names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
+    assert history.in_one_run(names, "quick") == [names[:2], names[2:]]
+    assert history.in_one_run(names, "full") == [[name] for name in names]
+    assert history.in_one_run([], "quick") == []
+
+
+@pytest.mark.parametrize("names", [history.HISTORY, history.SETTLED])
+def test_benchmarks_that_runs_name_exist(names):
+    for name in names:
+        module, cls, _ = name.split(".")
+        assert hasattr(importlib.import_module(f"benchmarks.{module}"), cls)
 
 
 NAN = math.nan

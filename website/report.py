@@ -216,18 +216,22 @@ def mark_headline(machine):
     return as_markdown(*headline(machine, recorded_commits(machine)))
 
 
-def mark_series(machine, benchmark, commits=None, params=None):
-    """Write the cells of one benchmark, times in ms, at `commits` or at all recorded ones."""
-    commits = commits.split(",") if commits else recorded_commits(machine)
+def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
+    """Write the cells of one benchmark, times in ms or us, at `commits` or all that have any."""
+    tables = {
+        commit: load(machine, commit).get(benchmark, {})
+        for commit in (commits.split(",") if commits else recorded_commits(machine))
+    }
+    if not commits:
+        tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
     params = params.split(",") if params else PARAM_NAMES
-    tables = [load(machine, commit).get(benchmark, {}) for commit in commits]
-    factor = 1000 if ".time_" in benchmark else 1
+    factor = {"ms": 1e3, "us": 1e6}[unit] if ".time_" in benchmark else 1
     rows = [
-        [*cell, *(table.get(cell, MISSING).show(factor, interval=True) for table in tables)]
-        for cell in sorted({*itertools.chain(*tables)}, key=lambda cell: [int(x) for x in cell])
-        if any(table.get(cell, MISSING).known for table in tables)
+        [*cell, *(t.get(cell, MISSING).show(factor, interval=True) for t in tables.values())]
+        for cell in sorted({*itertools.chain(*tables.values())}, key=lambda c: [int(x) for x in c])
+        if any(table.get(cell, MISSING).known for table in tables.values())
     ]
-    return as_markdown([*params, *map(commit_label, commits)], rows)
+    return as_markdown([*params, *map(commit_label, tables)], rows)
 
 
 def mark_layouts(machine, commit):
