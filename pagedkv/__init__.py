@@ -1,10 +1,10 @@
 """Paged KV cache for MLX."""
 
 from pagedkv.attention import (
-    DECODE_PATHS,
-    DecodePath,
+    Explanation,
     contiguous_attention,
     decode_attention,
+    explain,
     paged_attention,
 )
 from pagedkv.block_pool import BlockPool
@@ -17,6 +17,7 @@ from pagedkv.errors import (
 )
 from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
 from pagedkv.kv_cache import MemoryUsage, PagedKVCache
+from pagedkv.paths import DECODE_PATHS, DecodePath
 from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
 from pagedkv.scheduler import ScheduledStep, Scheduler
 from pagedkv.stats import Stats, render_prometheus
@@ -30,6 +31,7 @@ __all__ = [
     "BlockTable",
     "DecodeBatch",
     "DecodePath",
+    "Explanation",
     "Layout",
     "MemoryUsage",
     "OutOfBlocksError",
@@ -51,6 +53,7 @@ __all__ = [
     "blocks_needed",
     "contiguous_attention",
     "decode_attention",
+    "explain",
     "gather_blocks",
     "gather_rows",
     "paged_attention",

@@ -7,16 +7,21 @@ M blocks of the longest table, L context length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 
 from pagedkv.errors import UnsupportedPathError
-from pagedkv.gather import Layout, check_pool, check_rank, take_blocks, take_rows
+from pagedkv.gather import Layout, check_pool, check_rank
 from pagedkv.kv_cache import DTYPES
+from pagedkv.paths import DECODE_PATHS, Call, choose, refusal
+from pagedkv.scores import PLAIN, Scores
 from pagedkv.step import DecodeBatch
+
+FORCE = "PAGEDKV_DECODE_PATH"  # environment variable: what "auto" is
 
 
 def contiguous_attention(
@@ -54,28 +59,6 @@ def contiguous_attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
-@dataclass(frozen=True)
-class DecodePath:
-    """One way to attend over a pool.
-
-    Attributes
-    ----------
-    layout : Layout
-        The pool layout it reads.
-    attend : callable
-        (queries, keys, values, batch, scale) -> output, arguments already checked.
-    supports : callable
-        (device, dtype, head_dim) -> whether it can run.
-    causal : bool
-        Whether it takes several query tokens a sequence, each seeing those before it.
-    """
-
-    layout: Layout
-    attend: Callable[[mx.array, mx.array, mx.array, DecodeBatch, float], mx.array]
-    supports: Callable[[mx.Device, mx.Dtype, int], bool]
-    causal: bool = False
-
-
 def decode_attention(
     queries: mx.array,
     keys: mx.array,
@@ -84,6 +67,10 @@ def decode_attention(
     *,
     scale: float,
     path: str = "auto",
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    alibi_slopes: mx.array | None = None,
 ) -> mx.array:
     """Attend with one query token a sequence over the blocks that its table names.
 
@@ -99,7 +86,16 @@ def decode_attention(
     scale : float
         Factor on the scores, usually D ** -0.5.
     path : str
-        A key of `DECODE_PATHS`, or ``"auto"`` for what the package chooses.
+        A key of `DECODE_PATHS`, or ``"auto"`` for what the package chooses; `explain` tells what
+        that is, and the environment variable PAGEDKV_DECODE_PATH replaces it.
+    window : int, optional
+        See at most so many tokens, a query's own the last of them.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``.
+    sinks : mx.array, optional
+        A logit for each query head that joins the softmax without a value, shape [Hq].
+    alibi_slopes : mx.array, optional
+        What a score loses for every token of distance, by query head, shape [Hq].
 
     Returns
     -------
@@ -109,12 +105,14 @@ def decode_attention(
     Raises
     ------
     ValueError
-        If the path is unknown, shapes or dtypes do not fit together, or `scale` is not finite.
+        If the path is unknown, shapes or dtypes do not fit together, `scale` is not finite, or an
+        option is malformed.
     UnsupportedPathError
-        If the path cannot run this dtype or head dim on the default device.
+        If the path cannot run this dtype, shape or option on the default device.
     """
-    _check_one_token(queries)
-    return _attend(queries, keys, values, batch, scale, path)
+    scores = _scores(window, softcap, sinks, alibi_slopes)
+    attend, plan = _prepared(queries, keys, values, batch, scale, path, scores, one=True)
+    return attend(queries, keys, values, plan, scores)
 
 
 def paged_attention(
@@ -125,6 +123,10 @@ def paged_attention(
     *,
     scale: float,
     path: str = "auto",
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    alibi_slopes: mx.array | None = None,
 ) -> mx.array:
     """Attend with the last Q tokens of each sequence, causally: a prefill chunk, a verification.
 
@@ -133,7 +135,7 @@ def paged_attention(
     queries : mx.array
         Shape [B, Hq, Q, D]; query i is the token at position context length - Q + i and sees the
         positions up to its own. K and V of all Q tokens are in the pools.
-    keys, values, batch, scale, path
+    keys, values, batch, scale, path, window, softcap, sinks, alibi_slopes
         As for `decode_attention`, which is the same for Q = 1.
 
     Returns
@@ -146,149 +148,176 @@ def paged_attention(
     ValueError
         As `decode_attention`, and if a context is shorter than Q.
     UnsupportedPathError
-        If the path cannot run this dtype, head dim or Q on the default device.
+        If the path cannot run this dtype, shape, Q or option on the default device.
     """
-    return _attend(queries, keys, values, batch, scale, path)
+    scores = _scores(window, softcap, sinks, alibi_slopes)
+    attend, plan = _prepared(queries, keys, values, batch, scale, path, scores)
+    return attend(queries, keys, values, plan, scores)
 
 
-def _attend(
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run.
+
+    Attributes
+    ----------
+    path : str
+        The key of `DECODE_PATHS`.
+    because : str
+        Who chose it: the argument, the environment, or the package.
+    refused : dict of str to str
+        Why each of the other paths could not run it, if it could not.
+    launches : int or None
+        Kernels a layer, of the fused path.
+    items : int or None
+        Work items that the contexts are cut into, of the fused path.
+    """
+
+    path: str
+    because: str
+    refused: dict[str, str]
+    launches: int | None = None
+    items: int | None = None
+
+
+def explain(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    batch: DecodeBatch,
+    *,
+    scale: float,
+    path: str = "auto",
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    alibi_slopes: mx.array | None = None,
+) -> Explanation:
+    """Tell what `paged_attention` would run with these arguments, without running it.
+
+    Parameters
+    ----------
+    queries, keys, values, batch, scale, path, window, softcap, sinks, alibi_slopes
+        As for `paged_attention`.
+
+    Returns
+    -------
+    Explanation
+        The path, who chose it, and what the others lack.
+
+    Raises
+    ------
+    ValueError, UnsupportedPathError
+        As `paged_attention`.
+    """
+    scores = _scores(window, softcap, sinks, alibi_slopes)
+    name = _check(queries, keys, values, batch, scale, path, scores)
+    if path != "auto":
+        because = "asked for by name"
+    elif os.environ.get(FORCE):
+        because = f"{FORCE}={os.environ[FORCE]}"
+    else:
+        because = "the package's choice"
+    call = _call(queries, keys, batch, scores)
+    reasons = {other: refusal(other, call) for other in DECODE_PATHS if other != name}
+    refused = {other: reason for other, reason in reasons.items() if reason}
+    if name != "fused":
+        return Explanation(name, because, refused)
+    plan = DECODE_PATHS[name].prepare(batch, call, scale, scores)
+    return Explanation(name, because, refused, plan.launches, plan.items)
+
+
+def _call(queries: mx.array, keys: mx.array, batch: DecodeBatch, scores: Scores) -> Call:
+    return Call(
+        device=mx.default_device(),
+        tokens=len(batch.lens) * batch.longest,
+        queries=queries.shape,
+        keys=keys.shape,
+        dtype=queries.dtype,
+        options=scores.used(),
+    )
+
+
+def _scores(
+    window: int | None,
+    softcap: float | None,
+    sinks: mx.array | None,
+    alibi_slopes: mx.array | None,
+) -> Scores:
+    if window is None and softcap is None and sinks is None and alibi_slopes is None:
+        return PLAIN
+    return Scores(window, softcap, sinks, alibi_slopes)
+
+
+def _prepared(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     batch: DecodeBatch,
     scale: float,
     path: str,
-) -> mx.array:
-    """Check everything, choose, attend."""
-    if path != "auto" and path not in DECODE_PATHS:
-        known = ", ".join(["auto", *DECODE_PATHS])
-        raise ValueError(f"expected path to be one of {known}, got {path!r}")
-    device = mx.default_device()
-    tokens = batch.block_tables.shape[0] * batch.longest
-    name = _choose(device, tokens, queries.shape[2]) if path == "auto" else path
-    chosen = DECODE_PATHS[name]
-    _, _, kv_heads, head_dim = check_pool("keys", keys, batch, chosen.layout)
-    _check_queries(queries, keys, values, kv_heads=kv_heads, head_dim=head_dim)
-    _check_scale(scale)
-    if queries.shape[0] != batch.context_lens.shape[0]:
-        raise ValueError(
-            f"expected queries of batch {batch.context_lens.shape[0]}, got {queries.shape[0]}"
-        )
-    query_len = queries.shape[2]
-    if not 1 <= query_len <= batch.shortest:
-        raise ValueError(
-            f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
-        )
-    if not chosen.supports(device, queries.dtype, head_dim):
-        raise UnsupportedPathError(
-            f"path {name!r} does not support {queries.dtype} with head dim {head_dim} on {device}"
-        )
-    if query_len > 1 and not chosen.causal:
-        raise UnsupportedPathError(f"path {name!r} takes one query token, got {query_len}")
-    return chosen.attend(queries, keys, values, batch, scale)
+    scores: Scores,
+    *,
+    one: bool = False,
+) -> tuple[Callable[..., mx.array], Any]:
+    """Return how to attend, and its plan, everything checked: once a step for calls of a kind."""
+    kind = (
+        path,
+        scale,
+        queries.shape,
+        keys.shape,
+        values.shape,
+        queries.dtype,
+        keys.dtype,
+        values.dtype,
+        mx.default_device().type,
+        None if scores is PLAIN else scores.kind(),
+        one,
+    )
+    prepared = batch.plans.get(kind)
+    if prepared is None:
+        if one:
+            _check_one_token(queries)
+        chosen = DECODE_PATHS[_check(queries, keys, values, batch, scale, path, scores)]
+        call = _call(queries, keys, batch, scores)
+        prepared = chosen.attend, chosen.prepare(batch, call, scale, scores)
+        batch.plans[kind] = prepared
+    return prepared
 
 
-def _gather_then_sdpa(
+def _check(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     batch: DecodeBatch,
     scale: float,
-    layout: Layout,
-) -> mx.array:
-    keys, values = take_blocks(keys, batch, layout), take_blocks(values, batch, layout)
-    if batch.mask is not None:
-        # A weight of zero does not silence a stale NaN, so positions past the context are zeroed.
-        keep = batch.mask.swapaxes(2, 3)
-        zero = mx.zeros((), dtype=keys.dtype)
-        keys, values = mx.where(keep, keys, zero), mx.where(keep, values, zero)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=batch.mask)
-
-
-def _gather_block_major(
-    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
-) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, batch, scale, Layout.BLOCK_MAJOR)
-
-
-def _gather_head_major(
-    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
-) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, batch, scale, Layout.HEAD_MAJOR)
-
-
-def _gather_rows(
-    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
-) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(
-        queries,
-        take_rows(keys, batch),
-        take_rows(values, batch),
-        scale=scale,
-        mask=batch.causal_mask(queries.shape[2]),
-    )
-
-
-def _gather_rows_grouped(
-    queries: mx.array, keys: mx.array, values: mx.array, batch: DecodeBatch, scale: float
-) -> mx.array:
-    """All query heads of a KV head in one matrix product; K and V are read once for them."""
-    rows, heads, query_len, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    grouped = (queries * scale).reshape(rows, kv_heads, -1, head_dim)  # [B, Hkv, G * Q, D]
-    scores = grouped @ take_rows(keys, batch).swapaxes(2, 3)
-    mask = batch.causal_mask(query_len)
-    if mask is not None:
-        by_query = scores.reshape(rows, kv_heads, -1, query_len, scores.shape[-1])
-        masked = mx.where(mask[:, :, None], by_query, mx.array(-mx.inf, scores.dtype))
-        scores = masked.reshape(scores.shape)
-    out = mx.softmax(scores, axis=-1, precise=True) @ take_rows(values, batch)
-    return out.reshape(rows, heads, query_len, head_dim)
-
-
-def _sdpa_supports(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
-    return dtype in DTYPES  # MLX falls back to an unfused graph for any head dim
-
-
-DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
-    {
-        "gather_block_major": DecodePath(Layout.BLOCK_MAJOR, _gather_block_major, _sdpa_supports),
-        "gather_head_major": DecodePath(Layout.HEAD_MAJOR, _gather_head_major, _sdpa_supports),
-        "gather_rows": DecodePath(Layout.BLOCK_MAJOR, _gather_rows, _sdpa_supports, causal=True),
-        "gather_rows_grouped": DecodePath(
-            Layout.BLOCK_MAJOR, _gather_rows_grouped, _sdpa_supports, causal=True
-        ),
-    }
-)
-"""Every decode path by name."""
-
-
-# What "auto" is: by kind of device, up to so many tokens in the batch, which path. The order of the
-# paths was the same for every dtype measured.
-_AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
-    {
-        # MLX's SDPA is an unfused graph here. Times over contiguous SDPA, 128 to 4096 tokens, batch
-        # 1 and 4 (linux-2core-xeon, MLX 0.32.4), rows and grouped: float16 1.06-1.18 and 0.52-0.64,
-        # bfloat16 1.15-1.33 and 0.81-0.96, float32 1.3-1.9 and 1.4-1.8. Block-major: 1.9 to 12.
-        "cpu": ((math.inf, "gather_rows_grouped"),),
-        # H100, float16, MLX 0.32.4, microseconds a layer, block-major and rows: 47 and 59 at one
-        # sequence of 1024 tokens, 121 and 116 at 4096, 787 and 660 at 32768; 3484 and 2585 at four.
-        "cuda": ((1024, "gather_block_major"), (math.inf, "gather_rows")),
-        # Not measured. SDPA copies strided K/V, so the gather that it can read is the better guess.
-        "metal": ((math.inf, "gather_rows"),),
-    }
-)
-
-
-def _choose(device: mx.Device, tokens: int, query_len: int) -> str:
-    """Return the name of the path behind ``"auto"``."""
-    gpu = "metal" if mx.metal.is_available() else "cuda"
-    table = _AUTO["cpu" if device.type == mx.cpu else gpu]
-    return next(
-        name
-        for limit, name in table
-        if tokens <= limit and (query_len == 1 or DECODE_PATHS[name].causal)
-    )
+    path: str,
+    scores: Scores,
+) -> str:
+    """Check everything and choose; nothing has been computed when this raises."""
+    if path == "auto":
+        path = os.environ.get(FORCE) or "auto"
+    if path != "auto" and path not in DECODE_PATHS:
+        known = ", ".join(["auto", *DECODE_PATHS])
+        raise ValueError(f"expected path to be one of {known}, got {path!r}")
+    layout = Layout.BLOCK_MAJOR if path == "auto" else DECODE_PATHS[path].layout
+    _, _, kv_heads, head_dim = check_pool("keys", keys, batch, layout)
+    _check_queries(queries, keys, values, kv_heads=kv_heads, head_dim=head_dim)
+    _check_scale(scale)
+    scores.check(queries.shape[1])
+    if queries.shape[0] != len(batch.lens):
+        raise ValueError(f"expected queries of batch {len(batch.lens)}, got {queries.shape[0]}")
+    query_len = queries.shape[2]
+    if not 1 <= query_len <= batch.shortest:
+        raise ValueError(
+            f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
+        )
+    call = _call(queries, keys, batch, scores)
+    name = choose(call) if path == "auto" else path
+    reason = refusal(name, call)
+    if reason:
+        raise UnsupportedPathError(f"path {name!r} {reason}")
+    return name
 
 
 def _check_one_token(queries: mx.array) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,8 +34,10 @@ class DecodeBatch:
         S, tokens in a block.
     num_blocks : int
         N, blocks in the pool that the ids index.
-    shortest, longest : int
-        The smallest and the largest context length, in tokens.
+    lens : ndarray
+        The context lengths on the host, shape [B], int64.
+    plans : dict
+        What attention has found out about this step and need not do again for every layer.
     """
 
     block_tables: mx.array
@@ -41,10 +45,12 @@ class DecodeBatch:
     mask: mx.array | None
     block_size: int
     num_blocks: int
-    shortest: int
-    longest: int
+    lens: NDArray[np.int64]
+    plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
     _rows: dict[int, mx.array] = field(default_factory=dict, init=False, repr=False)
-    _masks: dict[int, mx.array] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[tuple[int, int | None], mx.array] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def from_tables(
@@ -127,9 +133,18 @@ class DecodeBatch:
             mask=mask,
             block_size=block_size,
             num_blocks=num_blocks,
-            shortest=int(lens.min()),
-            longest=int(lens.max()),
+            lens=lens,
         )
+
+    @cached_property
+    def shortest(self) -> int:
+        """The smallest context length, in tokens."""
+        return int(self.lens.min())
+
+    @cached_property
+    def longest(self) -> int:
+        """The largest context length, in tokens."""
+        return int(self.lens.max())
 
     def rows(self, kv_heads: int) -> mx.array:
         """Return where each position of each head lies in a block-major pool.
@@ -161,8 +176,8 @@ class DecodeBatch:
             self._rows[kv_heads] = slots[:, None, :] * kv_heads + heads
         return self._rows[kv_heads]
 
-    def causal_mask(self, query_len: int = 1) -> mx.array | None:
-        """Return which positions each of the last `query_len` tokens of a sequence may see.
+    def distances(self, query_len: int = 1) -> mx.array:
+        """Return how far each position lies behind each of the last `query_len` tokens.
 
         Parameters
         ----------
@@ -171,16 +186,38 @@ class DecodeBatch:
 
         Returns
         -------
+        mx.array
+            Position less the query's own, int32, shape [B, 1, 1, Q, `longest`]; positive where
+            the position comes after it.
+        """
+        own = self.context_lens[:, None] + (mx.arange(query_len) - query_len)
+        return mx.arange(self.longest) - own[:, None, None, :, None]
+
+    def causal_mask(self, query_len: int = 1, window: int | None = None) -> mx.array | None:
+        """Return which positions each of the last `query_len` tokens of a sequence may see.
+
+        Parameters
+        ----------
+        query_len : int
+            Q; query i is the token at position context length - Q + i.
+        window : int, optional
+            How many positions it may see at most, its own the last.
+
+        Returns
+        -------
         mx.array or None
             True where query i may see a position, bool, shape [B, 1, Q, `longest`]; None when it
             would be True everywhere.
         """
-        if query_len == 1 and self.shortest == self.longest:
+        everything = window is None or window >= self.longest
+        if query_len == 1 and everything and self.shortest == self.longest:
             return None
-        if query_len not in self._masks:
-            seen = self.context_lens[:, None] + (mx.arange(query_len) - (query_len - 1))
-            self._masks[query_len] = mx.arange(self.longest) < seen[:, None, :, None]
-        return self._masks[query_len]
+        key = (query_len, window)
+        if key not in self._masks:
+            behind = self.distances(query_len)[:, 0]
+            mask = behind <= 0
+            self._masks[key] = mask if window is None else mask & (behind > -window)
+        return self._masks[key]
 
 
 @dataclass(frozen=True, eq=False)

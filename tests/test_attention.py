@@ -17,15 +17,55 @@ from pagedkv import (
     UnsupportedPathError,
     contiguous_attention,
     decode_attention,
+    explain,
     paged_attention,
 )
+from pagedkv.paths import Call, choose
 
 README = Path(__file__).parents[1] / "README.md"
-PATHS = ["auto", *DECODE_PATHS]
-CAUSAL_PATHS = ["auto", *(name for name, path in DECODE_PATHS.items() if path.causal)]
+ON_CPU = mx.default_device().type == mx.cpu
+NEEDS_GPU = {"fused": "the kernel needs a GPU; tests/test_fused.py runs its text on the CPU"}
+
+
+def paths(names):
+    """Parameters for the tests: paths that cannot run here are skipped with the reason."""
+    return [
+        pytest.param(
+            name, marks=pytest.mark.skipif(ON_CPU and name in NEEDS_GPU, reason=NEEDS_GPU[name])
+        )
+        if name in NEEDS_GPU
+        else name
+        for name in names
+    ]
+
+
+CAUSAL = [name for name, path in DECODE_PATHS.items() if path.causal]
+PATHS = paths(["auto", *DECODE_PATHS])
+CAUSAL_PATHS = paths(["auto", *CAUSAL])
+OPTIONS = {
+    "window": {"window": 20},
+    "window of one": {"window": 1},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": np.linspace(-2.0, 3.0, 8)},
+    "alibi": {"alibi_slopes": 2.0 ** -np.arange(1.0, 9.0)},
+    "all": {
+        "window": 40,
+        "softcap": 5.0,
+        "sinks": np.linspace(3.0, -2.0, 8),
+        "alibi_slopes": 2.0 ** -np.arange(1.0, 9.0),
+    },
+}
 HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (6, 1)}
 # Relative error of one sequence's output; MLX's CPU graph keeps scores in the input dtype.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
+
+
+def on_device(options):
+    """Options with their arrays put on the device."""
+    return {
+        name: mx.array(value.astype(np.float32)) if isinstance(value, np.ndarray) else value
+        for name, value in options.items()
+    }
 
 
 def layout_of(path):
@@ -62,7 +102,7 @@ class Case:
             self.tables, self.lens, block_size=self.block_size, num_blocks=self.num_blocks
         )
 
-    def attend(self, path):
+    def attend(self, path, **options):
         layout = layout_of(path)
         attention = decode_attention if self.queries.shape[2] == 1 else paged_attention
         return attention(
@@ -72,11 +112,12 @@ class Case:
             self.batch(),
             scale=self.scale,
             path=path,
+            **on_device(options),
         )
 
-    def expected(self):
+    def expected(self, **options):
         arrays = (np.array(x.astype(mx.float32)) for x in (self.queries, self.keys, self.values))
-        return reference_attention(*arrays, self.tables, self.lens, self.scale)
+        return reference_attention(*arrays, self.tables, self.lens, self.scale, **options)
 
 
 def assert_close(out, expected, dtype):
@@ -135,8 +176,134 @@ def test_several_query_tokens_see_what_came_before_them(path, dtype, heads, lens
         assert_close(case.attend(path), case.expected(), dtype)
 
 
+@pytest.mark.parametrize("path", paths(["auto", "gather_rows_grouped", "fused"]))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, query_len, dtype, path):
+    case = Case([5, 33, 100], query_len=query_len, dtype=dtype)
+    poison(case)
+    assert_close(case.attend(path, **OPTIONS[name]), case.expected(**OPTIONS[name]), dtype)
+
+
+@pytest.mark.parametrize("name", ["window", "sinks"])
+def test_rows_know_what_sdpa_knows(name):
+    case = Case([5, 33, 100], query_len=2)
+    assert_close(
+        case.attend("gather_rows", **OPTIONS[name]), case.expected(**OPTIONS[name]), mx.float32
+    )
+
+
+@pytest.mark.parametrize("path", ["gather_block_major", "gather_rows"])
+def test_a_path_refuses_options_it_does_not_know(path):
+    with pytest.raises(UnsupportedPathError, match=f"{path}' does not know softcap"):
+        Case([20]).attend(path, softcap=1.0)
+
+
+BAD_OPTIONS = {
+    "window of none": ({"window": 0}, "window to be a positive int, got 0"),
+    "fractional window": ({"window": 1.5}, "window to be a positive int, got 1.5"),
+    "negative softcap": ({"softcap": -1.0}, "positive finite softcap, got -1.0"),
+    "sinks of another shape": ({"sinks": np.ones(7)}, r"sinks of shape \(8,\), got \(7,\)"),
+    "slopes in two dimensions": (
+        {"alibi_slopes": np.ones((8, 1))},
+        r"alibi_slopes of shape \(8,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name):
+    options, message = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        Case([20]).attend("auto", **options)
+
+
+def test_integer_sinks():
+    case = Case([20])
+    arguments = case.queries, case.keys, case.values, case.batch()
+    with pytest.raises(ValueError, match=r"sinks of a floating dtype, got .*int32"):
+        decode_attention(*arguments, scale=1.0, sinks=mx.zeros(8, dtype=mx.int32))
+
+
+def explained(path="auto", **changes):
+    case = Case([20, 33], **changes)
+    arguments = case.queries, case.keys, case.values, case.batch()
+    return explain(*arguments, scale=case.scale, path=path)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="what auto is on a CPU")
+def test_explain_on_a_cpu():
+    told = explained(query_len=2)
+    assert told.path == "gather_rows_grouped"
+    assert told.because == "the package's choice"
+    assert told.launches is told.items is None
+    assert set(told.refused) == {"gather_block_major", "gather_head_major", "fused"}
+    assert told.refused["gather_block_major"] == "takes one query token, got 2"
+    assert "does not support mlx.core.float32 with head dim 64 on" in told.refused["fused"]
+
+
+def test_the_argument_and_the_environment_force_a_path(monkeypatch):
+    assert explained("gather_rows").path == "gather_rows"
+    assert explained("gather_rows").because == "asked for by name"
+    monkeypatch.setenv("PAGEDKV_DECODE_PATH", "gather_block_major")
+    assert explained().path == "gather_block_major"
+    assert explained().because == "PAGEDKV_DECODE_PATH=gather_block_major"
+    assert explained("gather_rows").path == "gather_rows"
+    monkeypatch.setenv("PAGEDKV_DECODE_PATH", "mine")
+    with pytest.raises(ValueError, match=r"one of auto, .*, got 'mine'"):
+        explained()
+
+
+@pytest.mark.skipif(not ON_CPU, reason="there is a GPU here")
+def test_fused_needs_a_gpu():
+    with pytest.raises(UnsupportedPathError, match=r"fused' does not support .* on Device"):
+        explained("fused")
+
+
+GPU = mx.Device(mx.gpu, 0)
+
+
+def call(device=GPU, tokens=10**6, head_dim=128, query_len=1, dtype=mx.float16, options=()):
+    queries, keys = (1, 8, query_len, head_dim), (64, 32, 2, head_dim)
+    return Call(device, tokens, queries, keys, dtype, options)
+
+
+@pytest.mark.parametrize(
+    ("metal", "asked", "expected"),
+    [
+        (False, call(), "fused"),
+        (False, call(tokens=1), "fused"),
+        (False, call(query_len=8, options=("softcap",)), "fused"),
+        (False, call(query_len=9), "gather_rows"),
+        (False, call(head_dim=72), "gather_rows"),
+        (False, call(head_dim=72, options=("window", "sinks")), "gather_rows"),
+        (False, call(head_dim=72, options=("softcap",)), "gather_rows_grouped"),
+        (True, call(), "gather_rows"),
+        (True, call(options=("alibi_slopes",)), "gather_rows_grouped"),
+        (False, call(device=mx.Device(mx.cpu, 0)), "gather_rows_grouped"),
+    ],
+)
+def test_auto_is_the_first_path_of_the_table_that_can(metal, asked, expected, monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    assert choose(asked) == expected
+
+
+def test_checks_are_made_once_a_step(monkeypatch):
+    case = Case([20, 33])
+    arguments = case.queries, case.keys, case.values, case.batch()
+    first = decode_attention(*arguments, scale=case.scale)
+    monkeypatch.setattr("pagedkv.attention._check", None)
+    again = decode_attention(*arguments, scale=case.scale)
+    assert mx.array_equal(first, again).item()
+    with pytest.raises(TypeError):
+        decode_attention(*arguments, scale=case.scale, window=3)
+
+
 @pytest.mark.parametrize("path", CAUSAL_PATHS)
 def test_a_prompt_attends_to_itself(path):
+    if path == "fused":
+        pytest.skip("the kernel takes up to 8 query tokens")
     case = Case([70], query_len=70)
     assert_close(case.attend(path), case.expected(), mx.float32)
 
@@ -154,23 +321,10 @@ def test_more_query_tokens_than_context():
         case.attend("auto")
 
 
-@pytest.mark.parametrize("path", sorted(set(DECODE_PATHS) - set(CAUSAL_PATHS)))
+@pytest.mark.parametrize("path", sorted(set(DECODE_PATHS) - set(CAUSAL)))
 def test_a_path_for_one_query_token_refuses_two(path):
     with pytest.raises(UnsupportedPathError, match=f"{path}' takes one query token, got 2"):
         Case([20], query_len=2).attend(path)
-
-
-@pytest.mark.parametrize("query_len", [1, 3])
-@pytest.mark.parametrize("device", ["cpu", "cuda", "metal"])
-@pytest.mark.parametrize("tokens", [1, 1024, 1025, 10**7])
-def test_auto_is_a_path_that_takes_the_queries(query_len, device, tokens, monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: device == "metal")
-    kind = mx.cpu if device == "cpu" else mx.gpu
-    chosen = pagedkv.attention._choose(mx.Device(kind, 0), tokens, query_len)
-    expected = {"cpu": "gather_rows_grouped", "metal": "gather_rows", "cuda": "gather_rows"}[device]
-    if (device, query_len) == ("cuda", 1) and tokens <= 1024:
-        expected = "gather_block_major"
-    assert chosen == expected
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "step": {"block_table"},
     "kv_cache": {"block_pool", "block_table", "step"},
     "gather": {"step"},
-    "attention": {"errors", "gather", "kv_cache", "step"},
+    "scores": set(),
+    "fused": {"block_table", "kernels", "scores", "step"},
+    "paths": {"fused", "gather", "kv_cache", "scores", "step"},
+    "attention": {"errors", "gather", "kv_cache", "paths", "scores", "step"},
 }
 
 

@@ -1,0 +1,299 @@
+"""Fused paged attention: the plan of a step, made once on the host, and its launches, one a layer.
+
+Split-KV flash decoding (Dao et al., Flash-Decoding, 2023) over block tables, with the work of a
+ragged batch cut into even items on the host as FlashInfer's plan does (Ye et al., 2025).
+Shapes: B batch, Hq query heads, Hkv KV heads, Q query tokens, D head dim, S block size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from pagedkv import kernels
+from pagedkv.block_table import INT32_MAX
+from pagedkv.scores import Scores
+from pagedkv.step import DecodeBatch
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MOST_QUERIES = 8  # tokens
+MOST_QUERY_HEADS = 16  # of a KV head
+TYPES = {mx.float16: "Float16", mx.bfloat16: "BFloat16", mx.float32: "Float32"}
+VECTOR = 8  # elements a lane reads at once, as split.h has it
+HEADER = 8  # int32 before the work items of a plan
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What depends on the device; `python -m pagedkv.tune` measures it.
+
+    Attributes
+    ----------
+    warps : int
+        Warps of a thread group that attends.
+    heavy_warps : int
+        The same where a thread needs many registers: 8 query rows, or float32.
+    groups : int
+        Thread groups that run at once. A step is cut into no more than these, if it can be.
+    fewest : int
+        Tokens worth a work item: one of fewer costs more to join than it saves.
+    merge_warps : int
+        Warps of a thread group that joins.
+    """
+
+    warps: int
+    heavy_warps: int
+    groups: int
+    fewest: int
+    merge_warps: int
+
+
+TUNING = {
+    # H200, MLX 0.32.4, float16, 1 to 16 sequences of 1k to 32k tokens: 4, 8 and 16 warps in as many
+    # groups as fit its 132 multiprocessors are within 10% of each other; 16 join fewest partial
+    # outputs, and none from 16 sequences on, which was 8% faster there.
+    "cuda": Tuning(warps=16, heavy_warps=8, groups=132, fewest=128, merge_warps=4),
+    # Not measured.
+    "metal": Tuning(warps=4, heavy_warps=4, groups=256, fewest=256, merge_warps=4),
+}
+
+
+def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
+    """Return why the kernels cannot take these shapes, or None if they can.
+
+    Parameters
+    ----------
+    queries, keys : tuple of int
+        Shapes [B, Hq, Q, D] and [N, S, Hkv, D].
+    """
+    _, heads, query_len, head_dim = queries
+    num_blocks, block_size, kv_heads, _ = keys
+    if head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} (it takes {', '.join(map(str, HEAD_DIMS))})"
+    if query_len > MOST_QUERIES:
+        return f"{query_len} query tokens (it takes up to {MOST_QUERIES})"
+    if heads // kv_heads > MOST_QUERY_HEADS:
+        return f"{heads // kv_heads} query heads a KV head (it takes up to {MOST_QUERY_HEADS})"
+    if not 8 <= block_size <= 128:
+        return f"block size {block_size} (it takes 8 to 128)"
+    if num_blocks * block_size > INT32_MAX:
+        return f"{num_blocks * block_size} slots (it takes up to {INT32_MAX})"
+    return None
+
+
+def cut(
+    lens: NDArray[np.int64], starts: NDArray[np.int64], *, slots: int, tile: int, fewest: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut the contexts of a batch into work items, so that all are done soonest.
+
+    Parameters
+    ----------
+    lens : ndarray
+        Context lengths in tokens, shape [B].
+    starts : ndarray
+        First token of each that is seen at all, shape [B].
+    slots : int
+        How many items run at once.
+    tile : int
+        Tokens that a thread group reads in a trip: items are whole tiles, but for the last.
+    fewest : int
+        Tokens worth an item: a context is not cut into more items than it has of these.
+
+    Returns
+    -------
+    tuple of (ndarray, ndarray)
+        Rows (sequence, first token, token past the last, context length), longest items first,
+        shape [items, 4], and each sequence's rows (first, past the last), shape [B, 2].
+    """
+    tiles = -(-(lens - starts) // tile)
+    size = _best_size(tiles, slots, -(-fewest // tile))
+    tokens = -(-tiles // -(-tiles // size)) * tile  # of a sequence's items, even among themselves
+    order = np.argsort(-tokens, kind="stable")
+    count = -(-(lens - starts) // tokens)[order]
+    ends = np.cumsum(count)
+    sequence = np.repeat(order, count)
+    number = np.arange(len(sequence)) - np.repeat(ends - count, count)
+    begin = starts[sequence] + number * tokens[sequence]
+    end = np.minimum(begin + tokens[sequence], lens[sequence])
+    rows = np.empty((len(lens), 2), np.int64)
+    rows[order] = np.stack([ends - count, ends], axis=1)
+    return np.stack([sequence, begin, end, lens[sequence]], axis=1), rows
+
+
+def _best_size(tiles: NDArray[np.int64], slots: int, fewest: int) -> int:
+    """Return the most tiles an item should have, of those that cut the longest into equal parts.
+
+    By list scheduling: the next item starts when a slot is free, so the last is done after the
+    longest of each round of `slots` items. An item costs a tile more than it has; joining, two.
+    """
+    values, counts = (array.tolist() for array in np.unique(-tiles, return_counts=True))
+    longest = -values[0]
+    best = 0, math.inf
+    for parts in _PARTS:
+        if parts > slots:
+            break
+        size = max(-(-longest // parts), fewest)
+        cost = room = 0
+        for value, sequences in zip(values, counts, strict=True):
+            parts_of_it = -(value // size)
+            room -= parts_of_it * sequences
+            if room < 0:
+                rounds = -(room // slots)
+                cost += rounds * (1 - value // parts_of_it)
+                room += rounds * slots
+        if longest > size:
+            cost += 2
+        if cost < best[1]:
+            best = size, cost
+        if size == fewest:
+            break
+    return best[0]
+
+
+# Into how many parts to try and cut the longest context.
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A step's launches: made once, and called for every layer with its queries, K and V.
+
+    Attributes
+    ----------
+    items : int
+        Work items that the contexts are cut into.
+    launches : int
+        Kernels a layer: 2 where partial outputs have to be joined, else 1.
+    """
+
+    items: int
+    launches: int
+    attend: Callable[[mx.array, mx.array, mx.array, mx.array | None, mx.array | None], mx.array]
+
+
+def make_plan(
+    batch: DecodeBatch,
+    backend: str,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    dtype: mx.Dtype,
+    scale: float,
+    scores: Scores,
+    tuning: Tuning | None = None,
+) -> Plan:
+    """Cut a step into work items and choose the kernels that run it.
+
+    Parameters
+    ----------
+    batch : DecodeBatch
+        The step's tables.
+    backend : str
+        ``"cuda"`` or ``"metal"``.
+    queries, keys : tuple of int
+        Shapes that `refusal` lets pass.
+    dtype : mx.Dtype
+        Of queries, K and V.
+    scale : float
+        Factor on the scores.
+    scores : Scores
+        What else happens to them.
+    tuning : Tuning, optional
+        Instead of the backend's own.
+
+    Returns
+    -------
+    Plan
+        The step's launches.
+    """
+    tuning = tuning or TUNING[backend]
+    rows_of_batch, heads, query_len, head_dim = queries
+    _, block_size, kv_heads, _ = keys
+    group = heads // kv_heads
+    rows = min(8, _power_of_two(group * query_len))  # query rows a thread group takes
+    chunks = -(-group * query_len // rows)
+    lanes = _power_of_two(-(-head_dim // VECTOR))
+    # A team's scores fit its lanes; more tokens than these would not fit the registers.
+    tokens = min(lanes // rows, 8 if rows <= 2 else 4)
+    warps = tuning.heavy_warps if rows == 8 or dtype == mx.float32 else tuning.warps
+    tile = warps * (32 // lanes) * tokens
+
+    lens = batch.lens
+    starts = np.zeros_like(lens)
+    if scores.window is not None:
+        starts = np.maximum(lens - query_len + 1 - scores.window, 0) // tokens * tokens
+    slots = max(1, tuning.groups // (kv_heads * chunks))
+    work, rows_of_work = cut(lens, starts, slots=slots, tile=tile, fewest=tuning.fewest)
+    divided = len(work) > rows_of_batch
+    numbers = np.array([scale, scores.softcap or 0.0], np.float32).view(np.int32)
+    header = [*numbers, scores.window or 0, batch.block_tables.shape[1], len(work), 0, 0, 0]
+    plan = mx.array(np.concatenate([header, work.ravel(), rows_of_work.ravel()]).astype(np.int32))
+
+    shape = (("D", head_dim), ("HKV", kv_heads), ("G", group), ("Q", query_len))
+    sinks = scores.sinks is not None
+    attends = kernels.kernel(
+        "split",
+        backend,
+        (
+            *shape,
+            ("BLOCK_SIZE", block_size),
+            ("R", rows),
+            ("CHUNKS", chunks),
+            ("TOKENS", tokens),
+            ("LANES", lanes),
+            ("LOG2_LANES", lanes.bit_length() - 1),
+            ("WARPS", warps),
+            ("T", TYPES[dtype]),
+            ("SPLIT", int(divided)),
+            ("SOFTCAP", int(scores.softcap is not None)),
+            ("WINDOW", int(scores.window is not None)),
+            ("ALIBI", int(scores.alibi_slopes is not None)),
+            ("SINKS", int(sinks and not divided)),
+            ("OUT", "Float32" if divided else TYPES[dtype]),
+        ),
+        (("slopes",) if scores.alibi_slopes is not None else ())
+        + (("sinks",) if sinks and not divided else ()),
+    )
+    joins = kernels.kernel(
+        "merge",
+        backend,
+        (*shape, ("WARPS", tuning.merge_warps), ("SINKS", int(sinks)), ("OUT", TYPES[dtype])),
+        ("sinks",) if sinks else (),
+    )
+    tables = batch.block_tables
+    grid = (kv_heads * chunks * warps * 32, len(work), 1)
+    threads = (warps * 32, 1, 1)
+    output = {"output_shapes": [queries], "output_dtypes": [dtype]}
+    # Outputs first, then their log-sum-exps.
+    partial = {
+        "output_shapes": [(len(work) * heads * query_len * (head_dim + 1),)],
+        "output_dtypes": [mx.float32],
+    }
+    merge_grid = (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1)
+    merge_threads = (tuning.merge_warps * 32, 1, 1)
+
+    def in_one(
+        q: mx.array, k: mx.array, v: mx.array, slopes: mx.array | None, sinks: mx.array | None
+    ) -> mx.array:
+        inputs = [q, k, v, tables, plan]
+        inputs += [array for array in (slopes, sinks) if array is not None]
+        return attends(inputs=inputs, grid=grid, threadgroup=threads, **output)[0]
+
+    def in_two(
+        q: mx.array, k: mx.array, v: mx.array, slopes: mx.array | None, sinks: mx.array | None
+    ) -> mx.array:
+        inputs = [q, k, v, tables, plan] if slopes is None else [q, k, v, tables, plan, slopes]
+        [parts] = attends(inputs=inputs, grid=grid, threadgroup=threads, **partial)
+        inputs = [parts, plan] if sinks is None else [parts, plan, sinks]
+        return joins(inputs=inputs, grid=merge_grid, threadgroup=merge_threads, **output)[0]
+
+    return Plan(len(work), 1 + divided, in_two if divided else in_one)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not less than `number`."""
+    return 1 << (number - 1).bit_length()

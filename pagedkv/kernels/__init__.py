@@ -1,0 +1,103 @@
+"""The fused kernels' sources, loaded for a backend: one algorithm, a dialect for each.
+
+``split.h`` and ``merge.h`` are bodies of kernels in what C++ and Metal's language have in common.
+``cuda.h`` and ``metal.h`` give them vector loads, shuffles and barriers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+FOLDER = Path(__file__).parent
+# What opens a kernel's body: a thread's place in the grid.
+PLACE: Mapping[str, str] = {
+    "cuda": "const int group_x = blockIdx.x, group_y = blockIdx.y, thread_id = threadIdx.x;",
+    "metal": "const int group_x = threadgroup_position_in_grid.x;\n"
+    "const int group_y = threadgroup_position_in_grid.y;\n"
+    "const int thread_id = thread_position_in_threadgroup.x;",
+}
+
+Constants = tuple[tuple[str, int | str], ...]
+
+
+@cache
+def source(body: str, backend: str, constants: Constants) -> tuple[str, str]:
+    """Compose a kernel's text.
+
+    Parameters
+    ----------
+    body : str
+        Name of an algorithm: ``"split"`` or ``"merge"``.
+    backend : str
+        ``"cuda"`` or ``"metal"``: whose dialect.
+    constants : tuple of (str, int or str)
+        Compile-time constants by name; a string is the name of a type.
+
+    Returns
+    -------
+    tuple of (str, str)
+        Header and body.
+    """
+    files = FOLDER / f"{backend}.h", FOLDER / f"{body}.h"
+    header, text = (_without_comments(file.read_text()) for file in files)
+    if backend == "cuda":
+        # MLX hashes the whole text each time a call is evaluated, so it is kept short. The digest
+        # stands for the files' contents, by which MLX finds what it has compiled before.
+        digest = hashlib.sha256((header + text).encode()).hexdigest()
+        header, text = f'#include "{files[0]}"\n', f'#include "{files[1]}"\n// {digest}\n'
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants)
+    return header + defines, f"{PLACE[backend]}\n{text}"
+
+
+def _without_comments(text: str) -> str:
+    lines = (re.sub(r"\s*//.*", "", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "split": ("queries", "keys", "values", "block_tables", "plan"),
+    "merge": ("partials", "plan"),
+}
+
+
+@cache
+def kernel(
+    body: str, backend: str, constants: Constants, extra: tuple[str, ...] = ()
+) -> Callable[..., list[mx.array]]:
+    """Return a kernel for a backend, compiled by MLX when it is first evaluated.
+
+    Parameters
+    ----------
+    body : str
+        Name of an algorithm: ``"split"`` or ``"merge"``.
+    backend : str
+        ``"cuda"`` or ``"metal"``.
+    constants : tuple of (str, int or str)
+        Compile-time constants by name.
+    extra : tuple of str
+        Names of inputs that only these constants have a use for.
+
+    Returns
+    -------
+    callable
+        Takes inputs, grid, threadgroup, output_shapes and output_dtypes; returns [output], lazy.
+    """
+    header, text = source(body, backend, constants)
+    variant = "_".join(str(value) for _, value in constants)
+    arguments: dict[str, Any] = {
+        "name": f"pagedkv_{body}_{variant}",
+        "input_names": [*INPUTS[body], *extra],
+        "output_names": ["outputs"],
+        "header": header,
+        "source": text,
+    }
+    make: Any = mx.fast.cuda_kernel if backend == "cuda" else mx.fast.metal_kernel
+    made: Callable[..., list[mx.array]] = make(**arguments)
+    return made

@@ -1,0 +1,69 @@
+// What split.h and merge.h need of Metal.
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define SHARED threadgroup
+
+using Float16 = half;
+using BFloat16 = bfloat16_t;
+using Float32 = float;
+
+// Eight elements as they lie in memory.
+struct Half8 {
+  uint4 bits;
+};
+struct BFloat8 {
+  uint4 bits;
+};
+struct Float8 {
+  float4 low, high;
+};
+
+inline Half8 load(const device half* p) {
+  return {*(const device uint4*)p};
+}
+inline BFloat8 load(const device bfloat16_t* p) {
+  return {*(const device uint4*)p};
+}
+inline Float8 load(const device float* p) {
+  return {((const device float4*)p)[0], ((const device float4*)p)[1]};
+}
+
+inline void unpack(Half8 x, thread float* out) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const half2 pair = as_type<half2>(x.bits[i]);
+    out[2 * i] = float(pair.x);
+    out[2 * i + 1] = float(pair.y);
+  }
+}
+inline void unpack(BFloat8 x, thread float* out) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    out[2 * i] = as_type<float>(x.bits[i] << 16);
+    out[2 * i + 1] = as_type<float>(x.bits[i] & 0xffff0000u);
+  }
+}
+inline void unpack(Float8 x, thread float* out) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    out[i] = x.low[i];
+    out[4 + i] = x.high[i];
+  }
+}
+
+inline float lane_xor(float x, int mask) {
+  return simd_shuffle_xor(x, ushort(mask));
+}
+// The value of another seat of one's own team.
+#define TEAM_FROM(x, seat) simd_shuffle(x, ushort(team * LANES + (seat)))
+inline bool warp_any(bool x) {
+  return simd_any(x);
+}
+inline float exp2_fast(float x) {
+  return fast::exp2(x);
+}
+inline float log2_fast(float x) {
+  return fast::log2(x);
+}
+inline float as_float(int x) {
+  return as_type<float>(x);
+}
+inline void group_barrier() {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}

@@ -1,0 +1,179 @@
+// Grid (Hkv * CHUNKS, work items, 1) groups of WARPS * 32 threads.
+//
+// Flash decoding over a block table: a group attends with up to R query rows of one KV head over the
+// tokens [start, end) of one work item, and writes their normalised output with its base-2
+// log-sum-exp (SPLIT), or the final output. Query rows of a KV head are its G query heads times Q
+// tokens; CHUNKS groups share them where they are more than R.
+//
+// A warp is 32 / LANES teams. A team reads TOKENS rows of K and of V a trip, 8 elements a lane, and
+// keeps a softmax of its own; teams meet in shared memory at the end. The R * TOKENS scores of a trip
+// are summed over the team by halves, so that each lane ends up with one of them, whose token and
+// row its seat tells: an exponential is taken once, and fetched by those who need it.
+constexpr float LOG2E = 1.44269504f;
+// Finite stand-ins for -infinity: a maximum over nothing, and below it a score that never counts.
+constexpr float NOTHING = -1e30f, MASKED = -2e30f;
+constexpr int ROWS = G * Q;
+constexpr int TEAMS = 32 / LANES, PARTS = WARPS * TEAMS, STEP = PARTS * TOKENS;
+constexpr int PER_TOKEN = LANES / TOKENS, COPIES = PER_TOKEN / R;  // seats of a token; of a score
+
+const int warp = thread_id / 32, lane = thread_id % 32;
+const int team = lane / LANES, seat = lane % LANES;
+const int part = warp * TEAMS + team;
+const int head = group_x / CHUNKS, first_row = group_x % CHUNKS * R;
+const bool active = D == LANES * 8 || seat * 8 < D;
+const int column = active ? seat * 8 : 0;
+
+const float scale = as_float(plan[0]), softcap = as_float(plan[1]);
+const int window = plan[2], max_blocks = plan[3];
+auto item = plan + 8 + 4 * group_y;
+const int sequence = item[0], start = item[1], end = item[2], context = item[3];
+auto table = block_tables + size_t(sequence) * max_blocks;
+auto key_rows = keys + head * D + column;
+auto value_rows = values + head * D + column;
+
+float query[R][8], total[R][8];
+UNROLL for (int r = 0; r < R; ++r) {
+  const int row = ROWS % R == 0 ? first_row + r : min(first_row + r, ROWS - 1);
+  unpack(load(queries + (size_t(sequence * HKV + head) * ROWS + row) * D + column), query[r]);
+  UNROLL for (int i = 0; i < 8; ++i) {
+    query[r][i] *= active ? scale * (SOFTCAP ? 1.0f : LOG2E) : 0.0f;
+    total[r][i] = 0.0f;
+  }
+}
+
+const int own_token = seat / PER_TOKEN;
+const int own_row = min(first_row + seat / COPIES % R, ROWS - 1);
+const int position = context - Q + own_row % Q;  // of the query token
+float slope = 0.0f;
+#if ALIBI
+slope = float(slopes[head * G + own_row / Q]) * LOG2E;
+#endif
+float top = NOTHING, sum = 0.0f;
+#if BLOCK_SIZE % TOKENS == 0
+int block = table[uint(min(start + part * TOKENS, end - 1)) / BLOCK_SIZE];  // of the coming trip
+#endif
+
+for (int trip = start; trip < end; trip += STEP) {  // the same trips for every lane
+  const int base = trip + part * TOKENS;
+  decltype(load(keys)) raw_key[TOKENS], raw_value[TOKENS];
+  // Past the end the last token is read again, so that stale slots are never touched. K comes in an
+  // order of the seat's own, which spares the first sums a selection.
+#if BLOCK_SIZE % TOKENS == 0
+  const uint first = min(base, end - 1);
+  const size_t row = size_t(block * BLOCK_SIZE + first % BLOCK_SIZE) * (HKV * D);
+  const int last = max(end - 1 - base, 0);
+  block = table[uint(min(base + STEP, end - 1)) / BLOCK_SIZE];
+  UNROLL for (int t = 0; t < TOKENS; ++t)
+    raw_key[t] = load(key_rows + row + min(t ^ own_token, last) * (HKV * D));
+  UNROLL for (int t = 0; t < TOKENS; ++t)
+    raw_value[t] = load(value_rows + row + min(t, last) * (HKV * D));
+#else
+  UNROLL for (int t = 0; t < 2 * TOKENS; ++t) {
+    const uint token = min(base + (t < TOKENS ? t ^ own_token : t - TOKENS), end - 1);
+    const int slot = table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+    if (t < TOKENS)
+      raw_key[t % TOKENS] = load(key_rows + size_t(slot) * (HKV * D));
+    else
+      raw_value[t % TOKENS] = load(value_rows + size_t(slot) * (HKV * D));
+  }
+#endif
+
+  float scores[TOKENS * R];
+  UNROLL for (int t = 0; t < TOKENS; ++t) {
+    float key[8];
+    unpack(raw_key[t], key);
+    UNROLL for (int r = 0; r < R; ++r) {
+      float dot = query[r][0] * key[0];
+      UNROLL for (int i = 1; i < 8; ++i) dot = fma(query[r][i], key[i], dot);
+      scores[t * R + r] = dot;
+    }
+  }
+  UNROLL for (int step = 1; step <= LOG2_LANES; ++step) {
+    const int distance = LANES >> step, kept = TOKENS * R >> step;
+    UNROLL for (int j = 0; j < max(kept, 1); ++j) {
+      if (kept >= R) {
+        scores[j] += lane_xor(scores[j + kept], distance);
+      } else if (kept > 0) {
+        const bool upper = seat & distance;
+        const float mine = upper ? scores[j + kept] : scores[j];
+        scores[j] = mine + lane_xor(upper ? scores[j] : scores[j + kept], distance);
+      } else {
+        scores[0] += lane_xor(scores[0], distance);
+      }
+    }
+  }
+
+  const int token = base + own_token;
+  float score = scores[0];
+  if (SOFTCAP) {
+    // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    const float e = exp2_fast(2.0f * LOG2E * score / softcap);
+    score = softcap * LOG2E * (1.0f - 2.0f / (e + 1.0f));
+  }
+  if (ALIBI) score += slope * float(token - position);
+  bool seen = token < end;
+  if (Q > 1) seen = seen && token <= position;
+  if (WINDOW) seen = seen && token > position - window;
+  score = seen ? score : MASKED;
+
+  float high = max(top, score);
+  UNROLL for (int step = 1; 1 << step <= TOKENS; ++step) high = max(high, lane_xor(high, LANES >> step));
+  if (warp_any(high > top)) {
+    const float shrink = exp2_fast(top - high);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const float shrink_row = TEAM_FROM(shrink, r * COPIES);
+      UNROLL for (int i = 0; i < 8; ++i) total[r][i] *= shrink_row;
+    }
+    sum *= shrink;
+    top = high;
+  }
+  const float weight = exp2_fast(score - top);
+  sum += weight;
+
+  UNROLL for (int t = 0; t < TOKENS; ++t) {
+    float value[8];
+    unpack(raw_value[t], value);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const float w = TEAM_FROM(weight, t * PER_TOKEN + r * COPIES);
+      UNROLL for (int i = 0; i < 8; ++i) total[r][i] = fma(w, value[i], total[r][i]);
+    }
+  }
+}
+UNROLL for (int step = 1; 1 << step <= TOKENS; ++step) sum += lane_xor(sum, LANES >> step);
+
+SHARED float tops[R][PARTS], sums[R][PARTS], parts[PARTS][D];
+if (seat < PER_TOKEN && seat % COPIES == 0) {
+  tops[seat / COPIES][part] = top;
+  sums[seat / COPIES][part] = sum;
+}
+group_barrier();
+UNROLL for (int r = 0; r < R; ++r) {
+  const int row = first_row + r;
+  float highest = NOTHING, weights = 0.0f;
+  for (int p = 0; p < PARTS; ++p) highest = max(highest, tops[r][p]);
+  for (int p = 0; p < PARTS; ++p) weights += sums[r][p] * exp2_fast(tops[r][p] - highest);
+  const float mine = exp2_fast(tops[r][part] - highest);
+  if (active) {
+    UNROLL for (int i = 0; i < 8; ++i) parts[part][column + i] = total[r][i] * mine;
+  }
+  group_barrier();
+  if (row < ROWS) {
+    const int output_row = head * ROWS + row;
+#if SINKS
+    weights += exp2_fast(float(sinks[head * G + row / Q]) * LOG2E - highest);
+#endif
+    for (int d = thread_id; d < D; d += WARPS * 32) {
+      float out = 0.0f;
+      for (int p = 0; p < PARTS; ++p) out += parts[p][d];
+      out = weights > 0.0f ? out / weights : 0.0f;
+      const int block_row = SPLIT ? group_y : sequence;
+      outputs[(size_t(block_row) * HKV * ROWS + output_row) * D + d] = OUT(out);
+    }
+    if (SPLIT && thread_id == 0) {
+      const size_t rows = size_t(plan[4]) * HKV * ROWS;
+      outputs[rows * D + size_t(group_y) * HKV * ROWS + output_row] =
+          OUT(weights > 0.0f ? highest + log2_fast(weights) : NOTHING);
+    }
+  }
+  group_barrier();
+}

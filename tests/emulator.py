@@ -1,0 +1,114 @@
+"""Run the kernels' Metal text on a CPU: a C++ compiler in the place of Metal's."""
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv import kernels
+
+COMPILER = shutil.which("c++")
+HERE = Path(__file__).parent
+NAMES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float", mx.int32: "int"}
+DTYPES = {"float16": mx.float16}  # of NumPy arrays
+ATTRIBUTES = ("threadgroup_position_in_grid", "thread_position_in_threadgroup")
+
+
+def signature(name, inputs, dtypes_and_sizes, out_dtype, text):
+    """The function MLX writes around a Metal kernel's text; small inputs are `constant`."""
+    arguments = [
+        f"const {'constant' if size < 8 else 'device'} {NAMES[dtype]}* {argument}"
+        for argument, (dtype, size) in zip(inputs, dtypes_and_sizes, strict=True)
+    ]
+    arguments.append(f"device {NAMES[out_dtype]}* outputs")
+    arguments += [f"uint3 {attribute}" for attribute in ATTRIBUTES if attribute in text]
+    return f"void {name}({', '.join(arguments)}) {{\n{text}\n}}\n"
+
+
+def program(header, text, inputs, dtypes_and_sizes, out_dtype):
+    """A translation unit with a C function that launches a grid."""
+    casts = [
+        f"(const {NAMES[dtype]}*)buffers[{i}]" for i, (dtype, _) in enumerate(dtypes_and_sizes)
+    ]
+    casts.append(f"({NAMES[out_dtype]}*)buffers[{len(casts)}]")
+    return f"""#include "{HERE / "metal_on_cpu.h"}"
+{header}
+{signature("kernel_text", inputs, dtypes_and_sizes, out_dtype, text)}
+extern "C" int launch(void** buffers, const int* groups, int threads, int seed) {{
+  std::mt19937 random(seed);
+  for (uint z = 0; z < groups[2]; ++z)
+    for (uint y = 0; y < groups[1]; ++y)
+      for (uint x = 0; x < groups[0]; ++x) {{
+        fibers::body = [&](int t) {{
+          kernel_text({", ".join(casts)}, uint3{{x, y, z}}, uint3{{uint(t), 0, 0}});
+        }};
+        if (!fibers::run(threads, random)) return 1;
+      }}
+  return 0;
+}}
+"""
+
+
+class Emulator:
+    """Compiles kernels into a folder and stands in for `pagedkv.kernels.kernel`."""
+
+    def __init__(self, folder):
+        self.folder, self.launches, self.seed = folder, [], 0
+        self.library = cache(self.library)
+
+    def library(self, text):
+        """Compile a program, once for each text."""
+        path = self.folder / f"kernel{len(list(self.folder.glob('*.cpp')))}.cpp"
+        path.write_text(text)
+        options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
+        made = path.with_suffix(".so")
+        done = subprocess.run(
+            [COMPILER, *options, str(path), "-o", str(made)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(made))
+
+    def kernel(self, body, backend, constants, extra=()):
+        """Return something to call as what `mx.fast.metal_kernel` returns."""
+        header, text = kernels.source(body, "metal", constants)
+        names = [*kernels.INPUTS[body], *extra]
+
+        def call(*, inputs, grid, threadgroup, output_shapes, output_dtypes):
+            (shape,), (dtype,) = output_shapes, output_dtypes
+            groups = [-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]
+            assert [g * t for g, t in zip(groups, threadgroup, strict=True)] == list(grid)
+            self.launches.append((body, groups))
+            return self.run(header, text, names, inputs, dtype, shape, groups, threadgroup[0])
+
+        return call
+
+    def run(self, header, text, names, inputs, dtype, shape, groups, threads):
+        """Run a kernel's text over a grid of groups and return [its output]."""
+        kinds = tuple((DTYPES.get(str(x.dtype), x.dtype), min(x.size, 8)) for x in inputs)
+        library = self.library(program(header, text, names, kinds, dtype))
+        # Poison, so that what is not written shows.
+        poison = {mx.float32: 0x7FC00000, mx.float16: 0x7E00, mx.bfloat16: 0x7FC0}[dtype]
+        out = np.full(shape, poison, np.uint32 if dtype == mx.float32 else np.uint16)
+        buffers = [*map(as_numpy, inputs), out]
+        self.seed += 1
+        status = library.launch(
+            (ctypes.c_void_p * len(buffers))(*(buffer.ctypes.data for buffer in buffers)),
+            (ctypes.c_int * 3)(*groups),
+            threads,
+            self.seed,
+        )
+        assert status == 0, "threads of a group wait for each other at different places"
+        return [mx.array(out).view(dtype)]
+
+
+def as_numpy(array):
+    """An array's bytes; bfloat16 as the uint16 it is."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(np.array(array))

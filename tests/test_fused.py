@@ -1,0 +1,299 @@
+import math
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from emulator import COMPILER, Emulator, signature
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import OPTIONS, Case, on_device, poison
+
+from pagedkv import fused, kernels
+from pagedkv.paths import backend_of
+from pagedkv.scores import PLAIN, Scores
+
+# Relative error of one sequence's output.
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+# Small groups and items, so that short contexts are cut and joined.
+TUNING = fused.Tuning(warps=2, heavy_warps=2, groups=32, fewest=16, merge_warps=2)
+WHOLE = fused.Tuning(warps=2, heavy_warps=2, groups=1, fewest=10**6, merge_warps=2)
+LENS = [5, 33, 100]
+
+
+BACKEND = backend_of(mx.default_device())
+on_a_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="about the emulator; there is a GPU here")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to run the Metal text with")
+    return Emulator(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def attend(request):
+    """Run a case through plan and kernels: the GPU's own, or on a CPU their Metal text."""
+    if BACKEND != "cpu":
+        yield run
+        return
+    emulator = request.getfixturevalue("emulator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "kernel", emulator.kernel)
+        yield run
+
+
+def run(case, tuning=TUNING, pools=None, **options):
+    scores = Scores(**on_device(options)) if options else PLAIN
+    keys, values = pools or (case.keys, case.values)
+    assert fused.refusal(case.queries.shape, keys.shape) is None
+    plan = fused.make_plan(
+        case.batch(),
+        "metal" if BACKEND == "cpu" else BACKEND,
+        case.queries.shape,
+        keys.shape,
+        case.queries.dtype,
+        case.scale,
+        scores,
+        tuning,
+    )
+    assert plan.launches == (1 if plan.items == len(case.lens) else 2)
+    out = plan.attend(case.queries, keys, values, scores.alibi_slopes, scores.sinks)
+    assert out.dtype == case.queries.dtype
+    return out
+
+
+def assert_close(out, case, **options):
+    expected = case.expected(**options)
+    assert out.shape == expected.shape
+    numbers = np.array(out.astype(mx.float32), dtype=np.float64)
+    for b in range(len(numbers)):
+        error = np.linalg.norm(numbers[b] - expected[b]) / np.linalg.norm(expected[b])
+        assert error <= TOLERANCE[out.dtype], f"sequence {b}"
+
+
+@pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "block_size", "dtype"),
+    [
+        (64, (4, 2), 16, mx.float16),
+        (64, (16, 1), 8, mx.bfloat16),
+        (80, (3, 3), 32, mx.float16),
+        (96, (6, 1), 16, mx.float32),
+        (128, (8, 2), 32, mx.float16),
+        (128, (7, 1), 24, mx.bfloat16),
+        (256, (5, 1), 128, mx.float32),
+    ],
+    ids=str,
+)
+def test_kernels_equal_reference(attend, head_dim, heads, block_size, dtype, tuning):
+    case = Case(LENS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    poison(case)
+    assert_close(attend(case, tuning), case)
+
+
+@pytest.mark.parametrize("query_len", [2, 8])
+def test_several_query_tokens(attend, query_len):
+    case = Case([8, 33, 100], heads=(8, 2), query_len=query_len)
+    poison(case)
+    assert_close(attend(case), case)
+
+
+@pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(attend, name, tuning):
+    case = Case(LENS, heads=(8, 2), query_len=2)
+    poison(case)
+    assert_close(attend(case, tuning, **OPTIONS[name]), case, **OPTIONS[name])
+
+
+@settings(max_examples=15, deadline=None)
+@given(lens=st.lists(st.integers(1, 150), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_any_lengths(attend, lens, seed):
+    case = Case(lens, heads=(4, 2), seed=seed)
+    poison(case)
+    assert_close(attend(case), case)
+
+
+def test_scores_beyond_what_float16_holds(attend):
+    case = Case(LENS, heads=(4, 2), dtype=mx.float16)
+    case.queries = case.queries * 100
+    assert_close(attend(case), case)
+
+
+def test_rows_beyond_two_to_the_31st_element(attend):
+    # One pool for K and V; on a CPU only the rows that are read ever take memory.
+    num_blocks, block_size, kv_heads, head_dim = 2**14 + 8, 128, 8, 128
+    pool = np.zeros((num_blocks, block_size, kv_heads, head_dim), np.float16)
+    assert pool.size > 2**31
+    case = Case([300], heads=(8, kv_heads), head_dim=head_dim, block_size=block_size)
+    case.queries = case.queries.astype(mx.float16)
+    blocks = [num_blocks - 1, 3, num_blocks - 2]
+    for block in blocks:
+        pool[block] = np.random.default_rng(block).standard_normal(pool.shape[1:])
+    case.tables, case.num_blocks = [blocks], num_blocks
+    paged = pool if BACKEND == "cpu" else mx.array(pool)
+    out = attend(case, pools=(paged, paged))
+    case.tables, case.keys = [[0, 1, 2]], mx.array(pool[blocks])
+    case.values = case.keys
+    assert_close(out, case)
+
+
+@on_a_cpu
+def test_a_missing_barrier_shows(attend, emulator, monkeypatch):
+    """The emulator would not pass kernels that lack what a real GPU needs."""
+    source = kernels.source
+
+    def without_barriers(body, backend, constants):
+        header, text = source(body, backend, constants)
+        return header, text.replace("group_barrier();", "")
+
+    monkeypatch.setattr(kernels, "source", without_barriers)
+    case = Case([100], heads=(4, 2))
+    with pytest.raises(AssertionError):
+        assert_close(attend(case, WHOLE), case)
+
+
+@pytest.mark.skipif(BACKEND == "cpu", reason="compiles dozens of kernels for a GPU")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", fused.HEAD_DIMS)
+@pytest.mark.parametrize(("heads", "query_len"), [((2, 2), 1), ((8, 2), 1), ((16, 1), 8)])
+def test_every_variant_launches_with_the_machines_own_constants(head_dim, heads, query_len, dtype):
+    case = Case([8, 700], heads=heads, head_dim=head_dim, query_len=query_len, dtype=dtype)
+    assert_close(case.attend("fused"), case)
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("tuning", "expected"),
+    [(TUNING, [("split", [2, 4, 1]), ("merge", [4, 1, 1])]), (WHOLE, [("split", [2, 1, 1])])],
+    ids=["joined", "whole"],
+)
+def test_launches(attend, emulator, tuning, expected):
+    emulator.launches.clear()
+    attend(Case([100], heads=(4, 2), head_dim=128), tuning)
+    assert emulator.launches == expected
+
+
+CUDA_WORDS = ["blockIdx", "threadIdx", "__shared__", "__syncthreads", "__half", "asm", "_sync("]
+
+
+@pytest.mark.parametrize("body", ["split", "merge"])
+def test_metal_text(body):
+    constants = (("D", 64), ("WARPS", 4), ("T", "Float16"))
+    header, text = kernels.source(body, "metal", constants)
+    assert not [word for word in CUDA_WORDS if word in header + text]
+    assert "//" not in header + text
+    assert header.endswith("#define D 64\n#define WARPS 4\n#define T Float16\n")
+    # MLX adds the attributes it finds in the text, and shapes, strides and ranks if it finds those.
+    for attribute in ("threadgroup_position_in_grid", "thread_position_in_threadgroup"):
+        assert attribute in text
+    for name in kernels.INPUTS[body]:
+        assert re.search(rf"\b{name}\b", text)
+        assert not re.search(rf"\b{name}_(shape|strides|ndim)\b", text)
+    # Of fewer than 8 elements an input is `constant`, else `device`: what may be small is never
+    # named by a pointer of one kind.
+    small = "block_tables|plan|sinks|slopes"
+    assert not re.search(rf"(device|constant)[^;]*\*\s*\w+\s*=\s*({small})", text)
+
+
+def test_small_inputs_are_constant():
+    made = signature("f", ["a", "b"], [(mx.float16, 8), (mx.int32, 7)], mx.float32, "")
+    assert (
+        made
+        == "void f(const device half* a, const constant int* b, device float* outputs) {\n\n}\n"
+    )
+
+
+@pytest.mark.parametrize("body", ["split", "merge"])
+def test_cuda_text_is_short_and_tells_versions_apart(body, tmp_path, monkeypatch):
+    header, text = kernels.source(body, "cuda", (("D", 64),))
+    assert f'#include "{kernels.FOLDER / "cuda.h"}"\n#define D 64\n' == header
+    assert f'#include "{kernels.FOLDER / f"{body}.h"}"' in text
+    assert len(header + text) < 1000
+    for path in kernels.FOLDER.glob("*.h"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
+    kernels.source.cache_clear()
+    before = kernels.source(body, "cuda", (("D", 64),))[1]
+    with (tmp_path / "cuda.h").open("a") as file:
+        file.write("int changed;\n")
+    kernels.source.cache_clear()
+    assert kernels.source(body, "cuda", (("D", 64),))[1] != before
+    kernels.source.cache_clear()
+
+
+@given(
+    lens=st.lists(st.integers(1, 5000), min_size=1, max_size=40),
+    window=st.none() | st.integers(1, 3000),
+    slots=st.integers(1, 140),
+    tile=st.sampled_from([8, 32, 128]),
+    fewest=st.integers(1, 300),
+)
+def test_cut(lens, window, slots, tile, fewest):
+    lens = np.array(lens)
+    starts = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // 8 * 8
+    work, rows = fused.cut(lens, starts, slots=slots, tile=tile, fewest=fewest)
+    assert rows[:, 1].sum() - rows[:, 0].sum() == len(work)
+    for b, (first, last) in enumerate(rows):
+        items = work[first:last]
+        assert (items[:, 0] == b).all()
+        assert (items[:, 3] == lens[b]).all()
+        # One after the other from the first token seen to the last, none empty.
+        assert items[0, 1] == starts[b]
+        assert items[-1, 2] == lens[b]
+        assert (items[1:, 1] == items[:-1, 2]).all()
+        assert (items[:, 1] < items[:, 2]).all()
+        assert ((items[:-1, 2] - items[:-1, 1]) % tile == 0).all()
+        assert len(items) <= -(-(lens[b] - starts[b]) // fewest)
+
+
+@pytest.mark.parametrize(
+    ("lens", "slots", "expected"),
+    [
+        ([4096], 16, 16),  # every slot has a part
+        ([100], 16, 1),  # too short to be worth cutting
+        ([4096] * 16, 16, 16),  # a sequence for each slot: nothing to join
+        ([4096] * 4, 16, 16),
+        ([1024] * 17, 16, 34),  # the 17th alone would take as long as the other 16
+        ([32768] + [1024] * 15, 16, 31),  # the long one is cut, the short ones are not
+    ],
+)
+def test_cut_fills_rounds(lens, slots, expected):
+    lens = np.array(lens)
+    work, _ = fused.cut(lens, np.zeros_like(lens), slots=slots, tile=128, fewest=128)
+    assert len(work) == expected
+
+
+REFUSED = {
+    "head dim": ((1, 8, 1, 72), (4, 16, 2, 72), r"head dim 72 \(it takes 64, 80, 96, 128, 256\)"),
+    "query tokens": ((1, 8, 9, 64), (4, 16, 2, 64), "9 query tokens"),
+    "query heads": ((1, 34, 1, 64), (4, 16, 2, 64), "17 query heads a KV head"),
+    "small blocks": ((1, 8, 1, 64), (4, 4, 2, 64), r"block size 4 \(it takes 8 to 128\)"),
+    "large blocks": ((1, 8, 1, 64), (4, 256, 2, 64), "block size 256"),
+    "slots": ((1, 8, 1, 64), (2**24, 128, 2, 64), "2147483648 slots"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal(name):
+    queries, keys, message = REFUSED[name]
+    assert re.match(message, fused.refusal(queries, keys))
+
+
+def test_every_block_of_a_pool_at_the_limit_is_taken():
+    assert fused.refusal((1, 8, 1, 64), (2**24 - 1, 128, 2, 64)) is None
+
+
+@on_a_cpu
+@pytest.mark.parametrize("x", [0.0, -0.0, 1.0, -2.5, 65504.0, 1e-7, 6e-8, 0.1, math.inf])
+def test_emulated_float16_rounds_as_numpy(emulator, x):
+    """A kernel's output in float16 is what float16 would be, at the edges too."""
+    text = (
+        "outputs[threadgroup_position_in_grid.x + thread_position_in_threadgroup.x] = half(x[0]);"
+    )
+    inputs = [mx.array([x], dtype=mx.float32)]
+    (out,) = emulator.run("", text, ["x"], inputs, mx.float16, (32,), [1, 1, 1], 32)
+    expected = np.full(32, x, np.float32).astype(np.float16)
+    assert np.array(out).tobytes() == expected.tobytes()
