@@ -17,7 +17,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish serve table adr noise record screenshot test lint types unit soak example format clean
+.PHONY: help bench prove publish serve table adr noise tune record screenshot test lint types unit soak example format clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headline"
@@ -26,6 +26,7 @@ help:
 	@echo "make test        lint, types and tests"
 	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
 	@echo "make table       the ADR's table of this machine; FORMAT=csv or markdown, COMMIT=hash"
+	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
 	@echo "make noise       compare HEAD with itself"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results into README and docs, print the table"
@@ -63,6 +64,9 @@ table: $(READY)
 adr: $(READY)
 	$(BIN)/python -m website.report documents
 	@$(MAKE) --no-print-directory table
+
+tune: $(READY)
+	$(AWAKE) $(BIN)/python -m pagedkv.tune
 
 noise: $(READY)
 	$(AWAKE) $(BIN)/python -m website.history noise $(OPTIONS)

@@ -60,6 +60,12 @@ def layers(batch, context, block_size):
     return max(fewest, min(most, step_bytes // kv_bytes(batch, context, block_size)))
 
 
+def require_gpu():
+    """Raise NotImplementedError (n/a) on a CPU, where the answer says nothing new."""
+    if not on_gpu():
+        raise NotImplementedError("measured on a GPU")
+
+
 def feature(name):
     """Return a public name of pagedkv; n/a on commits that lack it."""
     if not hasattr(pagedkv, name):
@@ -68,10 +74,13 @@ def feature(name):
 
 
 def decode_path(name):
-    """Return the DecodePath called `name`; n/a on commits that lack it."""
+    """Return the DecodePath called `name`; n/a on commits and devices that lack it."""
     paths = feature("DECODE_PATHS")
     if name not in paths:
         raise NotImplementedError(f"pagedkv has no decode path {name} at this commit")
+    device = mx.default_device()
+    if not paths[name].supports(device, DTYPE, HEAD_DIM):
+        raise NotImplementedError(f"decode path {name} does not run on {device}")
     return paths[name]
 
 

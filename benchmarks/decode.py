@@ -3,17 +3,28 @@
 Absolute times of a noisy machine; `overhead` is what to compare across commits.
 """
 
+import statistics
+import time
+
 import mlx.core as mx
+import numpy as np
 
 from ._workload import (
+    DTYPE,
     GRID,
+    HEAD_DIM,
     KV_HEADS,
     PARAM_NAMES,
+    QUERY_HEADS,
+    SCALE,
     block_tables,
     feature,
+    kv_bytes,
     layout_of,
     require_cell,
     require_fast,
+    require_gpu,
+    require_memory,
     require_path,
     workload,
 )
@@ -82,6 +93,12 @@ class GatherRowsGrouped(_Path):
     """`gather_rows_grouped`: the same rows, then grouped matrix products."""
 
     path = "gather_rows_grouped"
+
+
+class Fused(_Path):
+    """`fused`: kernels that read K and V where they lie; n/a without a GPU."""
+
+    path = "fused"
 
 
 class _GatherOnly(_Decode):
@@ -153,6 +170,95 @@ class PlanRows(Plan):
         mx.eval(self.plan().rows(KV_HEADS))
 
 
+class Build:
+    """Host time of one layer's `decode_attention(path="auto")`: checks and graph, nothing run.
+
+    In a step of 32 layers whose plan is made. The goal for the fused kernels is 6 us. On a CPU
+    `auto` is a graph of a dozen operations, which is most of it.
+    """
+
+    version = "1"
+    params = [[1, 16], [1024], [32]]
+    param_names = PARAM_NAMES
+    timeout = 600
+    warmup_time = 0.1
+    unit = "us"
+    num_layers = 32
+
+    def setup(self, *cell):
+        require_cell(*cell, copies=13)
+        if not hasattr(self, "cell"):
+            self.cell = workload(*cell, num_layers=1)
+            self.cell.paged("auto")
+            self.attend = feature("decode_attention")
+
+    def track_build(self, batch, context, block_size):
+        cell, samples = self.cell, []
+        layer = cell.layers[0]
+        for _ in range(100):
+            out = cell.queries
+            start = time.perf_counter()
+            for _ in range(self.num_layers):
+                out = self.attend(out, layer.key_pool, layer.value_pool, cell.batch, scale=SCALE)
+            samples.append(time.perf_counter() - start)
+            del out  # never evaluated
+        return statistics.median(samples) / self.num_layers * 1e6
+
+
+class Mixed:
+    """One long and fifteen short sequences over sixteen equal ones with as many tokens in all.
+
+    `path="auto"`, four layers, on a GPU. 1.0 means that no sequence waits for the longest; the
+    goal is 1.3.
+    """
+
+    version = "1"
+    params = [[16], [32768], [32]]
+    param_names = ["batch", "longest", "block_size"]
+    unit = "x equal lengths"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+    shortest = 1024
+
+    def setup(self, batch, longest, block_size):
+        require_gpu()
+        tokens = longest + (batch - 1) * self.shortest
+        require_memory(10 * 4 * kv_bytes(1, tokens, block_size))
+        blocks = tokens // block_size
+        num_blocks = 2 * blocks
+        ids = np.random.default_rng(1).permutation(num_blocks)[:blocks]
+        equal = tokens // batch // block_size * block_size
+        mixed = [longest] + [self.shortest] * (batch - 1)
+        self.batches = [
+            self.step(ids, lens, block_size, num_blocks) for lens in (mixed, [equal] * batch)
+        ]
+        mx.random.seed(0)
+        shape = (num_blocks, block_size, KV_HEADS, HEAD_DIM)
+        self.pools = [mx.random.uniform(-1, 1, shape, dtype=DTYPE) for _ in range(8)]
+        self.queries = mx.random.uniform(-4, 4, (batch, QUERY_HEADS, 1, HEAD_DIM), dtype=DTYPE)
+        mx.eval(self.pools, self.queries)
+        self.attend = feature("decode_attention")
+
+    def step(self, ids, lens, block_size, num_blocks):
+        needed = [length // block_size for length in lens]
+        ends = np.cumsum(needed)
+        tables = [ids[end - n : end].tolist() for end, n in zip(ends, needed, strict=True)]
+        return feature("DecodeBatch").from_tables(
+            tables, lens, block_size=block_size, num_blocks=num_blocks
+        )
+
+    def run(self, step):
+        out = self.queries
+        for keys, values in zip(self.pools[::2], self.pools[1::2], strict=True):
+            out = self.attend(out, keys, values, step, scale=SCALE)
+        mx.eval(out)
+
+    def ratio_mixed_vs_equal(self, batch, longest, block_size):
+        mixed, equal = self.batches
+        return lambda: self.run(mixed), lambda: self.run(equal)
+
+
 class Slabs:
     """Gather K and V from pools grown by slabs over the same gather from one pool.
 
@@ -198,11 +304,35 @@ class Slabs:
         )
 
 
+class BlockSize:
+    """Does the block size matter: blocks of 16 and of 64 tokens over blocks of 32.
+
+    Through `decode_attention(path="auto")`, four layers, on a GPU.
+    """
+
+    version = "1"
+    params = [[4], [4096, 32768], [16, 64]]
+    param_names = PARAM_NAMES
+    unit = "x blocks of 32"
+    timeout = 600
+    warmup_time = 0.1
+    repeat = (5, 25, 4.0)
+
+    def setup(self, batch, context, block_size):
+        require_gpu()
+        require_cell(batch, context, 32, copies=2 * 3 * 4 + 10)
+        self.cells = [workload(batch, context, size, num_layers=4) for size in (block_size, 32)]
+
+    def ratio_vs_32(self, batch, context, block_size):
+        this, other = self.cells
+        return lambda: this.paged("auto"), lambda: other.paged("auto")
+
+
 class BlockOrder:
     """Does it matter how blocks are scattered: a seeded random permutation over reversed order.
 
-    Both through `decode_attention(path="auto")` at one cell, two layers. 1.0 means that the
-    reversed tables of every other benchmark stand for any scatter.
+    Both through `decode_attention(path="auto")`, two layers. 1.0 means that the reversed tables of
+    every other benchmark stand for any scatter.
     """
 
     version = "1"

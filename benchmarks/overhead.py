@@ -6,6 +6,7 @@ from ._workload import (
     layers,
     layout_of,
     require_cell,
+    require_gpu,
     require_path,
     workload,
 )
@@ -79,3 +80,24 @@ class GatherRowsGrouped(_Overhead):
     """
 
     path = "gather_rows_grouped"
+
+
+class Fused(_Overhead):
+    """The path `fused` over `contiguous_attention`.
+
+    A kernel that reads K and V where they lie; n/a without a GPU. A change means that the kernel,
+    how a step is cut up for it, or MLX's SDPA changed.
+    """
+
+    path = "fused"
+
+
+class Batch16(_Overhead):
+    """`path="auto"` at 16 sequences, on a GPU: on a CPU it says what 4 sequences say."""
+
+    path = "auto"
+    params = [[16], *GRID[1:]]
+
+    def setup(self, *cell):
+        require_gpu()
+        super().setup(*cell)

@@ -148,7 +148,25 @@ def test_class_describes_itself(name):
         assert cls.unit
 
 
-@pytest.mark.parametrize("name", CLASSES)
+# Not applicable on a CPU, and nothing else is.
+ON_A_GPU = {
+    "decode.BlockSize",
+    "decode.Fused",
+    "decode.Mixed",
+    "overhead.Batch16",
+    "overhead.Fused",
+}
+
+
+@pytest.mark.parametrize("name", sorted(ON_A_GPU))
+@pytest.mark.skipif(_workload.on_gpu(), reason="there is a GPU here")
+def test_what_needs_a_gpu_is_not_applicable_without(name):
+    instance = CLASSES[name]()
+    with pytest.raises(NotImplementedError, match=r"measured on a GPU|fused does not run on"):
+        instance.setup(*(values[0] for values in instance.params))
+
+
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - (set() if _workload.on_gpu() else ON_A_GPU)))
 def test_smallest_cell_runs(name):
     cls = CLASSES[name]
     (function,) = benchmark_functions(cls)

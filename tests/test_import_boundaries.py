@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "scores": set(),
     "fused": {"block_table", "kernels", "scores", "step"},
     "paths": {"fused", "gather", "kv_cache", "scores", "step"},
+    "tune": {"attention", "fused", "paths", "scores", "step"},
     "attention": {"errors", "gather", "kv_cache", "paths", "scores", "step"},
 }
 
