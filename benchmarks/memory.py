@@ -1,4 +1,7 @@
-"""What the cache takes in memory. Counted, not timed: the same everywhere but for the peaks."""
+"""What the cache takes in memory, counted; and how fast this machine's memory is."""
+
+import statistics
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +38,41 @@ def _tokens(count):
     keys = mx.random.uniform(-1, 1, (1, KV_HEADS, count, HEAD_DIM), dtype=DTYPE)
     mx.eval(keys)
     return keys
+
+
+class Bandwidth:
+    """Bytes that MLX reads and writes a second in an elementwise operation on 256 MiB.
+
+    What memory allows on this machine: `kv_bytes` of a cell over its `decode` time is a share of
+    it. A change is MLX's or the machine's.
+    """
+
+    version = "1"
+    params = [[256]]
+    param_names = ["MiB"]
+    unit = "GB/s"
+    passes = 8
+
+    def setup(self, mib):
+        require_memory(3 * mib * 2**20)
+        mx.random.seed(0)
+        self.data = mx.random.normal((mib * 2**18,))
+        mx.eval(self.data)
+
+    def one_pass(self):
+        """Return the seconds of one pass over the data, in place, in a graph of several."""
+        data, self.data = self.data, None
+        start = time.perf_counter()
+        for _ in range(self.passes):
+            data = mx.negative(data)
+        mx.eval(data)
+        self.data = data
+        return (time.perf_counter() - start) / self.passes
+
+    def track_bandwidth(self, mib):
+        self.one_pass()
+        seconds = statistics.median(self.one_pass() for _ in range(9))
+        return 2 * self.data.nbytes / seconds / 1e9
 
 
 class GrowByConcatenation:
