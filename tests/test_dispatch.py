@@ -1,0 +1,42 @@
+"""The dispatch table against recorded results: `auto` is never a path that another one beats."""
+
+import mlx.core as mx
+import pytest
+
+from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS
+from pagedkv.paths import Call, choose
+from website.report import HEADLINE, load
+
+# Machine -> its device, the commit that measured every path, and what `auto` was there.
+RECORDED = {
+    "linux-2core-xeon": (mx.cpu, "0b9e8013", "gather_rows_grouped"),
+    "h200": (mx.gpu, "0b9e8013", "fused"),
+}
+# The alternatives that read the layout of the cache's pools.
+OTHERS = ("GatherBlockMajor", "GatherRows", "GatherRowsGrouped", "Fused")
+SLACK = 1.05
+
+
+@pytest.mark.parametrize("machine", RECORDED)
+def test_no_path_beats_auto_by_more_than_5_percent(machine, monkeypatch):
+    device, commit, path = RECORDED[machine]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    table = load(machine, commit)
+    compared = 0
+    for cell, auto in table[HEADLINE].items():
+        batch, context, block_size = (int(x) for x in cell)
+        call = Call(
+            mx.Device(device),
+            batch * context,
+            (batch, QUERY_HEADS, 1, HEAD_DIM),
+            (2 * batch * context // block_size, block_size, KV_HEADS, HEAD_DIM),
+            DTYPE,
+        )
+        assert choose(call) == path, "the table was changed: measure it and record the results"
+        for name in OTHERS:
+            other = table.get(f"overhead.{name}.ratio_vs_contiguous", {}).get(cell)
+            if auto.known and other is not None and other.known:
+                apart = auto.low > other.high  # the confidence intervals do not overlap
+                assert not (apart and auto.value > SLACK * other.value), (cell, name)
+                compared += 1
+    assert compared >= 8
