@@ -17,7 +17,9 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish serve table adr noise tune record screenshot test lint types unit soak example format clean
+.PHONY: help bench prove publish serve table adr compare noise detect doctor tune record screenshot
+.PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak example
+.PHONY: format clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headline"
@@ -27,9 +29,12 @@ help:
 	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
 	@echo "make table       the ADR's table of this machine; FORMAT=csv or markdown, COMMIT=hash"
 	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
-	@echo "make noise       compare HEAD with itself"
+	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
+	@echo "make noise       compare HEAD with itself: what this machine calls changed"
+	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
+	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
-	@echo "make adr         write recorded results into README and docs, print the table"
+	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make screenshot  take the README's picture of the site"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
 	@echo "make example     replay a request trace, plot block usage"
@@ -63,20 +68,44 @@ table: $(READY)
 
 adr: $(READY)
 	$(BIN)/python -m website.report documents
+	$(BIN)/python -m website.overhead
 	@$(MAKE) --no-print-directory table
 
 tune: $(READY)
 	$(AWAKE) $(BIN)/python -m pagedkv.tune
 
-noise: $(READY)
-	$(AWAKE) $(BIN)/python -m website.history noise $(OPTIONS)
+BASE ?= main
+OUTPUT ?=
+# Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
+compare: $(READY)
+	$(AWAKE) $(BIN)/python -m website.compare pull-request --base $(BASE) --grid $(GRID) $(OPTIONS) \
+	$(if $(OUTPUT),--output $(OUTPUT))
+
+TIMES ?=
+noise detect: $(READY)
+	$(AWAKE) $(BIN)/python -m website.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES))
+
+WAIT ?= 0
+doctor: $(READY)
+	@$(BIN)/python -m website.doctor --wait $(WAIT) $(OPTIONS)
+
+# What the benchmark machine does for main.
+nightly: $(READY)
+	$(AWAKE) $(BIN)/python -m website.nightly run --grid $(GRID) $(OPTIONS)
+
+nightly-mlx: $(READY)
+	$(AWAKE) $(BIN)/python -m website.nightly newest-mlx $(OPTIONS)
+
+REMOTE ?= origin
+fetch-results push-results: $(READY)
+	@$(BIN)/python -m website.nightly $@ --remote $(REMOTE)
 
 record:
 	@test -n "$(MACHINE)" || { echo "say which: make record MACHINE=name"; exit 1; }
 	git add --force results/$(MACHINE)
 
-screenshot: $(BROWSER)
-	$(BIN)/python -m website.check --over-context --machine h100 --screenshot docs/images/site.png
+screenshot: $(BROWSER) publish
+	$(BIN)/python -m website.check docs/images/overhead.png --machine h200 --batch 4
 
 # Without npm the page loads its scripts from the network; publishing says so.
 website/node_modules: website/package-lock.json
@@ -95,11 +124,15 @@ $(BROWSER): $(READY)
 	$(BIN)/python -m pip install -q --group browser
 	touch $@
 
-test: lint types unit
+test: lint workflows types unit
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+workflows: $(READY)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 types: $(READY)
 	$(BIN)/mypy

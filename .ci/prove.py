@@ -14,11 +14,20 @@ import mlx.core as mx
 
 from benchmarks._workload import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
-from website.check import look
+from website.check import OverheadPage, browse, look
+from website.compare import DETECTION, commit_of, measure, slowed
 from website.history import asv, check_history, derive_config, git, machine_name, record_machine
-from website.report import HEADLINE, load
+from website.report import (
+    HEADLINE,
+    as_csv,
+    commit_label,
+    load,
+    measured_commits,
+    recorded_commits,
+)
 
 CELL = ("1", "1024", "32")
+RECORDED = ("h200", "linux-2core-xeon")
 LACKED_BY_OLD = "overhead.GatherHeadMajor.ratio_vs_contiguous"
 
 
@@ -27,6 +36,82 @@ def expect(condition, message):
     if not condition:
         sys.exit(f"not proven: {message}")
     print(f"proven: {message}", flush=True)
+
+
+def shown(value):
+    """Return a Value as the overhead page writes it."""
+    return value.show(interval=True)
+
+
+def prove_overhead_page(html_dir, machines):
+    """Compare what the overhead page says in a browser with the results, and use it."""
+    with browse(html_dir) as (page, address):
+        overhead = OverheadPage(page)
+        for machine in machines:
+            commits = measured_commits(machine)
+            tables = [load(machine, commit) for commit in commits]
+            latest = [t[HEADLINE] for t in tables if any(v.known for v in t[HEADLINE].values())][-1]
+            batch, _, block = next(cell for cell, value in latest.items() if value.known)
+            overhead.open(f"{address}/overhead.html", machine=machine, batch=batch, block=block)
+
+            header, *rows = overhead.table("phases-table")
+            expected = {
+                context: [shown(table[HEADLINE][batch, context, block]) for table in tables]
+                for context in sorted({cell[1] for cell in latest}, key=int)
+            }
+            said = {context: values for context, *values in rows}
+            expect(header[1:] == [commit_label(c) for c in commits], f"{machine}: phases in order")
+            expect(
+                said == {context: expected[context] for context in said} and len(said) >= 2,
+                f"{machine}: {len(said)} contexts over {len(commits)} commits as recorded",
+            )
+            drawn = sum(
+                text not in ("n/a", "failed") for values in said.values() for text in values
+            )
+            expect(overhead.points("phases") == drawn, f"{machine}: {drawn} points drawn")
+
+        machine = machines[0]
+        overhead.open(f"{address}/overhead.html", machine=machine, batch=1, block=32)
+        batch_1 = overhead.table("phases-table")
+        overhead.choose("batch", "4")
+        expect(overhead.table("phases-table") != batch_1, "choosing a batch changes the numbers")
+        overhead.choose("path", "gather_rows")
+        said = overhead.table("phases-table")[1][1:]
+        name = "overhead.GatherRows.ratio_vs_contiguous"
+        expected = [
+            shown(table[name]["4", "1024", "32"])
+            for commit in measured_commits(machine)
+            if name in (table := load(machine, commit))
+        ]
+        expect(said == expected, "choosing a path shows that path")
+        with page.expect_download() as download:
+            page.click("#csv")
+        text = Path(download.value.path()).read_text()
+        rows = overhead.table("table")
+        expect(text == as_csv(rows[0], rows[1:]), "the CSV is the table")
+
+        link = overhead.links("phases-table")[0]
+        page.goto(link)
+        page.wait_for_function("() => document.querySelector('#main-graph canvas')", timeout=20000)
+        expect("overhead.html" in page.inner_html("#nav"), "asv's navigation leads to the page")
+
+        overhead.open(f"file://{html_dir}/overhead.html", machine=machine)
+        expect(overhead.points("phases") > 0, "the page works as a mere file")
+        page.set_viewport_size({"width": 390, "height": 800})
+        overhead.open(f"{address}/overhead.html", machine=machine)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        expect(wide <= 390, "nothing sticks out on a phone")
+
+
+def prove_comparison(machine):
+    """Compare a commit with a slowed copy and with an identical one."""
+    where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "quick"}
+    base, again, slower = slowed(0), commit_of(f"{slowed(0)}^{{tree}}", "again"), slowed(60)
+    factors = {"ratio": 1.25, "time": 2.0}
+    verdicts = [c.verdict(factors) for c in measure(base, slower, rounds=1, **where)]
+    expect(verdicts == ["worsened"] * 4, "a commit slower by 60% is called slower in each cell")
+    verdicts = [c.verdict(factors) for c in measure(base, again, rounds=1, **where)]
+    expect(verdicts == ["unchanged"] * 4, "an identical commit is not")
 
 
 def main():
@@ -67,6 +152,12 @@ def main():
         values = (old_values[HEADLINE][CELL], new_values[HEADLINE])
         measured = {round(value.value, 4) for value in values}
         expect(drawn == measured, f"the page draws the measured values {sorted(measured)}, offline")
+
+        recorded = [machine for machine in RECORDED if recorded_commits(machine)]
+        config = derive_config("prove", html_dir=str(html))
+        expect(asv("publish", config=config) == 0, "asv publish of the recorded results")
+        prove_overhead_page(html, recorded)
+    prove_comparison(machine)
 
 
 if __name__ == "__main__":

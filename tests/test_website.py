@@ -3,12 +3,13 @@
 import importlib
 import json
 import math
+import plistlib
 import re
 import shutil
 import subprocess
 
 import pytest
-from asv.util import load_json
+from asv.util import UserError, load_json
 
 from website import adopt, history, offline, report
 
@@ -96,22 +97,6 @@ def test_what_needs_no_run_off_the_grid():
         assert not history.is_measured([None], PLAIN, grid)
 
 
-COMPARISON = """
-| Change   | Before [aaaaaaaa]   | After [bbbbbbbb]   | Ratio   | Benchmark (Parameter)                         |
-|----------|---------------------|--------------------|---------|-----------------------------------------------|
-|          | 2.22±0.06           | 2.31±0.1           | 1.04    | overhead.Auto.ratio_vs_contiguous(1, 1024, 32) |
-| +        | 2.22±0.06           | 2.42±0.1           | 1.09    | overhead.Auto.ratio_vs_contiguous(1, 4096, 32) |
-| -        | 44.6±1ms            | 40.0±1ms           | 0.90    | decode.Auto.time_decode(1, 1024, 32)           |
-|          | 44.6±1ms            | 50.0±1ms           | ~1.12   | decode.Auto.time_decode(1, 4096, 32)           |
-|          | n/a                 | n/a                | n/a     | decode.Auto.time_decode(4, 32768, 64)          |
-"""  # noqa: E501
-
-
-def test_flagged_counts_measured_cells():
-    assert history.flagged(COMPARISON, "ratio") == (2, 1)
-    assert history.flagged(COMPARISON, "time") == (2, 1)
-
-
 def test_backend_settings_replace_the_backend_and_keep_environments_apart():
     assert history.backend_settings("cpu") == {}
     settings = history.backend_settings("cuda13")
@@ -144,7 +129,7 @@ def test_machine_is_recorded_in_full_once(home):
 def test_another_machine_does_not_add_to_recorded_results(home):
     (home / "results/box").mkdir(parents=True)
     (home / "results/box/machine.json").write_text('{"cpu": "abacus", "version": 1}')
-    with pytest.raises(SystemExit, match=r"results/box was measured on abacus, this is .*MACHINE="):
+    with pytest.raises(UserError, match=r"results/box was measured on abacus, this is .*MACHINE="):
         history.record_machine("box")
     assert not (home / ".asv-machine.json").exists()
 
@@ -201,11 +186,11 @@ def test_shallow_clones_and_missing_main_are_refused(repository, tmp_path, monke
     history.check_history()
     git(tmp_path, "clone", "--depth", "1", f"file://{repository}", "shallow")
     monkeypatch.setattr(history, "ROOT", tmp_path / "shallow")
-    with pytest.raises(SystemExit, match="shallow"):
+    with pytest.raises(UserError, match="shallow"):
         history.check_history()
     git(repository, "branch", "-m", "main", "trunk")
     monkeypatch.setattr(history, "ROOT", repository)
-    with pytest.raises(SystemExit, match="no branch main"):
+    with pytest.raises(UserError, match="no branch main"):
         history.check_history()
 
 
@@ -401,3 +386,20 @@ def test_publish_refuses_a_script_it_does_not_know(page):
     with pytest.raises(offline.UserError, match=r"jquery-4\.0\.0\.min\.js"):
         publish(page)
     assert (page / "index.html").read_text() == text
+
+
+def test_workflows_run_make_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {name for line in re.findall(r"^([\w -]+):", makefile, re.M) for name in line.split()}
+    workflows = "".join(file.read_text() for file in ROOT.glob(".github/workflows/*.yml"))
+    plist = (ROOT / "docs/runner.md").read_text()
+    used = set(re.findall(r"\bmake ((?!targets)[a-z-]+)", workflows + plist))
+    assert {"compare", "doctor", "nightly", "nightly-mlx", "publish", "push-results"} <= used
+    assert used <= targets
+
+
+def test_the_launchd_job_is_a_property_list():
+    text = (ROOT / "docs/runner.md").read_text()
+    job = plistlib.loads(re.search(r"```xml\n(.*?)```", text, re.DOTALL)[1].encode())
+    assert job["StartCalendarInterval"] == {"Hour": 2, "Minute": 17}
+    assert "&& make nightly" in job["ProgramArguments"][-1]

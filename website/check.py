@@ -1,9 +1,12 @@
 """Open the published site in a headless Chromium that reaches nothing but it, and look.
 
+`make screenshot` takes the README's picture of it.
+
 Needs a Chromium (Debian: `apt-get install chromium`) and the dependency group `browser`.
 """
 
 import argparse
+import contextlib
 import functools
 import shutil
 import sys
@@ -12,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 from website.history import ROOT
@@ -54,27 +58,20 @@ def serve(directory):
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
-def look(html_dir, machine=None, screenshot=None, over_context=False):
-    """Open the graph of the headline benchmark and return its series as {label: points}.
+@contextlib.contextmanager
+def browse(html_dir, **options):
+    """Open a browser that reaches nothing but `html_dir`; yield a page and the address of the site.
 
-    Its x axis is the commits, or with `over_context` the context length at the last commit.
-    Raises RuntimeError if the page asks for anything that is not in `html_dir`, reports a script
-    error, or draws nothing.
+    Raises RuntimeError at the end if the page asked for anything else, or reported an error.
     """
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
         raise RuntimeError(f"expected a browser, found none of {', '.join(BROWSERS)}")
     server, address = serve(html_dir)
-    state = [("machine", machine)] if machine else []
-    state += [("p-block_size", 32)]
-    if over_context:
-        state += [("x-axis", "context")]
-    else:
-        state += [("p-context", 1024), ("p-context", 4096)]
     problems = []
 
     def only_here(route):
-        if route.request.url.startswith((address, "data:")):
+        if route.request.url.startswith((address, "data:", "blob:", "file:")):
             route.continue_()
         else:
             problems.append(f"asked for {route.request.url}")
@@ -86,43 +83,105 @@ def look(html_dir, machine=None, screenshot=None, over_context=False):
                 executable_path=browser_path,
                 args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
             )
-            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            page = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **options})
             page.route("**/*", only_here)
             page.on("response", lambda r: r.ok or problems.append(f"got {r.status} for {r.url}"))
             page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
-            page.goto(f"{address}/index.html#{HEADLINE}?{urlencode(state)}")
-            try:
-                page.wait_for_function(f"() => ({SERIES})()?.some(s => s[1].length)", timeout=20000)
-            except Exception as error:
-                problems.append(f"no series was drawn ({error})")
-            series = page.evaluate(SERIES) or []
-            if series and page.evaluate(INK) < 3:
-                problems.append("the graph's canvas is blank")
-            if screenshot:
-                page.screenshot(path=screenshot)
+            yield page, address
             browser.close()
+    except PlaywrightError as error:
+        raise RuntimeError(f"{html_dir}: {'; '.join([*problems, str(error)])}") from error
     finally:
         server.shutdown()
     if problems:
         raise RuntimeError(f"{html_dir}: " + "; ".join(problems))
+
+
+def look(html_dir, machine=None):
+    """Open the graph of the headline benchmark over commits, return its series {label: points}.
+
+    Raises RuntimeError if the page asks for anything that is not in `html_dir`, reports a script
+    error, or draws nothing.
+    """
+    state = [("machine", machine)] if machine else []
+    state += [("p-block_size", 32), ("p-context", 1024), ("p-context", 4096)]
+    with browse(html_dir) as (page, address):
+        page.goto(f"{address}/index.html#{HEADLINE}?{urlencode(state)}")
+        page.wait_for_function(f"() => ({SERIES})()?.some(s => s[1].length)", timeout=20000)
+        series = page.evaluate(SERIES)
+        if page.evaluate(INK) < 3:
+            raise RuntimeError(f"{html_dir}: the graph's canvas is blank")
     return dict(series)
+
+
+class OverheadPage:
+    """The overhead page in a browser: choose, and read what it says."""
+
+    def __init__(self, page):
+        self.page = page
+
+    def open(self, url, **choices):
+        """Go to the page with choices in its address."""
+        self.page.goto("about:blank")
+        self.page.goto(f"{url}#{urlencode(choices)}")
+        self._await_shown(choices)
+
+    def choose(self, name, value):
+        """Choose from one of the page's menus."""
+        self.page.select_option(f"#{name}", value)
+        self._await_shown({name: value})
+
+    def _await_shown(self, choices):
+        wanted = list(map(str, choices.values()))
+        self.page.wait_for_function(
+            "wanted => { const shown = document.body.dataset.shown;"
+            " return shown && wanted.every(w => ` ${shown} `.includes(` ${w} `)); }",
+            arg=wanted,
+            timeout=20000,
+        )
+
+    def options(self, name):
+        """Return the values that a menu offers."""
+        return self.page.eval_on_selector_all(f"#{name} option", "all => all.map(o => o.value)")
+
+    def text(self, selector):
+        """Return the text of an element."""
+        return self.page.inner_text(selector)
+
+    def table(self, name):
+        """Return a table's rows as lists of text."""
+        return self.page.evaluate(
+            "id => [...document.getElementById(id).rows].map("
+            "row => [...row.cells].map(c => c.innerText.trim()))",
+            name,
+        )
+
+    def links(self, name):
+        """Return where the numbers of a table lead."""
+        return self.page.eval_on_selector_all(f"#{name} a", "all => all.map(a => a.href)")
+
+    def points(self, name):
+        """Return how many points a chart has drawn."""
+        return self.page.evaluate(
+            "id => document.querySelectorAll(`#${id} .mark-symbol.role-mark path`).length", name
+        )
 
 
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m website.check", description=__doc__)
-    parser.add_argument("html_dir", nargs="?", default=ROOT / ".asv/html", type=Path)
-    parser.add_argument("--machine", help="of which machine (default: asv's choice)")
-    parser.add_argument("--over-context", action="store_true", help="context length on the x axis")
-    parser.add_argument("--screenshot", help="write a PNG here")
+    parser.add_argument("screenshot", help="PNG file to write")
+    parser.add_argument("--html-dir", default=ROOT / ".asv/html", type=Path)
+    parser.add_argument("--machine", required=True, help="which machine the page shows")
+    parser.add_argument("--batch", required=True, help="and which batch")
     args = parser.parse_args()
     try:
-        series = look(args.html_dir, args.machine, args.screenshot, args.over_context)
+        with browse(args.html_dir, viewport={"width": 1000, "height": 1000}) as (page, address):
+            shown = {"machine": args.machine, "batch": args.batch}
+            OverheadPage(page).open(f"{address}/overhead.html", **shown)
+            page.screenshot(path=args.screenshot)
     except RuntimeError as error:
         sys.exit(str(error))
-    points = sum(len(points) for points in series.values())
-    drawn = f"{len(series)} series, {points} points"
-    print(f"{args.html_dir}: {HEADLINE} drawn without network, {drawn}")
     return 0
 
 

@@ -1,12 +1,10 @@
-"""Run the suite over the project's history: `make bench`, and over HEAD twice: `make noise`."""
+"""Run the suite over the project's history: `make bench`."""
 
 import argparse
-import csv
 import itertools
 import math
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ from asv.results import iter_results_for_machine_and_hash
 from asv.util import UserError, load_json, write_json
 
 from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+from website.lock import acquire
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +35,6 @@ SETTLED = (
     "decode.Slabs.",
     "memory.GrowByConcatenation.",
 )
-NOISE = ("overhead.", "decode.Auto.", "decode.Contiguous.")
 
 
 def git(*args):
@@ -61,9 +59,9 @@ def phase_commits():
 def check_history():
     """Stop with what to do when asv would measure or publish something else than it seems."""
     if git("rev-parse", "--is-shallow-repository") == "true":
-        sys.exit("this clone is shallow, its history is cut off: run `git fetch --unshallow`")
+        raise UserError("this clone is shallow, its history is cut off: `git fetch --unshallow`")
     if not git("branch", "--list", "main"):
-        sys.exit("there is no branch main here: run `git branch main origin/main`")
+        raise UserError("there is no branch main here: run `git branch main origin/main`")
     if git("status", "--porcelain", "--", "pagedkv", "pyproject.toml"):
         print("note: uncommitted changes in pagedkv/ are not measured, asv builds commits")
 
@@ -122,7 +120,7 @@ def record_machine(name):
     if path.exists():
         recorded = load_json(str(path), Machine.api_version)
         if recorded["cpu"] != record["cpu"]:
-            sys.exit(
+            raise UserError(
                 f"results/{name} was measured on {recorded['cpu']}, this is {record['cpu']}: "
                 "give it a name of its own, MACHINE=name"
             )
@@ -133,7 +131,7 @@ def record_machine(name):
 def discover(machine, config):
     """Have asv list the suite as it is now, and return the list: {name: description}."""
     if asv("run", "--machine", machine, "--bench", "just-discover", "HEAD^!", config=config):
-        sys.exit("asv could not import the benchmarks, see above")
+        raise UserError("asv could not list the benchmarks, see above")
     return Benchmarks.load(Config.load(str(ROOT / config)))
 
 
@@ -242,63 +240,24 @@ def prepare(machine, backend):
     return 0
 
 
-def flagged(table, kind):
-    """Return (compared, changed): cells in asv's comparison of `ratio_` or `time_` benchmarks."""
-    row = re.compile(rf"^\| (.)\s.*\|\s*(\S+)\s*\| \S*\.{kind}_\w+", re.MULTILINE)
-    marks = [mark for mark, ratio in row.findall(table) if ratio != "n/a"]
-    return len(marks), sum(mark in "+-" for mark in marks)
-
-
-def noise(machine, backend):
-    """Compare HEAD with an identical commit and record how many cells asv calls changed."""
-    check_history()
-    record_machine(machine)
-    shutil.rmtree(ROOT / ".asv/noise", ignore_errors=True)
-    settings = {**backend_settings(backend), "results_dir": ".asv/noise"}
-    config = derive_config("noise", **settings)
-    head = git("rev-parse", "HEAD")
-    identity = ["-c", "user.name=noise", "-c", "user.email=noise@localhost"]
-    again = "HEAD again, to measure noise"
-    twin = git(*identity, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", again)
-    options = ["--machine", machine]
-    for name, benchmark in discover(machine, config).items():
-        if name.startswith(NOISE):
-            options += selection(benchmark, "quick")
-    status = asv("continuous", *options, head, twin, config=config)
-    if status not in (0, 1):
-        return status
-
-    rows = []
-    for factor in ("1.05", "1.10"):
-        options = ["--config", config, "--machine", machine, "--factor", factor]
-        compare = [sys.executable, "-m", "asv", "compare", *options, head, twin]
-        table = subprocess.run(compare, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        rows += [[kind, factor, *flagged(table, kind)] for kind in ("ratio", "time")]
-    output = ROOT / "results" / machine / "noise.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-        header = ["benchmarks", "factor", "cells compared", "called changed"]
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    print(output.read_text())
-    return 0
-
-
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m website.history", description=__doc__)
-    parser.add_argument("command", choices=["run", "prepare", "noise"])
+    parser.add_argument("command", choices=["run", "prepare"])
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
     args = parser.parse_args()
     machine = args.machine or machine_name(args.backend)
-    if args.command == "prepare":
-        return prepare(machine, args.backend)
-    if args.command == "noise":
-        return noise(machine, args.backend)
     rounds = args.rounds or (1 if args.grid == "quick" else 2)
-    return run(args.grid, machine, args.backend, rounds)
+    try:
+        if args.command == "prepare":
+            return prepare(machine, args.backend)
+        acquire()
+        return run(args.grid, machine, args.backend, rounds)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

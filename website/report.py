@@ -6,6 +6,7 @@ next `<!-- end results -->` is what this module writes there.
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import math
@@ -62,15 +63,20 @@ class Value:
 MISSING = Value(math.nan)
 
 
-def load(machine, commit, results=RESULTS):
+def environments(machine, results=RESULTS):
+    """Return asv's names of the environments (MLX versions) that a machine measured in."""
+    return sorted({result.env_name for result in iter_results_for_machine(str(results), machine)})
+
+
+def load(machine, commit, results=RESULTS, environment=None):
     """Return {benchmark name: {parameters: Value}} of one machine at one commit.
 
-    Where a commit was measured in several environments (MLX versions), the last measured counts.
+    Where a commit was measured in several environments and none is named, the last measured counts.
     """
     found = [
         result
         for result in iter_results_for_machine(str(results), machine)
-        if result.commit_hash.startswith(commit)
+        if result.commit_hash.startswith(commit) and environment in (None, result.env_name)
     ]
     if not found:
         raise ValueError(f"no results of machine {machine} at commit {commit} in {results}")
@@ -87,10 +93,14 @@ def load(machine, commit, results=RESULTS):
     return table
 
 
-def measured_commits(machine, results=RESULTS):
+def measured_commits(machine, results=RESULTS, environment=None):
     """Return the hashes of a machine's measured commits that this clone has, oldest first."""
     known = git("log", "--reverse", "--format=%H").split()
-    measured = {r.commit_hash for r in iter_results_for_machine(str(results), machine)}
+    measured = {
+        result.commit_hash
+        for result in iter_results_for_machine(str(results), machine)
+        if environment in (None, result.env_name)
+    }
     return [commit for commit in known if commit in measured]
 
 
@@ -127,32 +137,39 @@ ADR_COLUMNS = [
 ]
 
 
-def adr_rows(table):
-    """Return the rows under ADR_COLUMNS, as text, of every cell with at least one number."""
+def adr_entries(table):
+    """Return the rows under ADR_COLUMNS of every cell with at least one number.
+
+    A row is (cell, entries), an entry (text, name of the benchmark or None).
+    """
     rows = []
     contiguous = table.get("decode.Contiguous.time_decode", {})
     for cell in sorted(contiguous, key=lambda cell: [int(x) for x in cell]):
-        batch, context, block_size = (int(x) for x in cell)
+        context, block_size = int(cell[1]), int(cell[2])
 
         def column(pattern, cell=cell):
             names = [pattern.format(layout) for layout in LAYOUTS.values()]
-            return [table.get(name, {}).get(cell, MISSING) for name in names]
+            return [(name, table.get(name, {}).get(cell, MISSING)) for name in names]
 
         times = [
-            contiguous[cell],
+            ("decode.Contiguous.time_decode", contiguous[cell]),
             *column("decode.GatherOnly{}.time_gather"),
             *column("decode.Gather{}.time_decode"),
             *column("append.Naive{}.time_append"),
         ]
-        overheads = [percent_over(r) for r in column("overhead.Gather{}.ratio_vs_contiguous")]
-        if any(value.known for value in [*times, *overheads]):
-            rows.append(
-                [str(batch), str(context), str(block_size)]
-                + [f"{fragmentation(context, block_size):.1f}"]
-                + [value.show(1000) for value in times]
-                + [value.show(digits=0) for value in overheads]
-            )
+        overheads = column("overhead.Gather{}.ratio_vs_contiguous")
+        if any(value.known for _, value in [*times, *overheads]):
+            entries = [(text, None) for text in cell]
+            entries.append((f"{fragmentation(context, block_size):.1f}", None))
+            entries += [(value.show(1000), name) for name, value in times]
+            entries += [(percent_over(value).show(digits=0), name) for name, value in overheads]
+            rows.append((cell, entries))
     return rows
+
+
+def adr_rows(table):
+    """Return the rows of `adr_entries` as text."""
+    return [[text for text, _ in entries] for _, entries in adr_entries(table)]
 
 
 def as_text(header, rows):
@@ -266,9 +283,9 @@ def mark_pattern(machine, commit):
     return f"{where}: {ratio.show(interval=True)}\n"
 
 
-def mark_noise(machine):
-    """Write what `make noise` recorded."""
-    with (RESULTS / machine / "noise.csv").open() as file:
+def mark_csv(name, machine):
+    """Write what `make noise` or `make detect` recorded."""
+    with (RESULTS / machine / name).open() as file:
         header, *rows = csv.reader(file)
     return as_markdown(header, rows)
 
@@ -279,7 +296,8 @@ MARKS = {
     "series": mark_series,
     "layouts": mark_layouts,
     "pattern": mark_pattern,
-    "noise": mark_noise,
+    "noise": functools.partial(mark_csv, "noise.csv"),
+    "detection": functools.partial(mark_csv, "detection.csv"),
 }
 
 

@@ -1,0 +1,218 @@
+"""Comparing commits: what counts as changed, the table, the factors; no benchmark runs here."""
+
+import csv
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from asv.util import UserError
+
+from website import compare
+from website.report import Value
+
+FACTORS = {"ratio": 1.05, "time": 1.5}
+RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
+
+
+def change(before, after, *, name=RATIO, significant=True):
+    def value(x):
+        return Value(x, x * 0.99, x * 1.01) if x else Value(x)
+
+    return compare.Change(name, value(before), value(after), significant)
+
+
+@pytest.mark.parametrize(
+    ("cell", "verdict"),
+    [
+        (change(1.0, 1.06), "worsened"),
+        (change(1.0, 1.04), "unchanged"),
+        (change(1.0, 1.06, significant=False), "unchanged"),
+        (change(1.06, 1.0), "improved"),
+        (change(1.0, 1.4, name=TIME), "unchanged"),
+        (change(1.0, 1.6, name=TIME), "worsened"),
+        (change(None, 1.0), "failed"),
+        (change(1.0, None), "failed"),
+        (change(None, math.nan), "failed"),
+        (change(1.0, math.nan), "failed"),  # it ran, and is n/a now
+        (change(math.nan, 1.0), "n/a"),  # new
+    ],
+)
+def test_verdicts(cell, verdict):
+    assert cell.verdict(FACTORS) == verdict
+
+
+def test_the_interval_of_a_ratio_takes_the_ends_farthest_apart():
+    ratio = compare.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True).ratio
+    assert (ratio.value, ratio.low, ratio.high) == (1.5, 0.5, 5.0)
+
+
+def test_the_table_shows_what_changed_and_counts_the_rest():
+    cells = [
+        change(1.0, 1.2),
+        change(1.0, 1.0),
+        change(0.001, None, name=TIME),
+        change(1.3, 1.0),
+        change(math.nan, 1.0),
+    ]
+    text = compare.markdown(cells, FACTORS, before="aaa", after="bbb", about="Machine box.")
+    assert "### bbb against aaa" in text
+    assert "**1 failed, 1 worsened, 1 improved, 1 unchanged, 1 n/a**" in text
+    rows = [line for line in text.splitlines() if "`" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| failed", "| worsened", "| improved"]
+    assert "1.00 ms | failed" in rows[0]
+    assert "1.20 [1.18, 1.22]" in rows[1]
+
+
+def test_noise_sets_the_factor_above_the_largest_significant_change():
+    quiet = [change(1.0, 1.004), change(1.0, 1.3, significant=False), change(1.0, 1.0, name=TIME)]
+    noisy = [change(1.0, 0.93), change(1.0, 1.02), change(1.0, 1.211, name=TIME)]
+    assert compare.noise_rows([quiet], 1) == [
+        ["ratio", 1, 1, 2, "1.004", "1.03"],
+        ["time", 1, 1, 1, "1.000", "1.03"],
+    ]
+    ratio, time = compare.noise_rows([quiet, noisy], 2)
+    assert ratio == ["ratio", 2, 2, 4, "1.075", "1.08"]
+    assert time == ["time", 2, 2, 2, "1.211", "1.22"]
+
+
+def test_recorded_noise(tmp_path):
+    factors, rounds, known = compare.recorded_noise("box", tmp_path)
+    assert (factors, rounds, known) == (compare.UNKNOWN_NOISE, 2, False)
+    rows = compare.noise_rows([[change(1.0, 0.93), change(1.0, 1.0, name=TIME)]], 4)
+    compare.write_csv(tmp_path / "box/noise.csv", compare.NOISE_HEADER, rows)
+    factors, rounds, known = compare.recorded_noise("box", tmp_path)
+    assert (factors, rounds, known) == ({"ratio": 1.08, "time": 1.03}, 4, True)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `asv continuous` would have found, and what was asked of it."""
+    asked = []
+
+    def measure(before, after, **options):
+        asked.append((before, after, options))
+        return measure.found
+
+    measure.found = [change(1.0, 1.0)]
+    measure.asked = asked
+    monkeypatch.setattr(compare, "measure", measure)
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("cells", "status"),
+    [
+        ([change(1.0, 1.0)], 0),
+        ([change(1.2, 1.0)], 0),
+        ([change(1.0, 1.2)], 1),
+        ([change(1.0, 1.2), change(1.0, None)], 2),
+    ],
+)
+def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "git", lambda *args: "a" * 40 if args[0] != "log" else "a title")
+    monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
+    measured.found = cells
+    output = tmp_path / "table.md"
+    where = {"machine": "box", "backend": "cpu", "grid": "quick"}
+    assert compare.pull_request("main", **where, output=output) == status
+    assert output.read_text() in capsys.readouterr().out
+    assert "`make noise` was not run" in output.read_text()
+    [(before, after, options)] = measured.asked
+    assert (before, after) == ("a" * 40, "b" * 40)
+    assert options["benchmarks"] == ("overhead.", "decode.")
+
+
+def test_nothing_to_compare(monkeypatch):
+    monkeypatch.setattr(compare, "git", lambda *args: "b" * 40)
+    with pytest.raises(UserError, match="nothing to compare"):
+        compare.pull_request("main", machine="box", backend="cpu", grid="quick", output=None)
+
+
+def test_a_base_that_is_not_there():
+    with pytest.raises(UserError, match="expected a commit, got 'no-such-branch'"):
+        compare.resolve("no-such-branch")
+
+
+def test_a_slowed_commit_is_on_no_branch_and_runs():
+    commit = compare.slowed(20)
+    show = ["git", "-C", str(compare.ROOT), "show", f"{commit}:pagedkv/attention.py"]
+    source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+    assert source.endswith("decode_attention = _slower(decode_attention)\n")
+    assert "20 / 100" in source
+    compile(source, "attention.py", "exec")
+    assert not compare.git("branch", "--contains", commit)
+    changed = compare.git("diff", "--name-only", "HEAD", commit)
+    assert changed == "pagedkv/attention.py"
+
+
+def test_what_is_added_slows_a_call_down_by_so_much(monkeypatch):
+    now = [0.0]
+
+    def perf_counter():
+        now[0] += 0.001
+        return now[0]
+
+    def call():
+        now[0] += 1.0
+        return "out"
+
+    monkeypatch.setitem(sys.modules, "time", SimpleNamespace(perf_counter=perf_counter))
+    space = {"mx": SimpleNamespace(eval=lambda out: None), "decode_attention": call}
+    exec(compare.SLOWER.format(percent=10), space)
+    assert space["decode_attention"]() == "out"
+    assert now[0] == pytest.approx(1.1, abs=0.01)
+
+
+def test_detection_counts_what_was_called_slower(measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare, "slowed", lambda percent: f"slowed-{percent}")
+    monkeypatch.setattr(compare, "commit_of", lambda tree, message: tree)
+    monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, True))
+
+    def measure(before, after, **options):
+        assert before == "slowed-0"
+        assert options["rounds"] == 2
+        slower = "20" in after
+        return [change(1.0, 1.2 if slower else 1.0), change(1.0, 1.0)]
+
+    monkeypatch.setattr(compare, "measure", measure)
+    assert compare.detect(3, machine="box", backend="cpu") == 0
+    with (tmp_path / "box/detection.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        compare.DETECTION_HEADER,
+        ["0%", "3", "6", "0", "0"],
+        ["5%", "1", "2", "0", "0"],
+        ["10%", "1", "2", "0", "0"],
+        ["20%", "1", "2", "1", "0"],
+    ]
+
+
+def test_detection_needs_the_noise(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, False))
+    with pytest.raises(UserError, match="run `make noise`"):
+        compare.detect(1, machine="box", backend="cpu")
+
+
+def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
+    none = Value(math.nan), None, None
+    stats = {"ci_99_a": 0.9, "ci_99_b": 1.1, "repeat": 10}
+    samples = [1.0 + i / 1000 for i in range(10)]
+    higher = [x + 0.2 for x in samples]
+    good = Value(1.0, 0.9, 1.1), stats, samples
+    tables = {
+        "old": {"a": good, "b": good, "c": none, "d": good},
+        "new": {
+            "a": (Value(1.2, 1.1, 1.3), stats, higher),
+            "b": (Value(None), None, None),
+            "c": none,
+        },
+    }
+    monkeypatch.setattr(compare, "_cells", lambda results, machine, commit: tables[commit])
+    found = {c.name: c for c in compare.changes(tmp_path, "box", "old", "new")}
+    assert sorted(found) == ["a", "b", "d"]  # n/a at both is no cell
+    assert found["a"].significant
+    assert found["b"].verdict(FACTORS) == "failed"
+    assert found["d"].verdict(FACTORS) == "failed"

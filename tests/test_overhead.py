@@ -1,0 +1,154 @@
+"""What the overhead page is made of; .ci/prove.py looks at it in a browser."""
+
+import copy
+import json
+import re
+
+import pytest
+from asv.util import UserError
+
+from website import overhead
+from website.report import MISSING, RESULTS, Value
+
+AUTO = "overhead.Auto.ratio_vs_contiguous"
+ROWS = "overhead.GatherRows.ratio_vs_contiguous"
+CELL, BIG = ("1", "1024", "32"), ("4", "32768", "32")
+
+
+def value(x):
+    return Value(x, x - 0.1, x + 0.1)
+
+
+def test_paths_have_the_names_of_decode_paths():
+    names = ["Auto", "Batch16", "GatherBlockMajor", "GatherRows", "Fused", "Contiguous"]
+    paths = ["auto", "auto", "gather_block_major", "gather_rows", "fused", "contiguous"]
+    assert [overhead._path(name) for name in names] == paths
+
+
+def test_missing_failed_and_known_are_told_apart():
+    tables = [
+        {AUTO: {CELL: value(2.0), BIG: MISSING}},
+        {AUTO: {CELL: Value(None), BIG: MISSING}, ROWS: {CELL: MISSING}},
+    ]
+    rows = overhead.ratio_rows("box", tables)
+    assert [(r["commit"], r["path"], r["state"], r["value"]) for r in rows] == [
+        (0, "auto", "ok", 2.0),
+        (1, "auto", "failed", None),
+        (1, "gather_rows", "n/a", None),
+    ]  # BIG has a number nowhere
+    assert rows[0]["link"] == (
+        f"index.html#{AUTO}?machine=box&p-batch=1&p-context=1024&p-block_size=32"
+    )
+    json.dumps(rows, allow_nan=False)
+
+
+def test_bandwidth_is_bytes_over_time():
+    tables = [{"decode.Auto.time_decode": {CELL: Value(1e-3, 0.9e-3, 1.1e-3)}}]
+    [row] = overhead.bandwidth_rows("box", tables)
+    gigabytes = 2 * 1024 * 8 * 128 * 2 / 1e9
+    assert row["value"] == pytest.approx(gigabytes / 1e-3)
+    assert row["low"] == pytest.approx(gigabytes / 1.1e-3)
+    assert row["low"] < row["value"] < row["high"]
+
+
+def headline(*autos):
+    tables = [{AUTO: {CELL: a, BIG: b}} for a, b in autos]
+    labels = ["phase 0 (a)", "phase 1 (b)", "cccccccc"][: len(tables)]
+    return overhead.headline(overhead.ratio_rows("box", tables), labels)
+
+
+def test_the_headline():
+    said = headline((value(2.0), value(4.0)), (value(1.0), value(3.0)))
+    assert (said["commit"], said["cells"]) == (1, 2)
+    assert said["median"] == pytest.approx({"value": 2.0, "low": 1.9, "high": 2.1})
+    assert said["worst"]["value"] == 3.0
+    assert said["worst"]["context"] == 32768
+    change = said["change"]
+    assert (change["since"], change["cells"]) == (0, 2)
+    assert change["value"] == pytest.approx((0.5 + 0.75) / 2)
+    assert change["low"] == pytest.approx((0.9 / 2.1 + 2.9 / 4.1) / 2)
+
+
+def test_the_headline_compares_with_the_phase_before_in_common_cells():
+    said = headline((value(2.0), value(4.0)), (value(1.5), MISSING), (value(3.0), value(8.0)))
+    assert said["commit"] == 2
+    assert (said["change"]["since"], said["change"]["cells"]) == (1, 1)
+    assert said["change"]["value"] == 2.0
+    assert headline((value(2.0), value(4.0)))["change"] is None
+    assert headline((MISSING, Value(None))) is None
+
+
+def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "git", lambda *args: f"subject of {args[-1]}")
+    monkeypatch.setattr(overhead, "commit_label", lambda commit: commit)
+    jump = [None, 2, 1.0, 1.5]
+    found = [
+        ["a(1)", "", {"machine": "box"}, 0, 1.5, 1.0, [jump]],
+        ["b(1)", "", {}, 0, 1.2, 1.0, [[1, 3, 1.0, 1.2]]],
+        ["a(2)", "", {"machine": "box"}, 1, 3.0, 1.0, [jump]],
+    ]
+    (tmp_path / "regressions.json").write_text(json.dumps({"regressions": found}))
+    groups = overhead.causes(tmp_path, {"one": 1, "two": 2, "three": 3})
+    assert [(g["after"], g["commit"], len(g["cells"])) for g in groups] == [
+        (None, "two", 2),
+        ("one", "three", 1),
+    ]
+    assert groups[0]["subject"] == "subject of two"
+    assert groups[0]["cells"][0] == {"name": "a(2)", "machine": "box", "factor": 3.0}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return overhead.gather(RESULTS)
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(recorded):
+    data = copy.deepcopy(recorded)
+    data["series"][0]["commits"][0]["subject"] = "</script><script>alert(1)</script>"
+    html = overhead.page(data)
+    assert "alert(1)</script>" not in html
+    assert not re.search(r"<(?:script|link)[^>]+(?:src|href)=\"(?!data:)", html)
+    embedded = re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1]
+    assert json.loads(embedded)["series"][0]["commits"][0]["subject"].startswith("</script>")
+
+
+def test_recorded_machines_are_on_the_page(recorded):
+    machines = {one["machine"]: one for one in recorded["series"]}
+    assert {"h200", "linux-2core-xeon"} <= machines.keys()
+    labels = [commit["label"] for commit in machines["h200"]["commits"]]
+    assert [label.split(" (")[0] for label in labels[:7]] == [f"phase {i}" for i in range(7)]
+    assert machines["h200"]["copy"] > 1000
+    cells = machines["linux-2core-xeon"]["tables"][0]
+    assert all(len(row) == len(recorded["columns"]) for row in cells)
+
+
+def test_two_versions_of_mlx_are_two_series(tmp_path):
+    folder = tmp_path / "h200"
+    folder.mkdir()
+    source = RESULTS / "h200"
+    (folder / "machine.json").write_text((source / "machine.json").read_text())
+    file = next(source.glob("0b9e8013-*.json"))
+    result = json.loads(file.read_text())
+    for version in ("0.32.4", "0.33.0"):
+        name = f"cuda13-py3.12-mlx{version}"
+        result["env_name"] = name
+        (folder / f"0b9e8013-{name}.json").write_text(json.dumps(result))
+    series = overhead.gather(tmp_path)["series"]
+    assert [one["environment"][-6:] for one in series] == ["0.32.4", "0.33.0"]
+
+
+@pytest.mark.parametrize("name", overhead.FIGURES)
+def test_figures_show_what_results_say(name):
+    rows = overhead.figure_rows(name)
+    assert any(row["state"] == "ok" for row in rows)
+    svg = (overhead.ROOT / f"docs/images/{name}.svg").read_text()
+    assert f"rows {overhead.digest(rows)}" in svg, "the figure is stale: `make adr`"
+
+
+def test_an_index_without_the_navigation_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("<html></html>")
+    (tmp_path / "regressions.json").write_text('{"regressions": []}')
+    monkeypatch.setattr(overhead, "gather", lambda *args: {"series": [], "regressions": []})
+    conf = type("Conf", (), {"html_dir": str(tmp_path), "results_dir": ""})
+    with pytest.raises(UserError, match="nav-li-regressions"):
+        overhead.OverheadPage.publish(conf, None, None, None, {})

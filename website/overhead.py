@@ -1,0 +1,364 @@
+"""asv publish plugin: overhead.html, how far a paged decode step is from contiguous SDPA.
+
+One page that needs no other file and no network. `gather` takes what it shows from the results,
+overhead.html beside this module is its frame and script, `CHARTS` are its pictures. The figures of
+the documents are the same charts of the same rows.
+"""
+
+import hashlib
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from urllib.parse import urlencode
+
+import altair as alt
+import vl_convert
+from asv.publishing import OutputPublisher
+from asv.util import UserError, load_json
+
+from benchmarks._workload import PARAM_NAMES, kv_bytes
+from website.history import ROOT, git
+from website.report import (
+    ADR_COLUMNS,
+    RESULTS,
+    adr_entries,
+    commit_label,
+    environments,
+    load,
+    measured_commits,
+    recorded_commits,
+)
+
+TEMPLATE = Path(__file__).with_name("overhead.html")
+NAVIGATION = '<li id="nav-li-regressions">'
+RATIO = re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous")
+TIME = re.compile(r"decode\.(\w+)\.time_decode")
+BANDWIDTH = "memory.Bandwidth.track_bandwidth"
+
+
+def _path(name):
+    """Return the decode path that a benchmark class is named after."""
+    path = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return "auto" if path == "batch16" else path
+
+
+def _link(machine, benchmark, cell):
+    """Return where asv's pages show the series of a cell."""
+    state = [("machine", machine)]
+    state += [(f"p-{name}", value) for name, value in zip(PARAM_NAMES, cell, strict=True)]
+    return f"index.html#{benchmark}?{urlencode(state)}"
+
+
+def _number(value):
+    """Return a number that JSON has, or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _entry(value):
+    """Return a Value as the page takes it: state, value and confidence interval."""
+    state = "failed" if value.value is None else "ok" if value.known else "n/a"
+    return {"state": state} | {
+        key: _number(getattr(value, key)) for key in ("value", "low", "high")
+    }
+
+
+def _cells(tables, pattern):
+    """Yield (commit's number, benchmark, cell, Value) of the cells that have a number anywhere."""
+    seen = {}
+    for number, table in enumerate(tables):
+        for name, cells in table.items():
+            if pattern.fullmatch(name):
+                for cell, value in cells.items():
+                    seen.setdefault(cell, []).append((number, name, value))
+    for cell, found in sorted(seen.items(), key=lambda item: [int(x) for x in item[0]]):
+        if any(value.known for _, _, value in found):
+            yield from ((number, name, cell, value) for number, name, value in found)
+
+
+def ratio_rows(machine, tables):
+    """Return a row for each cell of each path and commit: its ratio to contiguous SDPA."""
+    return [
+        {
+            "commit": number,
+            "path": _path(RATIO.fullmatch(name)[1]),
+            "link": _link(machine, name, cell),
+        }
+        | dict(zip(("batch", "context", "block"), map(int, cell), strict=True))
+        | _entry(value)
+        for number, name, cell, value in _cells(tables, RATIO)
+    ]
+
+
+def bandwidth_rows(machine, tables):
+    """Return the same for GB/s: the bytes of K and V over the time of one call of one layer."""
+    rows = []
+    for number, name, cell, time in _cells(tables, TIME):
+        batch, context, block = map(int, cell)
+        gigabytes = kv_bytes(batch, context, block) / 1e9
+        row = {"commit": number, "path": _path(TIME.fullmatch(name)[1])}
+        row |= {"batch": batch, "context": context, "block": block} | _entry(time)
+        row["link"] = _link(machine, name, cell)
+        speeds = {"value": row["value"], "low": row["high"], "high": row["low"]}
+        rows.append(row | {key: t and gigabytes / t for key, t in speeds.items()})
+    return rows
+
+
+def _median(entries):
+    """Return the median of values, and of the ends of their intervals."""
+    return {
+        key: statistics.median(_number(entry[key]) or entry["value"] for entry in entries)
+        for key in ("value", "low", "high")
+    }
+
+
+def headline(rows, labels):
+    """Return what there is to say first: `auto` at the latest commit, and against the phase before.
+
+    The interval of a median is the median of the cells' intervals' ends; that of a change takes
+    the ends that are farthest apart.
+    """
+    autos = {}
+    for row in rows:
+        if row["path"] == "auto" and row["state"] == "ok":
+            cell = row["batch"], row["context"], row["block"]
+            autos.setdefault(row["commit"], {})[cell] = row
+    if not autos:
+        return None
+    latest = max(autos)
+    now = autos[latest]
+    said = {
+        "commit": latest,
+        "cells": len(now),
+        "median": _median(now.values()),
+        "worst": max(now.values(), key=lambda row: row["value"]),
+        "change": None,
+    }
+    before = [n for n in autos if n < latest and labels[n].startswith("phase")]
+    common = [cell for cell in now if before and cell in autos[max(before)]]
+    if common:
+        old = autos[max(before)]
+        ends = [("value", "value"), ("low", "high"), ("high", "low")]
+        changes = [
+            {a: (now[c][a] or now[c]["value"]) / (old[c][b] or old[c]["value"]) for a, b in ends}
+            for c in common
+        ]
+        said["change"] = {"since": max(before), "cells": len(common), **_median(changes)}
+    return said
+
+
+def _copy_bandwidth(tables):
+    """Return the newest GB/s that the machine's memory was measured at, or None."""
+    measured = [v.value for t in tables for v in t.get(BANDWIDTH, {}).values() if v.known]
+    return measured[-1] if measured else None
+
+
+def series_of(machine, environment, results=RESULTS, commits=None):
+    """Return what the page shows of one machine in one environment, at all commits or at some."""
+    commits = commits or measured_commits(machine, results, environment)
+    tables = [load(machine, commit, results, environment) for commit in commits]
+    labels = [commit_label(commit) for commit in commits]
+    rows = ratio_rows(machine, tables)
+    record = load_json(str(Path(results, machine, "machine.json")), 1)
+    about = ", ".join(str(record[key]) for key in ("cpu", "ram", "os") if record.get(key))
+    return {
+        "machine": machine,
+        "environment": environment,
+        "about": about,
+        "commits": [
+            {"label": label, "hash": commit, "subject": git("log", "-1", "--format=%s", commit)}
+            for commit, label in zip(commits, labels, strict=True)
+        ],
+        "headline": headline(rows, labels),
+        "ratios": rows,
+        "bandwidths": bandwidth_rows(machine, tables),
+        "copy": _copy_bandwidth(tables),
+        "tables": [
+            [
+                [(text, name and _link(machine, name, cell)) for text, name in entries]
+                for cell, entries in adr_entries(table)
+            ]
+            for table in tables
+        ],
+    }
+
+
+def causes(html_dir, revisions):
+    """Group the regressions that asv found by the commit, or range of commits, that caused them."""
+    hashes = {revision: commit for commit, revision in revisions.items()}
+    file = Path(html_dir, "regressions.json")
+    groups = {}
+    for name, _, params, _, now, best, jumps in load_json(str(file))["regressions"]:
+        first, last, *_ = jumps[-1]
+        key = hashes.get(first), hashes[last]
+        cells = groups.setdefault(key, [])
+        cells.append({"name": name, "machine": params.get("machine"), "factor": now / best})
+    return [
+        {
+            "after": before and commit_label(before),
+            "commit": commit_label(commit),
+            "subject": git("log", "-1", "--format=%s", commit),
+            "cells": sorted(cells, key=lambda cell: -cell["factor"]),
+        }
+        for (before, commit), cells in groups.items()
+    ]
+
+
+def gather(results, regressions=()):
+    """Return the page's data, from a results folder."""
+    machines = sorted(path.parent.name for path in Path(results).glob("*/machine.json"))
+    series = [
+        series_of(machine, environment, results)
+        for machine in machines
+        for environment in environments(machine, results)
+    ]
+    return {
+        "series": [one for one in series if one["ratios"]],
+        "columns": ADR_COLUMNS,
+        "regressions": list(regressions),
+    }
+
+
+def _lines(x, y, color, tooltip, *, band=False, at=None):
+    """Lines with points and confidence intervals over the rows named `rows`."""
+    rows = alt.NamedData("rows")
+    base = alt.Chart(rows).encode(x=x, color=color, tooltip=tooltip)
+    ends = base.encode(y=y("low:Q"), y2="high:Q")
+    layers = [
+        ends.mark_area(opacity=0.18) if band else ends.mark_rule(strokeWidth=3, opacity=0.5),
+        base.mark_line(point=alt.OverlayMarkDef(size=50)).encode(y=y("value:Q"), href="link:N"),
+    ]
+    if at is not None:
+        rule = alt.Chart(rows).mark_rule(strokeDash=[6, 4], color="gray")
+        layers.insert(0, rule.encode(y=alt.datum(at)))
+    return alt.layer(*layers).properties(width="container", height=300, background="transparent")
+
+
+def _ratio(field):
+    ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
+    scale = alt.Scale(type="log", nice=False, zero=False, padding=10)
+    axis = alt.Axis(values=ticks, format="~g", tickCount=len(ticks))
+    return alt.Y(field, title="time over contiguous SDPA", scale=scale, axis=axis)
+
+
+def _speed(field):
+    return alt.Y(field, title="GB/s", scale=alt.Scale(zero=True))
+
+
+_CONTEXT = alt.X(
+    "context:Q",
+    title="context length in tokens",
+    scale=alt.Scale(type="log", base=2, nice=False, padding=16),
+    axis=alt.Axis(values=[2**power for power in range(8, 20)], format="d", grid=False),
+)
+_COMMIT = alt.X("label:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30))
+_BY_CONTEXT = alt.Color(
+    "context:O",
+    title="tokens",
+    scale=alt.Scale(scheme="viridis"),
+    legend=alt.Legend(orient="top", symbolOpacity=1),
+)
+_BY_PATH = alt.Color(
+    "path:N", title=None, legend=alt.Legend(orient="top", columns=2, symbolOpacity=1)
+)
+_TIP = [
+    *("label:N", "path:N", "batch:Q", "context:Q", "block:Q"),
+    *(alt.Tooltip(f"{key}:Q", format=".3~g") for key in ("value", "low", "high")),
+]
+
+CHARTS = {
+    "phases": _lines(_COMMIT, _ratio, _BY_CONTEXT, _TIP, band=True, at=1),
+    "contexts": _lines(_CONTEXT, _ratio, _BY_PATH, _TIP, at=1),
+    "bandwidths": _lines(_CONTEXT, _speed, _BY_PATH, _TIP),
+}
+"""Charts of rows as in `series_of`, with the label of the row's commit added."""
+
+
+FIGURES = {
+    "phases-h200": ("phases", "h200", {"batch": 4, "block": 32, "path": "auto"}),
+    "phases-linux-2core-xeon": (
+        "phases",
+        "linux-2core-xeon",
+        {"batch": 4, "block": 32, "path": "auto"},
+    ),
+    "contexts-h200": ("contexts", "h200", {"batch": 4, "block": 32, "commit": "phase 6"}),
+}
+"""Pictures in the documents: chart, machine and which rows."""
+
+
+def figure_rows(name):
+    """Return the rows of a figure, from recorded results."""
+    _, machine, wanted = FIGURES[name]
+    [environment] = environments(machine)
+    found = series_of(machine, environment, commits=recorded_commits(machine))
+    labels = [commit["label"] for commit in found["commits"]]
+    rows = [{**row, "label": labels[row["commit"]]} for row in found["ratios"]]
+    if "commit" in wanted:
+        wanted = {
+            **wanted,
+            "commit": next(i for i, x in enumerate(labels) if x.startswith(wanted["commit"])),
+        }
+    rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return sorted(rows, key=lambda row: (row["commit"], row["path"], row["context"]))
+
+
+def digest(rows):
+    """Return what a figure carries to tell which rows it was drawn from."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def draw_figures():
+    """Write the documents' figures as SVG into docs/images."""
+    for name, (chart, _, _) in FIGURES.items():
+        rows = figure_rows(name)
+        spec = CHARTS[chart].to_dict()
+        spec |= {"datasets": {"rows": rows}, "width": 640, "background": "white"}
+        spec["config"] = {"mark": {"invalid": "break-paths-show-path-domains"}}
+        svg = vl_convert.vegalite_to_svg(spec)
+        (ROOT / f"docs/images/{name}.svg").write_text(f"{svg}<!-- rows {digest(rows)} -->\n")
+
+
+def page(data):
+    """Return overhead.html."""
+    charts = {name: chart.to_dict() for name, chart in CHARTS.items()}
+
+    def script(content):
+        return json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+
+    parts = {
+        "/*VEGA*/": vl_convert.javascript_bundle(),
+        "/*CHARTS*/": script(charts),
+        "/*DATA*/": script(data),
+    }
+    html = TEMPLATE.read_text()
+    for mark, content in parts.items():
+        before, after = html.split(mark)
+        html = before + content + after
+    return html
+
+
+class OverheadPage(OutputPublisher):
+    """Writes overhead.html and links it from asv's navigation; runs after asv's own pages."""
+
+    name = "overhead"
+    button_label = "Gather overhead"
+    description = "Paged decode over contiguous SDPA, by phase, path and context"
+    order = 50
+
+    @classmethod
+    def publish(cls, conf, repo, benchmarks, graphs, revisions):
+        """Write the page into `conf.html_dir`."""
+        html_dir = Path(conf.html_dir)
+        data = gather(conf.results_dir, causes(html_dir, revisions))
+        (html_dir / "overhead.html").write_text(page(data))
+        index = html_dir / "index.html"
+        html = index.read_text()
+        if html.count(NAVIGATION) != 1:
+            raise UserError(f"expected {NAVIGATION} once in asv's index.html")
+        link = '<li><a href="overhead.html">Gather overhead</a></li>\n\t'
+        index.write_text(html.replace(NAVIGATION, link + NAVIGATION))
+
+
+if __name__ == "__main__":
+    draw_figures()
