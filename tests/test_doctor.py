@@ -14,6 +14,7 @@ MAC_GOOD = {
     ("pmset", "-g", "batt"): "Now drawing from 'AC Power'\n",
     ("pmset", "-g"): " lowpowermode         0\n",
     ("pmset", "-g", "therm"): "Note: No thermal warning level has been recorded\n",
+    ("notifyutil", "-g", doctor.THERMAL): f"{doctor.THERMAL} 0\n",
     ("mdutil", "-s"): "/:\n\tIndexing disabled.\n",
     ("tmutil", "status"): "Backup session status:\n{\n    Running = 0;\n}\n",
     ("vm_stat",): "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
@@ -41,6 +42,10 @@ def mac(monkeypatch):
         ("power", ("pmset", "-g", "batt"), "Now drawing from 'Battery Power'", BAD, "battery"),
         ("power", ("pmset", "-g"), " lowpowermode         1", BAD, "low power mode is on"),
         ("heat", ("pmset", "-g", "therm"), "CPU_Speed_Limit \t= 70", BAD, "throttled"),
+        ("heat", ("pmset", "-g", "therm"), "Thermal Warning Level = 2", BAD, "throttled"),
+        ("heat", ("notifyutil", "-g", doctor.THERMAL), f"{doctor.THERMAL} 2\n", BAD, "throttled"),
+        ("heat", ("notifyutil", "-g", doctor.THERMAL), "Failed\n", NOTE, "does not say"),
+        ("memory", ("vm_stat",), "", NOTE, "does not say"),
         ("indexing", ("mdutil", "-s"), "Indexing enabled.", NOTE, "Spotlight"),
         ("indexing", ("tmutil", "status"), "    Running = 1;", BAD, "Time Machine"),
     ],
@@ -52,6 +57,11 @@ def test_a_mac_with_something_wrong(check, command, text, state, seen, mac):
     assert found.state == state
     assert seen in found.seen
     assert found.remedy
+
+
+def test_a_backup_is_worse_than_spotlight(mac):
+    mac["mdutil", "-s"], mac["tmutil", "status"] = "Indexing enabled.", "    Running = 1;"
+    assert doctor.check_indexing("box").state == BAD
 
 
 def test_memory_of_a_mac(mac):

@@ -1,6 +1,8 @@
 """One run at a time in a checkout."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,16 +37,15 @@ def other(tmp_path):
 
 
 def test_a_second_run_is_refused_until_the_first_ends(other, tmp_path, monkeypatch):
-    monkeypatch.delenv(lock.HELD, raising=False)
+    monkeypatch.setenv(lock.HELD, "")  # and acquire's own change is undone after the test
     file = tmp_path / "state/lock"
     with pytest.raises(UserError, match=rf"another run measures .*process {other.pid}"):
         lock.acquire(file)
-    assert lock.HELD not in os.environ
+    assert not os.environ[lock.HELD]
     other.stdin.close()
     other.wait()
     lock.acquire(file)
     assert os.environ[lock.HELD] == str(os.getpid())
-    monkeypatch.setenv(lock.HELD, "")  # undone after the test
 
 
 def test_what_the_holder_starts_does_not_ask(other, tmp_path, monkeypatch):
@@ -57,6 +58,8 @@ def test_what_the_holder_starts_does_not_ask(other, tmp_path, monkeypatch):
     [
         (["/x/bin/asv", "run", "HEAD^!"], True),
         (["/x/asv/__main__.py", "continuous", "--config", "c", "a", "b"], True),
+        (["/x/bin/asv", "check"], True),
+        (["/x/bin/asv", "find", "a..b", "decode"], True),
         (["/x/bin/asv", "publish"], False),
         (["/x/website/history.py", "run"], False),
     ],
@@ -69,15 +72,23 @@ def test_asv_takes_it_for_commands_that_measure(argv, takes, monkeypatch):
     assert bool(taken) is takes
 
 
-def test_asv_refuses(monkeypatch):
-    """asv's own command line, while a process of this test's holds the lock of this checkout."""
-    monkeypatch.delenv(lock.HELD, raising=False)
-    lock.FILE.parent.mkdir(exist_ok=True)
-    with lock.FILE.open("a+") as handle:
+def test_asv_refuses(tmp_path):
+    """asv's own command line in a project with this plugin, while this process holds its lock."""
+    (tmp_path / "website").mkdir()
+    shutil.copy(lock.__file__, tmp_path / "website")
+    (tmp_path / "website/__init__.py").touch()
+    (tmp_path / ".asv").mkdir()
+    config = {"version": 1, "project": "p", "repo": ".", "plugins": [".website.lock"]}
+    (tmp_path / "asv.conf.json").write_text(json.dumps(config))
+    with (tmp_path / ".asv/lock").open("a+") as handle:
         lock.fcntl.flock(handle, lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB)
-        command = [sys.executable, "-m", "asv", "run", "--machine", "box", "HEAD^!"]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=lock.FILE.parents[1], timeout=60
+            [sys.executable, "-m", "asv", "run", "--machine", "box", "HEAD^!"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, lock.HELD: ""},
+            timeout=60,
         )
     assert done.returncode != 0
     assert "another run measures in this checkout" in done.stdout + done.stderr

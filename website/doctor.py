@@ -28,6 +28,7 @@ from website.report import RESULTS
 GOOD, NOTE, BAD = "ok", "note", "BAD"
 BUSY = 0.25  # runnable processes a core, beside the one that asks
 WAIT = 15  # seconds between two looks
+THERMAL = "com.apple.system.thermalpressurelevel"
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,17 @@ def check_thermals(machine):
     """Check that heat does not slow the CPU down (macOS)."""
     if platform.system() != "Darwin":
         return Finding(NOTE, "thermal pressure is only known on macOS")
+    # Apple silicon says it in a notification: 0 nominal, 1 moderate, 2 heavy; Intel in pmset.
+    pressure = re.search(r"(\d+)\s*$", output("notifyutil", "-g", THERMAL) or "")
     said = output("pmset", "-g", "therm") or ""
     limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", said)
-    if (limit and int(limit[1]) < 100) or re.search(r"thermal warning level.*[1-9]", said):
+    warned = re.search(r"thermal warning level\s*=?\s*[1-9]", said, re.IGNORECASE)
+    if (pressure and int(pressure[1])) or (limit and int(limit[1]) < 100) or warned:
         return Finding(
             BAD, "the machine is hot and throttled", "let it cool (--wait); clean its fans"
         )
+    if not pressure and not limit:
+        return Finding(NOTE, "macOS does not say whether it is hot", "see `man notifyutil`")
     return Finding(GOOD, "no thermal pressure")
 
 
@@ -143,6 +149,10 @@ def check_memory(machine):
     cells = itertools.product(*GRID)
     need = max((3 * layers(*cell) + 10) * kv_bytes(*cell) for cell in cells)
     free = free_memory()
+    if free is None:
+        return Finding(
+            NOTE, "the machine does not say how much memory is free", "see `man vm_stat`"
+        )
     seen = f"{free / 2**30:.0f} GiB free, the full grid takes up to {need / 2**30:.0f} GiB"
     if free < need:
         return Finding(NOTE, seen, "larger cells will be n/a, or slow if memory is swapped")
@@ -150,12 +160,12 @@ def check_memory(machine):
 
 
 def free_memory():
-    """Return bytes that can be had without swapping."""
+    """Return bytes that can be had without swapping, or None if nothing tells."""
     if platform.system() == "Darwin":
         said = output("vm_stat") or ""
-        page = int(re.search(r"page size of (\d+)", said)[1])
+        page = re.search(r"page size of (\d+)", said)
         kinds = re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", said)
-        return page * sum(map(int, kinds))
+        return int(page[1]) * sum(map(int, kinds)) if page and kinds else None
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return 1024 * int(available[1])
 
@@ -164,10 +174,10 @@ def check_indexing(machine):
     """Check that neither Spotlight nor Time Machine is at work (macOS)."""
     if platform.system() != "Darwin":
         return Finding(GOOD, "no Spotlight, no Time Machine")
-    if "enabled" in (output("mdutil", "-s", str(ROOT)) or ""):
-        return Finding(NOTE, "Spotlight indexes this disk", "sudo mdutil -i off /")
     if re.search(r"Running = 1", output("tmutil", "status") or ""):
         return Finding(BAD, "Time Machine is backing up", "sudo tmutil disable")
+    if "enabled" in (output("mdutil", "-s", str(ROOT)) or ""):
+        return Finding(NOTE, "Spotlight indexes this disk", "sudo mdutil -i off /")
     return Finding(GOOD, "neither Spotlight nor Time Machine at work")
 
 

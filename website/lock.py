@@ -14,7 +14,7 @@ from asv.util import UserError
 
 FILE = Path(__file__).parents[1] / ".asv/lock"
 HELD = "PAGEDKV_MEASURING"  # in the environment of what the holder starts
-MEASURING = ("run", "continuous", "profile")
+MEASURING = ("run", "continuous", "find", "profile", "check")  # they install commits
 
 
 def acquire(file=FILE):
