@@ -76,14 +76,16 @@ tune: $(READY)
 
 BASE ?= main
 OUTPUT ?=
+ROUNDS ?=
 # Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
 compare: $(READY)
 	$(AWAKE) $(BIN)/python -m website.compare pull-request --base $(BASE) --grid $(GRID) $(OPTIONS) \
-	$(if $(OUTPUT),--output $(OUTPUT))
+	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
 noise detect: $(READY)
-	$(AWAKE) $(BIN)/python -m website.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES))
+	$(AWAKE) $(BIN)/python -m website.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
+	$(if $(ROUNDS),--rounds $(ROUNDS))
 
 WAIT ?= 0
 doctor: $(READY)

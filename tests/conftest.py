@@ -1,4 +1,33 @@
+import json
 import os
+from pathlib import Path
+
+import pytest
 
 # On CUDA MLX multiplies float32 in TF32 unless told otherwise, which is 1e-3 from the oracle.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
+@pytest.fixture
+def versions(tmp_path):
+    """Results of one commit with two versions of MLX, the newer ten times as slow.
+
+    (results folder, machine, commit, names of the two environments)
+    """
+    source = Path(__file__).parents[1] / "results/h200"
+    folder = tmp_path / "results/h200"
+    folder.mkdir(parents=True)
+    (folder / "machine.json").write_text((source / "machine.json").read_text())
+    [file] = source.glob("0b9e8013-*.json")
+    result = json.loads(file.read_text())
+    columns = result["result_columns"]
+    environments = []
+    for version, factor in (("0.32.4", 1), ("99.0", 10)):
+        name = f"cuda13-py3.12-mlx{version}"
+        result["env_name"], result["params"]["mlx"] = name, version
+        for row in result["results"].values():
+            values = row[columns.index("result")]
+            row[0] = [value and value * factor for value in values]
+        (folder / f"0b9e8013-{name}.json").write_text(json.dumps(result))
+        environments.append(name)
+    return tmp_path / "results", "h200", result["commit_hash"], environments

@@ -16,11 +16,11 @@ FACTORS = {"ratio": 1.05, "time": 1.5}
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
 
 
-def change(before, after, *, name=RATIO, significant=True):
+def change(before, after, *, name=RATIO, significant=True, samples=25):
     def value(x):
         return Value(x, x * 0.99, x * 1.01) if x else Value(x)
 
-    return compare.Change(name, value(before), value(after), significant)
+    return compare.Change(name, value(before), value(after), significant, samples)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_verdicts(cell, verdict):
 
 
 def test_the_interval_of_a_ratio_takes_the_ends_farthest_apart():
-    ratio = compare.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True).ratio
+    ratio = compare.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True, 25).ratio
     assert (ratio.value, ratio.low, ratio.high) == (1.5, 0.5, 5.0)
 
 
@@ -77,6 +77,24 @@ def test_noise_sets_the_factor_above_the_largest_significant_change():
     assert time == ["time", 2, 2, 2, "1.211", "1.22"]
 
 
+@pytest.mark.parametrize(("samples", "rounds"), [(25, 1), (20, 1), (10, 2), (7, 3), (5, 4), (1, 4)])
+def test_rounds_give_every_ratio_enough_samples(samples, rounds):
+    cells = [
+        change(1.0, 1.0),
+        change(1.0, 1.0, samples=samples),
+        change(1.0, 1.0, name=TIME, samples=2),
+    ]
+    assert compare.rounds_needed(cells) == rounds
+
+
+def test_nothing_and_failures_make_no_noise():
+    with pytest.raises(UserError, match="no ratio was measured"):
+        compare.rounds_needed([change(1.0, 1.0, name=TIME)])
+    for failed in (change(1.0, None), change(None, 1.0)):
+        with pytest.raises(UserError, match="a benchmark failed"):
+            compare.noise_rows([[change(1.0, 1.0), failed]], 1)
+
+
 def test_recorded_noise(tmp_path):
     factors, rounds, known = compare.recorded_noise("box", tmp_path)
     assert (factors, rounds, known) == (compare.UNKNOWN_NOISE, 2, False)
@@ -84,6 +102,9 @@ def test_recorded_noise(tmp_path):
     compare.write_csv(tmp_path / "box/noise.csv", compare.NOISE_HEADER, rows)
     factors, rounds, known = compare.recorded_noise("box", tmp_path)
     assert (factors, rounds, known) == ({"ratio": 1.08, "time": 1.03}, 4, True)
+    for other in ("benchmarks,factor,cells compared,called changed\nratio,1.05,12,0\n", ""):
+        (tmp_path / "box/noise.csv").write_text(other)
+        assert not compare.recorded_noise("box", tmp_path)[2]
 
 
 @pytest.fixture
@@ -116,18 +137,19 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
     measured.found = cells
     output = tmp_path / "table.md"
     where = {"machine": "box", "backend": "cpu", "grid": "quick"}
-    assert compare.pull_request("main", **where, output=output) == status
+    assert compare.pull_request("main", 3, **where, output=output) == status
     assert output.read_text() in capsys.readouterr().out
     assert "`make noise` was not run" in output.read_text()
     [(before, after, options)] = measured.asked
     assert (before, after) == ("a" * 40, "b" * 40)
     assert options["benchmarks"] == ("overhead.", "decode.")
+    assert options["rounds"] == 3
 
 
 def test_nothing_to_compare(monkeypatch):
     monkeypatch.setattr(compare, "git", lambda *args: "b" * 40)
     with pytest.raises(UserError, match="nothing to compare"):
-        compare.pull_request("main", machine="box", backend="cpu", grid="quick", output=None)
+        compare.pull_request("main", 1, machine="box", backend="cpu", grid="quick", output=None)
 
 
 def test_a_base_that_is_not_there():
@@ -165,35 +187,49 @@ def test_what_is_added_slows_a_call_down_by_so_much(monkeypatch):
     assert now[0] == pytest.approx(1.1, abs=0.01)
 
 
-def test_detection_counts_what_was_called_slower(measured, monkeypatch, tmp_path, capsys):
+def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "slowed", lambda percent: f"slowed-{percent}")
     monkeypatch.setattr(compare, "commit_of", lambda tree, message: tree)
     monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, True))
+    asked = []
 
     def measure(before, after, **options):
         assert before == "slowed-0"
-        assert options["rounds"] == 2
+        asked.append(options["rounds"])
         slower = "20" in after
         return [change(1.0, 1.2 if slower else 1.0), change(1.0, 1.0)]
 
     monkeypatch.setattr(compare, "measure", measure)
-    assert compare.detect(3, machine="box", backend="cpu") == 0
+    usual = [
+        ["0%", "2", "1.05", "6", "0", "0"],
+        ["5%", "2", "1.05", "2", "0", "0"],
+        ["10%", "2", "1.05", "2", "0", "0"],
+        ["20%", "2", "1.05", "2", "1", "0"],
+    ]
+    for _ in range(2):  # what the same rounds found before is replaced
+        assert compare.detect(3, None, machine="box", backend="cpu") == 0
+        with (tmp_path / "box/detection.csv").open() as file:
+            assert list(csv.reader(file)) == [compare.DETECTION_HEADER, *usual]
+    assert set(asked) == {2}
+    assert compare.detect(1, 4, machine="box", backend="cpu") == 0
     with (tmp_path / "box/detection.csv").open() as file:
         rows = list(csv.reader(file))
-    assert rows == [
-        compare.DETECTION_HEADER,
-        ["0%", "3", "6", "0", "0"],
-        ["5%", "1", "2", "0", "0"],
-        ["10%", "1", "2", "0", "0"],
-        ["20%", "1", "2", "1", "0"],
-    ]
+    assert rows[1:5] == usual
+    assert [row[1] for row in rows[5:]] == ["4"] * 4
 
 
 def test_detection_needs_the_noise(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, False))
     with pytest.raises(UserError, match="run `make noise`"):
-        compare.detect(1, machine="box", backend="cpu")
+        compare.detect(1, None, machine="box", backend="cpu")
+
+
+def test_a_crash_is_not_called_slower(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare", "pull-request", "--machine", "box"])
+    monkeypatch.setattr(compare, "acquire", lambda: 1 / 0)
+    assert compare.main() == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
@@ -210,9 +246,31 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
             "c": none,
         },
     }
-    monkeypatch.setattr(compare, "_cells", lambda results, machine, commit: tables[commit])
-    found = {c.name: c for c in compare.changes(tmp_path, "box", "old", "new")}
+    monkeypatch.setattr(compare, "_cells", lambda results, machine, commit, env: tables[commit])
+    found = {c.name: c for c in compare.changes(tmp_path, "box", "old", "new", "env")}
     assert sorted(found) == ["a", "b", "d"]  # n/a at both is no cell
     assert found["a"].significant
     assert found["b"].verdict(FACTORS) == "failed"
     assert found["d"].verdict(FACTORS) == "failed"
+
+
+def test_environments_are_not_mixed(versions):
+    """A commit measured with two versions of MLX is two sets of cells."""
+    results, machine, commit, environments = versions
+    cells = [compare._cells(results, machine, commit, name) for name in environments]
+    name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
+    ours, theirs = (found[name][0].value for found in cells)
+    assert theirs == pytest.approx(10 * ours)
+    assert not compare.changes(results, machine, commit, commit, environments[0])[0].ratio.value > 1
+
+
+def test_noise_can_be_told_how_many_rounds(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare, "resolve", lambda name: "head")
+    monkeypatch.setattr(compare, "commit_of", lambda tree, message: "twin")
+    measured.found = [change(1.0, 1.0, samples=5), change(1.0, 1.0, name=TIME)]
+    assert compare.noise(2, None, machine="box", backend="cpu") == 0
+    assert [options["rounds"] for _, _, options in measured.asked] == [1, 4, 4]
+    measured.asked.clear()
+    assert compare.noise(2, 3, machine="box", backend="cpu") == 0
+    assert [options["rounds"] for _, _, options in measured.asked] == [3, 3]

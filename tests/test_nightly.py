@@ -1,12 +1,17 @@
 """Results on a branch of their own, and what is measured at night; no benchmark runs here."""
 
+import json
+import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from asv.util import UserError
 
 from website import nightly
+from website.compare import Change
+from website.report import Value
 
 
 def git(root, *args):
@@ -36,14 +41,17 @@ def test_results_travel_by_a_branch_and_leave_main_alone(clones, capsys):
     first, second = clones
     nightly.fetch_results(root=second)
     assert "no branch results yet" in capsys.readouterr().out
+    nightly.push_results(root=first)
+    assert "no new results" in capsys.readouterr().out
     head = git(first, "rev-parse", "HEAD")
     (first / "results/mac").mkdir()
     (first / "results/mac/b.json").write_text("new")
+    (first / "results/mac/noise.csv").write_text("main has this")
     (first / "results/benchmarks.json").write_text("derived")
     nightly.push_results(root=first)
     nightly.fetch_results(root=second)
+    assert git(second, "ls-tree", "-r", "--name-only", "FETCH_HEAD") == "results/mac/b.json"
     assert (second / "results/mac/b.json").read_text() == "new"
-    assert not (second / "results/benchmarks.json").exists()
     for clone in clones:
         assert git(clone, "status", "--porcelain") == ""
         assert git(clone, "rev-parse", "HEAD") == head == git(clone, "rev-parse", "origin/main")
@@ -59,42 +67,157 @@ def test_a_second_push_adds_and_keeps(clones, capsys):
     (second / "results/mac").mkdir()
     (second / "results/mac/c.json").write_text("two")
     nightly.push_results(root=second)
+    (first / "results/mac/b.json").unlink()
     nightly.fetch_results(root=first)
     files = sorted(path.name for path in (first / "results").rglob("*.json"))
     assert files == ["a.json", "b.json", "c.json"]
     assert git(first, "rev-list", "--count", "FETCH_HEAD") == "2"
 
 
+def result(**started):
+    """A file of results: {benchmark: when it was started}, whose values say when, too."""
+    rows = {name: [[float(when)], [], "1", when] for name, when in started.items()}
+    columns = ["result", "params", "version", "started_at"]
+    return json.dumps({"version": 2, "result_columns": columns, "results": rows})
+
+
+def test_what_both_have_is_merged_by_benchmark(clones):
+    first, second = clones
+    for clone, content in ((first, result(a=1, b=5, c=3)), (second, result(a=4, b=2, d=6))):
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(content)
+        (clone / "results/mac/machine.json").write_text(f'"{clone.name}"')
+    nightly.push_results(root=first)
+    nightly.fetch_results(root=second)
+    merged = json.loads((second / "results/mac/b.json").read_text())["results"]
+    assert {name: row[0] for name, row in merged.items()} == {
+        "a": [4.0],
+        "b": [5.0],
+        "c": [3.0],
+        "d": [6.0],
+    }
+    assert (second / "results/mac/machine.json").read_text() == '"second"'
+
+
+def test_what_main_records_later_is_not_overwritten(clones):
+    first, second = clones
+    (first / "results/old/a.json").write_text(result(a=1))
+    nightly.push_results(root=first)
+    (second / "results/old/a.json").write_text(result(a=2))
+    git(second, "commit", "--quiet", "-am", "a later run")
+    nightly.fetch_results(root=second)
+    assert (second / "results/old/a.json").read_text() == result(a=2)
+    assert git(second, "status", "--porcelain") == ""
+
+
+def test_results_of_different_formats_are_not_merged(clones):
+    first, second = clones
+    other = json.loads(result(a=9)) | {"result_columns": ["started_at"], "results": {"a": [9]}}
+    for clone, content in ((first, json.dumps(other)), (second, result(a=1))):
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(content)
+    nightly.push_results(root=first)
+    with pytest.raises(UserError, match=r"b\.json .* cannot merge"):
+        nightly.fetch_results(root=second)
+    assert (second / "results/mac/b.json").read_text() == result(a=1)
+
+
 def test_a_remote_that_is_not_there(clones):
+    (clones[0] / "results/old/b.json").write_text("new")
     with pytest.raises(UserError, match=r"ls-remote: .*nowhere"):
         nightly.push_results("nowhere", root=clones[0])
 
 
 @pytest.fixture
 def night(monkeypatch):
-    """What a night would run: the asv commands and website.history's run."""
+    """What a night would run, in order; `measured` are the commits that need no run."""
     ran = []
-    monkeypatch.setattr(nightly, "git", lambda *args: "head")
-    monkeypatch.setattr(nightly, "asv", lambda *args, **kw: ran.append(args) or 0)
-    monkeypatch.setattr(
-        nightly, "history", SimpleNamespace(run=lambda *args, **kw: ran.append("history") or 0)
-    )
-    monkeypatch.setattr(nightly, "again", lambda *args: ran.append("again") or 0)
-    return ran
+    history = ["one", "two", "three", "head"]
+
+    def git(command, *args):
+        since = args[-1].removesuffix("..HEAD")
+        return "head" if command == "rev-parse" else "\n".join(history[history.index(since) + 1 :])
+
+    monkeypatch.setattr(nightly, "git", git)
+    monkeypatch.setattr(nightly, "environment_name", lambda config: "env")
+    monkeypatch.setattr(nightly, "config_for", lambda backend: "config")
+
+    def asv(*args, config):
+        commits = args[-1]
+        if commits.startswith("HASHFILE:"):
+            assert os.environ["PAGEDKV_GRID"] == "quick"
+            ran.extend(Path(commits.removeprefix("HASHFILE:")).read_text().split())
+        else:
+            ran.append(args)
+        return asv.status
+
+    asv.status = 0
+    run = SimpleNamespace(run=lambda *args, **kw: ran.append("history") or 0)
+    monkeypatch.setattr(nightly, "asv", asv)
+    monkeypatch.setattr(nightly, "history", run)
+    return SimpleNamespace(ran=ran, asv=asv)
 
 
 @pytest.mark.parametrize(
     ("measured", "expected"),
     [
         ([], ["history"]),
-        (["old", "older"], ["NEW", "history", "again"]),
-        (["old", "head"], ["history", "again"]),
+        (["one"], ["two", "three", "head", "history", "again"]),
+        (["one", "three"], ["head", "history", "again"]),
+        (["one", "head"], ["history", "again"]),
+        (["head"], ["history"]),
     ],
 )
 def test_a_night(measured, expected, night, monkeypatch):
-    monkeypatch.setattr(nightly, "measured_commits", lambda machine: measured)
+    monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: measured)
+    monkeypatch.setattr(nightly, "again", lambda *args: night.ran.append("again") or 0)
     assert nightly.nightly("box", "cpu", "quick") == 0
-    assert [what if isinstance(what, str) else what[-1] for what in night] == expected
+    assert night.ran == expected
+    assert "PAGEDKV_GRID" not in os.environ
+
+
+@pytest.mark.parametrize(("status", "goes_on"), [(2, True), (1, False)])
+def test_a_failed_benchmark_does_not_end_the_night(status, goes_on, night, monkeypatch):
+    monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["one"])
+    monkeypatch.setattr(nightly, "again", lambda *args: night.ran.append("again") or 0)
+    night.asv.status = status
+    assert nightly.nightly("box", "cpu", "quick") == status
+    assert ("history" in night.ran) is ("again" in night.ran) is goes_on
+
+
+def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
+    def change(name, after):
+        before = Value(1.0, 0.99, 1.01)
+        return Change(
+            f"{name}(1)", before, Value(after, after, after) if after else Value(None), True, 9
+        )
+
+    rounds = iter(
+        [
+            [change("overhead.A.ratio_x", 1.3), change("decode.B.time_x", None), change("c", 1.0)],
+            [change("overhead.A.ratio_x", 1.01), change("decode.B.time_x", None), change("c", 1.0)],
+        ]
+    )
+    monkeypatch.setattr(nightly, "changes", lambda *args: next(rounds))
+    monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
+    names = ("overhead.A.ratio_x", "decode.B.time_x", "c")
+    listed = {name: {"name": name, "params": []} for name in names}
+    monkeypatch.setattr(nightly, "discover", lambda *args: listed)
+    assert nightly.again("box", "config", "env", "head", "quick") == 0
+    assert [args[-1] for args in night.ran] == ["old^!", "head^!"]
+    asked = " ".join(night.ran[0])
+    assert "overhead" in asked
+    assert "decode" in asked
+    assert "^c(" not in asked
+    assert f"rounds={nightly.AGAIN}" in asked
+    assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"
+
+
+def test_nothing_looks_worse(night, monkeypatch, capsys):
+    monkeypatch.setattr(nightly, "changes", lambda *args: [])
+    monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
+    assert nightly.again("box", "config", "env", "head", "quick") == 0
+    assert (night.ran, capsys.readouterr().out) == ([], "no regressions\n")
 
 
 def test_the_newest_mlx_is_an_axis_of_its_own(monkeypatch):

@@ -3,11 +3,15 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from asv.util import UserError
 
 from website import overhead
+from website.history import asv_settings
+from website.publish import OverheadPage
 from website.report import MISSING, RESULTS, Value
 
 AUTO = "overhead.Auto.ratio_vs_contiguous"
@@ -122,19 +126,21 @@ def test_recorded_machines_are_on_the_page(recorded):
     assert all(len(row) == len(recorded["columns"]) for row in cells)
 
 
-def test_two_versions_of_mlx_are_two_series(tmp_path):
-    folder = tmp_path / "h200"
-    folder.mkdir()
-    source = RESULTS / "h200"
-    (folder / "machine.json").write_text((source / "machine.json").read_text())
-    file = next(source.glob("0b9e8013-*.json"))
-    result = json.loads(file.read_text())
-    for version in ("0.32.4", "0.33.0"):
-        name = f"cuda13-py3.12-mlx{version}"
-        result["env_name"] = name
-        (folder / f"0b9e8013-{name}.json").write_text(json.dumps(result))
-    series = overhead.gather(tmp_path)["series"]
-    assert [one["environment"][-6:] for one in series] == ["0.32.4", "0.33.0"]
+def test_two_versions_of_mlx_are_two_series(versions):
+    results, _, _, environments = versions
+    old, new = overhead.gather(results)["series"]
+    assert [old["environment"], new["environment"]] == environments
+    medians = [one["headline"]["median"]["value"] for one in (old, new)]
+    assert medians[1] == pytest.approx(10 * medians[0])
+
+
+def test_plugins_need_asv_alone():
+    """On a machine without network there is asv, MLX and a commit's pagedkv, and nothing else."""
+    blocked = ("altair", "vl_convert", "pagedkv", "mlx", "numpy")
+    code = f"import sys; sys.modules |= dict.fromkeys({blocked})\n" + "\n".join(
+        f"import {plugin[1:]}" for plugin in asv_settings()["plugins"]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=overhead.ROOT)
 
 
 @pytest.mark.parametrize("name", overhead.FIGURES)
@@ -151,4 +157,4 @@ def test_an_index_without_the_navigation_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "gather", lambda *args: {"series": [], "regressions": []})
     conf = type("Conf", (), {"html_dir": str(tmp_path), "results_dir": ""})
     with pytest.raises(UserError, match="nav-li-regressions"):
-        overhead.OverheadPage.publish(conf, None, None, None, {})
+        OverheadPage.publish(conf, None, None, None, {})

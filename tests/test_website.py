@@ -7,6 +7,7 @@ import plistlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from asv.util import UserError, load_json
@@ -95,6 +96,30 @@ def test_what_needs_no_run_off_the_grid():
         assert history.is_measured([1.0, 2.0], TREE, grid)
         assert history.is_measured([1.0], PLAIN, grid)
         assert not history.is_measured([None], PLAIN, grid)
+
+
+def test_another_version_of_mlx_is_measured_anew(versions, monkeypatch):
+    results, machine, commit, (pinned, newest) = versions
+    monkeypatch.setattr(history, "ROOT", results.parent)
+    (results / machine / f"{commit[:8]}-{newest}.json").unlink()
+    name = "overhead.Auto.ratio_vs_contiguous"
+    some = {name: GRID | {"name": name, "version": "1"}}
+    assert history.unmeasured(some, machine, commit, "quick", pinned) == []
+    assert history.unmeasured(some, machine, commit, "quick", newest) == [name]
+
+
+def test_environments_have_the_names_that_asv_gives_them():
+    name = history.environment_name("asv.conf.json")
+    version = history.asv_settings()["matrix"]["req"]["mlx"][0]
+    python = "{}.{}".format(*sys.version_info)
+    assert name == f"virtualenv-py{python}-mlx{version}"
+
+
+def test_asv_that_is_killed_is_an_error(monkeypatch):
+    killed = subprocess.CompletedProcess([], -9)
+    monkeypatch.setattr(history.subprocess, "run", lambda *args, **kw: killed)
+    with pytest.raises(UserError, match="asv run was ended by signal 9"):
+        history.asv("run")
 
 
 def test_backend_settings_replace_the_backend_and_keep_environments_apart():
@@ -216,6 +241,23 @@ def test_percentages():
 
 
 TABLE = (["a", "long name"], [["1", "2.50"], ["n/a", "10.00"]])
+
+
+def test_tables_are_about_one_version_of_mlx(versions, monkeypatch):
+    results, machine, commit, (pinned, newest) = versions
+    cell = "1", "1024", "32"
+
+    def ratio(**which):
+        return report.load(machine, commit, results, **which)[report.HEADLINE][cell].value
+
+    assert report.usual_environment(machine, results) == pinned
+    assert ratio() == ratio(environment=pinned) == pytest.approx(ratio(environment=newest) / 10)
+    monkeypatch.setattr(report, "asv_settings", lambda: {"matrix": {"req": {"mlx": ["99.0"]}}})
+    assert report.usual_environment(machine, results) == newest
+    (results / machine / f"{commit[:8]}-{newest}.json").unlink()
+    assert ratio() == ratio(environment=pinned)
+    with pytest.raises(ValueError, match="expected results of one commit, got 0"):
+        ratio(environment=newest)
 
 
 def test_formats():
@@ -393,7 +435,7 @@ def test_workflows_run_make_targets_that_exist():
     targets = {name for line in re.findall(r"^([\w -]+):", makefile, re.M) for name in line.split()}
     workflows = "".join(file.read_text() for file in ROOT.glob(".github/workflows/*.yml"))
     plist = (ROOT / "docs/runner.md").read_text()
-    used = set(re.findall(r"\bmake ((?!targets)[a-z-]+)", workflows + plist))
+    used = set(re.findall(r"\bmake (?:-k )?((?!targets)[a-z-]+)", workflows + plist))
     assert {"compare", "doctor", "nightly", "nightly-mlx", "publish", "push-results"} <= used
     assert used <= targets
 
@@ -402,4 +444,28 @@ def test_the_launchd_job_is_a_property_list():
     text = (ROOT / "docs/runner.md").read_text()
     job = plistlib.loads(re.search(r"```xml\n(.*?)```", text, re.DOTALL)[1].encode())
     assert job["StartCalendarInterval"] == {"Hour": 2, "Minute": 17}
-    assert "&& make nightly" in job["ProgramArguments"][-1]
+    assert "&& make -k nightly" in job["ProgramArguments"][-1]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "status"),
+    [
+        ("OWNER/pagedkv/.github/workflows/benchmark-pr.yml@refs/heads/main", 0),
+        ("OWNER/pagedkv/.github/workflows/benchmark-publish.yml@refs/heads/main", 0),
+        ("OWNER/pagedkv/.github/workflows/benchmark-pr.yml@refs/pull/1/merge", 1),
+        ("OWNER/pagedkv/.github/workflows/mine.yml@refs/heads/main", 1),
+        ("other/pagedkv/.github/workflows/benchmark-pr.yml@refs/heads/main", 1),
+    ],
+)
+def test_the_runner_refuses_what_is_not_mains(workflow, status):
+    text = (ROOT / "docs/runner.md").read_text()
+    hook = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
+    done = subprocess.run(["bash", "-ec", hook], env={"GITHUB_WORKFLOW_REF": workflow})
+    assert done.returncode == status
+
+
+def test_the_runners_hook_and_the_workflows_agree():
+    text = (ROOT / "docs/runner.md").read_text()
+    allowed = set(re.findall(r"\$workflows/([\w.-]+)@", text))
+    files = {file.name: file.read_text() for file in ROOT.glob(".github/workflows/*.yml")}
+    assert allowed == {name for name, content in files.items() if "self-hosted" in content}

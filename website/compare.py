@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from website.history import (
     check_history,
     derive_config,
     discover,
+    environment_name,
     git,
     machine_name,
     record_machine,
@@ -37,17 +39,26 @@ from website.lock import acquire
 from website.report import RESULTS, Value, as_markdown
 
 COMPARED = ("overhead.", "decode.")
-NOISE = ("overhead.", "decode.Auto.", "decode.Contiguous.")
+NOISE = ("overhead.Auto.", "overhead.GatherRows.", "decode.Auto.", "decode.Contiguous.")
 DETECTION = ("overhead.Auto.",)
 SLOWDOWNS = (5, 10, 20)  # percent
 
 LEAST_FACTOR = 1.03
-QUIET = 1.05  # a machine whose ratios need a larger factor gets more rounds
+# Of each commit, for asv's test (p < 0.002) to see a tenth where samples scatter by a twentieth.
+# What a round of few long steps does not give, more rounds do.
+SAMPLES = 20
 MOST_ROUNDS = 4
 UNKNOWN_NOISE = {"ratio": 1.05, "time": 1.5}
 
 NOISE_HEADER = ["benchmarks", "rounds", "comparisons", "cells compared", "largest change", "factor"]
-DETECTION_HEADER = ["slower by", "comparisons", "cells compared", "called slower", "called faster"]
+DETECTION_HEADER = [
+    "slower by",
+    "rounds",
+    "factor",
+    "cells compared",
+    "called slower",
+    "called faster",
+]
 
 # Added to the package by `slowed`: each call takes some percent longer than it takes.
 SLOWER = """
@@ -79,6 +90,7 @@ class Change:
     before: Value
     after: Value
     significant: bool
+    samples: int  # of the commit that has fewer
 
     @property
     def kind(self):
@@ -110,11 +122,11 @@ class Change:
         return "unchanged"
 
 
-def _cells(results, machine, commit):
+def _cells(results, machine, commit, environment):
     """Return {name of a cell: (Value, stats, samples)} of a commit."""
     found = {}
     for result in iter_results_for_machine(str(results), machine):
-        if result.commit_hash != commit:
+        if result.commit_hash != commit or result.env_name != environment:
             continue
         for name in result.get_all_result_keys():
             params = result.get_result_params(name)
@@ -129,9 +141,9 @@ def _cells(results, machine, commit):
     return found
 
 
-def changes(results, machine, before, after):
-    """Return the Change of each cell that was asked for at either commit."""
-    old, new = (_cells(results, machine, commit) for commit in (before, after))
+def changes(results, machine, before, after, environment):
+    """Return the Change of each cell that was asked for at either commit in an environment."""
+    old, new = (_cells(results, machine, commit, environment) for commit in (before, after))
     nothing = Value(math.nan), None, None
     compared = []
     for name in sorted({*old, *new}):
@@ -143,7 +155,8 @@ def changes(results, machine, before, after):
         # As asv has it: one sample without statistics is compared by its value alone.
         few = not (stats_a and stats_b) or 1 in (stats_a.get("repeat"), stats_b.get("repeat"))
         significant = few or is_different(samples_a, samples_b, stats_a, stats_b)
-        compared.append(Change(name, a, b, significant))
+        samples = min(len(samples_a or ()), len(samples_b or ()))
+        compared.append(Change(name, a, b, significant, samples))
     return compared
 
 
@@ -160,6 +173,7 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
     settings = {**backend_settings(backend), "results_dir": str(folder)}
     config = derive_config("compare", **settings)
     try:
+        environment = environment_name(config)
         options = ["--machine", machine, "--attribute", f"rounds={rounds}", "--record-samples"]
         options += ["--interleave-rounds", "--show-stderr"]
         for name, benchmark in discover(machine, config).items():
@@ -169,11 +183,11 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
     finally:
         (ROOT / config).unlink()
     for commit in (before, after):
-        if not _cells(folder, machine, commit):
+        if not _cells(folder, machine, commit, environment):
             raise UserError(
                 f"asv measured nothing at {commit[:8]} (exit status {status}), see above"
             )
-    return changes(folder, machine, before, after)
+    return changes(folder, machine, before, after, environment)
 
 
 def resolve(name):
@@ -221,10 +235,13 @@ def slowed(percent):
 def recorded_noise(machine, results=RESULTS):
     """Return ({kind: factor}, rounds, whether they were measured) of a machine."""
     file = results / machine / "noise.csv"
-    if not file.exists():
+    rows = []
+    if file.exists():
+        with file.open() as lines:
+            reader = csv.DictReader(lines)
+            rows = list(reader) if reader.fieldnames == NOISE_HEADER else []
+    if not rows:
         return UNKNOWN_NOISE, 2, False
-    with file.open() as lines:
-        rows = list(csv.DictReader(lines))
     factors = {row["benchmarks"]: float(row["factor"]) for row in rows}
     return factors, int(rows[0]["rounds"]), True
 
@@ -262,13 +279,14 @@ def markdown(compared, factors, *, before, after, about):
 ORDER = ("failed", "worsened", "improved", "unchanged", "n/a")
 
 
-def pull_request(base, *, machine, backend, grid, output):
+def pull_request(base, rounds, *, machine, backend, grid, output):
     """Compare HEAD with where it left `base`: 0, 1 if something is slower, 2 if something broke."""
     after = resolve("HEAD")
     before = git("merge-base", resolve(base), after)
     if before == after:
         raise UserError(f"HEAD is part of {base}, there is nothing to compare")
-    factors, rounds, known = recorded_noise(machine)
+    factors, usual, known = recorded_noise(machine)
+    rounds = rounds or usual
     compared = measure(
         before,
         after,
@@ -297,40 +315,37 @@ def pull_request(base, *, machine, backend, grid, output):
     return status
 
 
-def noise(times, *, machine, backend):
-    """Compare HEAD with identical commits and record the factors that this machine needs."""
+def noise(times, rounds, *, machine, backend):
+    """Compare HEAD with identical commits and record the rounds and factors this machine needs."""
     head = resolve("HEAD")
     twin = commit_of("HEAD^{tree}", "HEAD again, to measure noise")
-    rounds = 1
-    while True:
-        runs = [
-            measure(
-                head,
-                twin,
-                machine=machine,
-                backend=backend,
-                benchmarks=NOISE,
-                grid="quick",
-                rounds=rounds,
-            )
-            for _ in range(times)
-        ]
-        rows = noise_rows(runs, rounds)
-        if float(rows[0][-1]) <= QUIET or rounds >= MOST_ROUNDS:
-            break
-        print(
-            f"ratios of identical commits need a factor of {rows[0][-1]}: more rounds", flush=True
-        )
-        rounds *= 2
-    write_csv(RESULTS / machine / "noise.csv", NOISE_HEADER, rows)
+    where = {"machine": machine, "backend": backend, "benchmarks": NOISE, "grid": "quick"}
+    rounds = rounds or rounds_needed(measure(head, twin, rounds=1, **where))
+    runs = [measure(head, twin, rounds=rounds, **where) for _ in range(times)]
+    write_csv(RESULTS / machine / "noise.csv", NOISE_HEADER, noise_rows(runs, rounds))
     return 0
+
+
+def rounds_needed(compared):
+    """Return how many rounds give each ratio enough samples, from a comparison of one round."""
+    samples = [c.samples for c in compared if c.kind == "ratio" and c.after.known]
+    if not samples:
+        raise UserError("no ratio was measured, see above")
+    return min(MOST_ROUNDS, -(-SAMPLES // max(1, min(samples))))
 
 
 def noise_rows(runs, rounds):
     """Return the rows of noise.csv from comparisons of identical commits.
 
     The factor is the largest significant change, rounded up to the next percent.
+
+    Raises
+    ------
+    UserError
+        If a cell failed: what is not there makes no noise.
     """
+    if any(None in (c.before.value, c.after.value) for run in runs for c in run):
+        raise UserError("a benchmark failed, see above")
     rows = []
     for kind in ("ratio", "time"):
         cells = [
@@ -343,32 +358,33 @@ def noise_rows(runs, rounds):
     return rows
 
 
-def detect(times, *, machine, backend):
-    """Compare a commit with slowed ones, and `times` with one that is not; record what is said."""
-    factors, rounds, known = recorded_noise(machine)
+def detect(times, rounds, *, machine, backend):
+    """Compare a commit with slowed ones, and `times` with one that is not; record what is said.
+
+    Rows of another number of rounds stay in the record.
+    """
+    factors, usual, known = recorded_noise(machine)
     if not known:
         raise UserError(f"the noise of machine {machine} is not recorded: run `make noise`")
-    base = slowed(0)
+    rounds = rounds or usual
+    where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "quick"}
+    file = RESULTS / machine / "detection.csv"
     rows = []
+    if file.exists():
+        with file.open() as lines:
+            rows = [row for row in list(csv.reader(lines))[1:] if row[1] != str(rounds)]
+    base = slowed(0)
     for percent, count in [(0, times), *((percent, 1) for percent in SLOWDOWNS)]:
         other = commit_of(f"{slowed(percent)}^{{tree}}", f"slower by {percent}%, again")
         verdicts = []
         for _ in range(count):
-            compared = measure(
-                base,
-                other,
-                machine=machine,
-                backend=backend,
-                benchmarks=DETECTION,
-                grid="quick",
-                rounds=rounds,
-            )
+            compared = measure(base, other, rounds=rounds, **where)
             verdicts += [change.verdict(factors) for change in compared]
         if "failed" in verdicts:
             raise UserError("a benchmark failed, see above")
         said = (verdicts.count("worsened"), verdicts.count("improved"))
-        rows.append([f"{percent}%", count, len(verdicts), *said])
-        write_csv(RESULTS / machine / "detection.csv", DETECTION_HEADER, rows)
+        rows.append([f"{percent}%", str(rounds), factors["ratio"], len(verdicts), *said])
+        write_csv(file, DETECTION_HEADER, rows)
     return 0
 
 
@@ -379,23 +395,27 @@ def main():
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--times", type=int, help="comparisons of identical commits")
+    parser.add_argument("--rounds", type=int, help="processes a cell (default: as noise has it)")
     parser.add_argument("--output", help="write the Markdown table here, too")
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     args = parser.parse_args()
-    machine = args.machine or machine_name(args.backend)
-    where = {"machine": machine, "backend": args.backend}
     try:
         acquire()
+        machine = args.machine or machine_name(args.backend)
+        where = {"machine": machine, "backend": args.backend}
         check_history()
         record_machine(machine)
         if args.what == "noise":
-            return noise(args.times or 2, **where)
+            return noise(args.times or 2, args.rounds, **where)
         if args.what == "detect":
-            return detect(args.times or 20, **where)
-        return pull_request(args.base, grid=args.grid, output=args.output, **where)
+            return detect(args.times or 20, args.rounds, **where)
+        return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)
     except UserError as error:
         print(error, file=sys.stderr)
+        return 2
+    except Exception:  # Python would exit with 1, which here says that something is slower
+        traceback.print_exc()
         return 2
 
 

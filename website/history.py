@@ -11,6 +11,7 @@ from pathlib import Path
 
 from asv.benchmarks import Benchmarks
 from asv.config import Config
+from asv.environment import get_environments
 from asv.machine import Machine, MachineCollection
 from asv.results import iter_results_for_machine_and_hash
 from asv.util import UserError, load_json, write_json
@@ -44,9 +45,18 @@ def git(*args):
 
 
 def asv(*args, config="asv.conf.json"):
-    """Run an asv command in the project's root and return its exit status."""
+    """Run an asv command in the project's root and return its exit status.
+
+    Raises
+    ------
+    UserError
+        If a signal ended it: nothing is known of what it had to do.
+    """
     command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
-    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+    if status < 0:
+        raise UserError(f"asv {args[0]} was ended by signal {-status}")
+    return status
 
 
 def phase_commits():
@@ -94,6 +104,12 @@ def config_for(backend):
     """Return the name of the config that measures this MLX backend."""
     settings = backend_settings(backend)
     return derive_config(backend, **settings) if settings else "asv.conf.json"
+
+
+def environment_name(config):
+    """Return asv's name of the environment (Python, MLX) that a config measures in."""
+    [environment] = get_environments(Config.load(str(ROOT / config)), None)
+    return environment.name
 
 
 def machine_name(backend):
@@ -176,10 +192,12 @@ def is_measured(values, benchmark, grid):
     return complete or not any(known)
 
 
-def unmeasured(benchmarks, machine, commit, grid):
-    """Return the names of the benchmarks that are to be run at a commit."""
+def unmeasured(benchmarks, machine, commit, grid, environment):
+    """Return the names of the benchmarks that are to be run at a commit in an environment."""
     done = set()
     for result in iter_results_for_machine_and_hash(str(ROOT / "results"), machine, commit):
+        if result.env_name != environment:
+            continue
         for name in result.get_result_keys(benchmarks):
             values = result.get_result_value(name, benchmarks[name]["params"])
             if is_measured(values, benchmarks[name], grid):
@@ -206,12 +224,12 @@ def run(grid, machine, backend, rounds):
     check_history()
     record_machine(machine)
     config = config_for(backend)
-    benchmarks = discover(machine, config)
+    benchmarks, environment = discover(machine, config), environment_name(config)
     head = git("rev-parse", "HEAD")
     failed = []
     for commit in [*(commit for commit in phase_commits() if commit != head), head]:
         title = git("log", "-1", "--format=%h %s", commit)
-        names = unmeasured(benchmarks, machine, commit, grid)
+        names = unmeasured(benchmarks, machine, commit, grid, environment)
         if grid == "quick":
             names = in_quick_run(names, commit == head)
         print(f"\n== {title}: {len(names)} benchmarks to run, {grid} grid", flush=True)
@@ -249,9 +267,9 @@ def main():
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
     args = parser.parse_args()
-    machine = args.machine or machine_name(args.backend)
     rounds = args.rounds or (1 if args.grid == "quick" else 2)
     try:
+        machine = args.machine or machine_name(args.backend)
         if args.command == "prepare":
             return prepare(machine, args.backend)
         acquire()

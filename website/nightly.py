@@ -1,18 +1,20 @@
 """What the benchmark machine does for main: measure what is new, keep results on a branch.
 
-Results live on the branch `results`, beside the history they are about: its commits are no commits
-of main, so they are not measured and start nothing.
+Results that main does not record live on the branch `results`, beside the history they are about:
+its commits are no commits of main, so they are not measured and start nothing.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from asv.util import UserError
+from asv.results import Results
+from asv.util import UserError, load_json, write_json
 
 from website import history
 from website.compare import COMPARED, changes, recorded_noise
@@ -25,6 +27,7 @@ from website.history import (
     config_for,
     derive_config,
     discover,
+    environment_name,
     git,
     machine_name,
     record_machine,
@@ -51,8 +54,27 @@ def _git(root, *args, text=None, env=None):
     return done.stdout.strip()
 
 
+def merge(file, other):
+    """Add to a file of results what another of that commit has newer, benchmark by benchmark."""
+    ours, theirs = (load_json(str(path), Results.api_version) for path in (file, other))
+
+    def started(data, name):
+        row = dict(zip(data["result_columns"], data["results"].get(name, ()), strict=False))
+        return row.get("started_at") or 0
+
+    newer = [name for name in theirs["results"] if started(theirs, name) > started(ours, name)]
+    if newer and ours["result_columns"] != theirs["result_columns"]:
+        raise UserError(f"{file.name} was written by different versions of asv: cannot merge")
+    if newer:
+        ours["results"] |= {name: theirs["results"][name] for name in newer}
+        write_json(str(file), ours, Results.api_version, compact=True)
+
+
 def fetch_results(remote="origin", root=ROOT):
-    """Bring the files of the branch `results` into results/; those that are there give way."""
+    """Bring what the branch `results` has into results/.
+
+    Where both have results of a commit, they are merged. Machine records that are there stay.
+    """
     if not _git(root, "ls-remote", "--heads", remote, BRANCH):
         print(f"{remote} has no branch {BRANCH} yet")
         return
@@ -61,14 +83,33 @@ def fetch_results(remote="origin", root=ROOT):
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         _git(root, "read-tree", tree, env=index)
-        _git(root, "checkout-index", "--all", "--force", f"--prefix={root}/", env=index)
+        _git(root, "checkout-index", "--all", f"--prefix={scratch}/", env=index)
+        for file in sorted(Path(scratch).glob("results/*/*.json")):
+            here = Path(root, file.relative_to(scratch))
+            if not here.exists():
+                here.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, here)
+            elif file.name != "machine.json":
+                merge(here, file)
+
+
+def unrecorded(root):
+    """Return the files of results that HEAD does not have like this."""
+    pattern = "results/*/*.json"
+    new = _git(root, "ls-files", "--others", "--", pattern).splitlines()
+    changed = _git(root, "diff", "--name-only", "--diff-filter=d", "HEAD", "--", pattern)
+    return sorted({*new, *changed.splitlines()})
 
 
 def push_results(remote="origin", root=ROOT):
-    """Commit results/ on top of the remote's branch `results`, and push it if that is new.
+    """Commit what HEAD does not record on top of the remote's branch `results`, and push it.
 
     Another push in between is an error, and nothing has been lost then: fetch, and push again.
     """
+    files = unrecorded(root)
+    if not files:
+        print("no new results")
+        return
     parents = []
     if _git(root, "ls-remote", "--heads", remote, BRANCH):
         _git(root, "fetch", "--quiet", remote, BRANCH)
@@ -77,16 +118,7 @@ def push_results(remote="origin", root=ROOT):
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         # What the branch has and this checkout lacks stays.
         _git(root, "read-tree", *(parents or ["--empty"]), env=index)
-        _git(root, "add", "--force", "--ignore-removal", "results", env=index)
-        _git(
-            root,
-            "rm",
-            "--cached",
-            "--quiet",
-            "--ignore-unmatch",
-            "results/benchmarks.json",
-            env=index,
-        )
+        _git(root, "add", "--force", "--", *files, env=index)
         tree = _git(root, "write-tree", env=index)
     if parents and tree == _git(root, "rev-parse", f"{parents[0]}^{{tree}}"):
         print("no new results")
@@ -100,32 +132,57 @@ def push_results(remote="origin", root=ROOT):
     print(f"{message}: {commit[:8]}")
 
 
+def new_commits(measured):
+    """Return the commits since the last measured one, oldest first; none if none is measured."""
+    if not measured:
+        return []
+    since = git("rev-list", "--reverse", f"{measured[-1]}..HEAD").split()
+    return [commit for commit in since if commit not in measured]
+
+
 def nightly(machine, backend, grid):
     """Measure what is new on main and the phases, then once more what looks like a regression."""
-    head, before, status = git("rev-parse", "HEAD"), measured_commits(machine), 0
     config = config_for(backend)
-    if before and head not in before:
-        if grid == "quick":
-            os.environ["PAGEDKV_GRID"] = "quick"
-        status = asv("run", "--machine", machine, "--show-stderr", "NEW", config=config)
-        os.environ.pop("PAGEDKV_GRID", None)
+    environment = environment_name(config)
+    head, before = git("rev-parse", "HEAD"), measured_commits(machine, environment=environment)
+    status = 0
+    if new := new_commits(before):
+        status = run_commits(new, machine, config, grid)
     if status in (0, 2):
         status = max(status, history.run(grid, machine, backend, rounds=2))
-    if before[:-1] and status in (0, 2):
-        status = max(status, again(machine, config, head))
+    if any(commit != head for commit in before) and status in (0, 2):
+        status = max(status, again(machine, config, environment, head, grid))
     return status
 
 
-def again(machine, config, head):
-    """Measure apparent regressions of HEAD once more, at both commits, and print what stays."""
-    previous = [commit for commit in measured_commits(machine) if commit != head][-1]
+def run_commits(commits, machine, config, grid):
+    """Run all benchmarks at commits, the oldest first: what a night cut short leaves is later."""
+    if grid == "quick":
+        os.environ["PAGEDKV_GRID"] = "quick"
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write("\n".join(commits))
+            file.flush()
+            options = ["--machine", machine, "--show-stderr"]
+            return asv("run", *options, f"HASHFILE:{file.name}", config=config)
+    finally:
+        os.environ.pop("PAGEDKV_GRID", None)
+
+
+def again(machine, config, environment, head, grid):
+    """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
+    measured = measured_commits(machine, environment=environment)
+    previous = [commit for commit in measured if commit != head][-1]
     factors, _, _ = recorded_noise(machine)
 
-    def worsened():
-        compared = changes(RESULTS, machine, previous, head)
-        return [change for change in compared if change.verdict(factors) == "worsened"]
+    def worse():
+        verdicts = {
+            change: change.verdict(factors)
+            for change in changes(RESULTS, machine, previous, head, environment)
+        }
+        return {c: verdict for c, verdict in verdicts.items() if verdict in ("worsened", "failed")}
 
-    suspects = worsened()
+    suspects = worse()
     if not suspects:
         print("no regressions")
         return 0
@@ -133,10 +190,11 @@ def again(machine, config, head):
     options = ["--machine", machine, "--attribute", f"rounds={AGAIN}", "--show-stderr"]
     for name, benchmark in discover(machine, config).items():
         if name in names:
-            options += selection(benchmark, "quick")
+            options += selection(benchmark, grid)
     status = max(asv("run", *options, f"{commit}^!", config=config) for commit in (previous, head))
-    for change in worsened():
-        print(f"regression: {change.name} {change.ratio.show(interval=True)}")
+    for change, verdict in worse().items():
+        known = change.before.known and change.after.known
+        print(f"{verdict}: {change.name} {change.ratio.show(interval=True) if known else ''}")
     return status
 
 
@@ -174,8 +232,8 @@ def main():
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     args = parser.parse_args()
-    machine = args.machine or machine_name(args.backend)
     try:
+        machine = args.machine or machine_name(args.backend)
         if args.command == "fetch-results":
             return fetch_results(args.remote)
         if args.command == "push-results":

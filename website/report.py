@@ -5,6 +5,7 @@ next `<!-- end results -->` is what this module writes there.
 """
 
 import argparse
+import collections
 import csv
 import functools
 import io
@@ -14,13 +15,12 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from asv.results import iter_results_for_machine
 
 from benchmarks._workload import PARAM_NAMES
 from pagedkv import blocks_needed
-from website.history import ROOT, git, machine_name, phase_commits
+from website.history import ROOT, asv_settings, git, machine_name, phase_commits
 
 RESULTS = ROOT / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,19 +68,40 @@ def environments(machine, results=RESULTS):
     return sorted({result.env_name for result in iter_results_for_machine(str(results), machine)})
 
 
+def usual_environment(machine, results=RESULTS):
+    """Return the environment that a machine's tables are about, None if it measured nothing.
+
+    That is one of the MLX in asv.conf.json if there is any; then the one of most commits; then
+    the last measured. A table never mixes environments.
+    """
+    pinned, found = asv_settings()["matrix"]["req"]["mlx"], collections.defaultdict(list)
+    for result in iter_results_for_machine(str(results), machine):
+        found[result.params.get("mlx") in pinned, result.env_name].append(result)
+
+    def rank(key):
+        is_pinned, _ = key
+        return is_pinned, len(found[key]), max(max(r.started_at.values()) for r in found[key])
+
+    return max(found, key=rank)[1] if found else None
+
+
 def load(machine, commit, results=RESULTS, environment=None):
     """Return {benchmark name: {parameters: Value}} of one machine at one commit.
 
-    Where a commit was measured in several environments and none is named, the last measured counts.
+    In the machine's usual environment unless one is named.
     """
+    environment = environment or usual_environment(machine, results)
     found = [
         result
         for result in iter_results_for_machine(str(results), machine)
-        if result.commit_hash.startswith(commit) and environment in (None, result.env_name)
+        if result.commit_hash.startswith(commit) and result.env_name == environment
     ]
-    if not found:
-        raise ValueError(f"no results of machine {machine} at commit {commit} in {results}")
-    result = max(found, key=lambda result: max(result.started_at.values()))
+    if len(found) != 1:
+        raise ValueError(
+            f"expected results of one commit, got {len(found)} of {commit} of machine {machine} "
+            f"in environment {environment} in {results}"
+        )
+    [result] = found
     table = {}
     for name in result.get_all_result_keys():
         params = result.get_result_params(name)
@@ -94,21 +115,25 @@ def load(machine, commit, results=RESULTS, environment=None):
 
 
 def measured_commits(machine, results=RESULTS, environment=None):
-    """Return the hashes of a machine's measured commits that this clone has, oldest first."""
+    """Return the hashes of a machine's measured commits that this clone has, oldest first.
+
+    In the machine's usual environment unless one is named.
+    """
+    environment = environment or usual_environment(machine, results)
     known = git("log", "--reverse", "--format=%H").split()
     measured = {
         result.commit_hash
         for result in iter_results_for_machine(str(results), machine)
-        if environment in (None, result.env_name)
+        if result.env_name == environment
     }
     return [commit for commit in known if commit in measured]
 
 
 def recorded_commits(machine):
     """Return the measured commits whose results are in git, not those of this checkout alone."""
-    files = git("ls-files", "--", f"results/{machine}").splitlines()
-    recorded = {Path(file).name.split("-")[0] for file in files}
-    return [commit for commit in measured_commits(machine) if commit[:8] in recorded]
+    files = set(git("ls-files", "--", f"results/{machine}").splitlines())
+    name = f"results/{machine}/{{}}-{usual_environment(machine)}.json"
+    return [commit for commit in measured_commits(machine) if name.format(commit[:8]) in files]
 
 
 def fragmentation(context, block_size):
@@ -333,7 +358,10 @@ def main():
         print(f"decode step, path auto over contiguous SDPA, block size 32, machine {machine}")
         print(show(*headline(machine, commits)), end="")
     else:
-        table = load(machine, args.commit or commits[-1])
+        try:
+            table = load(machine, args.commit or commits[-1])
+        except ValueError as error:
+            sys.exit(str(error))
         print(show(ADR_COLUMNS, adr_rows(table)), end="")
     return 0
 
