@@ -274,3 +274,22 @@ def test_noise_can_be_told_how_many_rounds(measured, monkeypatch, tmp_path):
     measured.asked.clear()
     assert compare.noise(2, 3, machine="box", backend="cpu") == 0
     assert [options["rounds"] for _, _, options in measured.asked] == [3, 3]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
+    """A cell that failed and then ran has a number in asv's results; its exit status tells."""
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "derive_config", lambda *args, **kw: "config")
+    (tmp_path / "config").touch()
+    monkeypatch.setattr(compare, "environment_name", lambda config: "env")
+    monkeypatch.setattr(compare, "discover", lambda *args: {})
+    monkeypatch.setattr(compare, "asv", lambda *args, **kw: status)
+    monkeypatch.setattr(compare, "_cells", lambda *args: {"a": 1})
+    monkeypatch.setattr(compare, "changes", lambda *args: [change(1.0, 1.0)])
+    where = {"machine": "box", "backend": "cpu", "benchmarks": (), "grid": "quick", "rounds": 4}
+    if status == 2:
+        with pytest.raises(UserError, match="a benchmark failed in one of 4 rounds"):
+            compare.measure("a", "b", **where)
+    else:
+        assert len(compare.measure("a", "b", **where)) == 1

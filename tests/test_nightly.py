@@ -1,6 +1,7 @@
 """Results on a branch of their own, and what is measured at night; no benchmark runs here."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -57,28 +58,28 @@ def test_results_travel_by_a_branch_and_leave_main_alone(clones, capsys):
         assert git(clone, "rev-parse", "HEAD") == head == git(clone, "rev-parse", "origin/main")
 
 
+def result(**started):
+    """A file of results: {benchmark: when it was started}, whose values say when, too."""
+    rows = {name: [[float(when)], [], "1", when] for name, when in started.items()}
+    columns = ["result", "params", "version", "started_at"]
+    return json.dumps({"version": 2, "result_columns": columns, "results": rows})
+
+
 def test_a_second_push_adds_and_keeps(clones, capsys):
     first, second = clones
     (first / "results/mac").mkdir()
-    (first / "results/mac/b.json").write_text("one")
+    (first / "results/mac/b.json").write_text(result(a=1))
     nightly.push_results(root=first)
     nightly.push_results(root=first)
     assert "no new results" in capsys.readouterr().out
     (second / "results/mac").mkdir()
-    (second / "results/mac/c.json").write_text("two")
+    (second / "results/mac/c.json").write_text(result(a=2))
     nightly.push_results(root=second)
     (first / "results/mac/b.json").unlink()
     nightly.fetch_results(root=first)
     files = sorted(path.name for path in (first / "results").rglob("*.json"))
     assert files == ["a.json", "b.json", "c.json"]
     assert git(first, "rev-list", "--count", "FETCH_HEAD") == "2"
-
-
-def result(**started):
-    """A file of results: {benchmark: when it was started}, whose values say when, too."""
-    rows = {name: [[float(when)], [], "1", when] for name, when in started.items()}
-    columns = ["result", "params", "version", "started_at"]
-    return json.dumps({"version": 2, "result_columns": columns, "results": rows})
 
 
 def test_what_both_have_is_merged_by_benchmark(clones):
@@ -99,6 +100,32 @@ def test_what_both_have_is_merged_by_benchmark(clones):
     assert (second / "results/mac/machine.json").read_text() == '"second"'
 
 
+def test_a_fuller_run_is_not_replaced_by_a_newer_quick_one(clones):
+    first, second = clones
+    for clone, values, when in ((first, [1.0, math.nan], 9), (second, [2.0, 3.0], 1)):
+        content = json.loads(result(a=when))
+        content["results"]["a"][0] = values
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(json.dumps(content))
+    nightly.push_results(root=first)
+    nightly.push_results(root=second)
+    for clone in clones:
+        nightly.fetch_results(root=clone)
+        merged = json.loads((clone / "results/mac/b.json").read_text())["results"]
+        assert merged["a"][0] == [2.0, 3.0]
+
+
+def test_a_push_keeps_what_another_pushed_meanwhile(clones):
+    first, second = clones
+    for clone, when in ((first, 9), (second, 1)):
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(result(a=when))
+        nightly.push_results(root=clone)
+    git(second, "fetch", "--quiet", "origin", "results")
+    show = git(second, "show", "FETCH_HEAD:results/mac/b.json")
+    assert json.loads(show)["results"]["a"][0] == [9.0]
+
+
 def test_what_main_records_later_is_not_overwritten(clones):
     first, second = clones
     (first / "results/old/a.json").write_text(result(a=1))
@@ -112,7 +139,8 @@ def test_what_main_records_later_is_not_overwritten(clones):
 
 def test_results_of_different_formats_are_not_merged(clones):
     first, second = clones
-    other = json.loads(result(a=9)) | {"result_columns": ["started_at"], "results": {"a": [9]}}
+    other = json.loads(result(a=9))
+    other |= {"result_columns": ["started_at", "result"], "results": {"a": [9, [9.0]]}}
     for clone, content in ((first, json.dumps(other)), (second, result(a=1))):
         (clone / "results/mac").mkdir()
         (clone / "results/mac/b.json").write_text(content)
@@ -194,13 +222,23 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
 
     rounds = iter(
         [
-            [change("overhead.A.ratio_x", 1.3), change("decode.B.time_x", None), change("c", 1.0)],
-            [change("overhead.A.ratio_x", 1.01), change("decode.B.time_x", None), change("c", 1.0)],
+            [
+                change("overhead.A.ratio_x", 1.3),
+                change("decode.B.time_x", None),
+                change("memory.C.track_c", 3.0),
+                change("gone.D.time_d", None),
+            ],
+            [
+                change("overhead.A.ratio_x", 1.01),
+                change("decode.B.time_x", None),
+                change("memory.C.track_c", 3.0),
+                change("gone.D.time_d", None),
+            ],
         ]
     )
     monkeypatch.setattr(nightly, "changes", lambda *args: next(rounds))
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
-    names = ("overhead.A.ratio_x", "decode.B.time_x", "c")
+    names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c")
     listed = {name: {"name": name, "params": []} for name in names}
     monkeypatch.setattr(nightly, "discover", lambda *args: listed)
     assert nightly.again("box", "config", "env", "head", "quick") == 0
@@ -208,13 +246,15 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     asked = " ".join(night.ran[0])
     assert "overhead" in asked
     assert "decode" in asked
-    assert "^c(" not in asked
+    assert "track" not in asked
+    assert "gone" not in asked
     assert f"rounds={nightly.AGAIN}" in asked
     assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"
 
 
 def test_nothing_looks_worse(night, monkeypatch, capsys):
     monkeypatch.setattr(nightly, "changes", lambda *args: [])
+    monkeypatch.setattr(nightly, "discover", lambda *args: {})
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
     assert nightly.again("box", "config", "env", "head", "quick") == 0
     assert (night.ran, capsys.readouterr().out) == ([], "no regressions\n")

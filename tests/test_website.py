@@ -1,8 +1,10 @@
 """Running the history, tables of results, and the offline page; no benchmark runs here."""
 
+import copy
 import importlib
 import json
 import math
+import os
 import plistlib
 import re
 import shutil
@@ -260,6 +262,23 @@ def test_tables_are_about_one_version_of_mlx(versions, monkeypatch):
         ratio(environment=newest)
 
 
+def test_documents_are_about_what_is_recorded(monkeypatch):
+    """Results that git does not have, of a newer MLX, are not for documents."""
+    commits, environment = report.recorded_commits("h200"), report.recorded_environment("h200")
+    cells = report.recorded("h200", commits[-1])
+    found = list(report.iter_results_for_machine(str(report.RESULTS), "h200"))
+    for result in [r for r in found if r.commit_hash in commits]:
+        local = copy.copy(result)
+        local._env_name, local._params = "local", {**result.params, "mlx": "99.0"}
+        found.append(local)
+    monkeypatch.setattr(report, "iter_results_for_machine", lambda *args: iter(found))
+    monkeypatch.setattr(report, "asv_settings", lambda: {"matrix": {"req": {"mlx": ["99.0"]}}})
+    assert report.usual_environment("h200") == "local"
+    assert report.recorded_environment("h200") == environment
+    assert report.recorded_commits("h200") == commits
+    assert report.recorded("h200", commits[-1]) == cells
+
+
 def test_formats():
     assert report.as_text(*TABLE) == "  a  long name\n  1       2.50\nn/a      10.00\n"
     assert report.as_csv(*TABLE) == "a,long name\n1,2.50\nn/a,10.00\n"
@@ -285,7 +304,7 @@ def test_a_series_is_written_by_cell_and_commit(monkeypatch):
             }
         },
     }
-    monkeypatch.setattr(report, "load", lambda machine, commit: tables[commit])
+    monkeypatch.setattr(report, "recorded", lambda machine, commit: tables[commit])
     monkeypatch.setattr(report, "phase_commits", lambda: {"b" * 40: "1"})
     text = report.mark_series("m", "append.Auto.time_append", ",".join(tables), "batch,size")
     assert text.splitlines() == [
@@ -452,16 +471,22 @@ def test_the_launchd_job_is_a_property_list():
     [
         ("OWNER/pagedkv/.github/workflows/benchmark-pr.yml@refs/heads/main", 0),
         ("OWNER/pagedkv/.github/workflows/benchmark-publish.yml@refs/heads/main", 0),
-        ("OWNER/pagedkv/.github/workflows/benchmark-pr.yml@refs/pull/1/merge", 1),
-        ("OWNER/pagedkv/.github/workflows/mine.yml@refs/heads/main", 1),
-        ("other/pagedkv/.github/workflows/benchmark-pr.yml@refs/heads/main", 1),
+        ("OWNER/pagedkv/.github/workflows/benchmark-pr.yml@refs/pull/1/merge", -9),
+        ("OWNER/pagedkv/.github/workflows/mine.yml@refs/heads/main", -9),
+        ("other/pagedkv/.github/workflows/benchmark-pr.yml@refs/heads/main", -9),
     ],
 )
-def test_the_runner_refuses_what_is_not_mains(workflow, status):
+def test_the_runner_refuses_what_is_not_mains(workflow, status, tmp_path):
+    """Its hook ends the process that started it, which would go on to the job's steps."""
     text = (ROOT / "docs/runner.md").read_text()
     hook = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
-    done = subprocess.run(["bash", "-ec", hook], env={"GITHUB_WORKFLOW_REF": workflow})
+    script = tmp_path / "job-started.sh"
+    script.write_text(hook)
+    command = ["bash", "-c", f"bash -e {script}; echo went on"]
+    env = {**os.environ, "GITHUB_WORKFLOW_REF": workflow}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == status
+    assert ("went on" in done.stdout) is (status == 0)
 
 
 def test_the_runners_hook_and_the_workflows_agree():

@@ -166,7 +166,7 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
     Raises
     ------
     UserError
-        If asv could not measure one of them at all.
+        If asv could not measure one of them at all, or a cell failed in some rounds only.
     """
     folder = ROOT / ".asv/compare"
     shutil.rmtree(folder, ignore_errors=True)
@@ -187,7 +187,10 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
             raise UserError(
                 f"asv measured nothing at {commit[:8]} (exit status {status}), see above"
             )
-    return changes(folder, machine, before, after, environment)
+    compared = changes(folder, machine, before, after, environment)
+    if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
+        raise UserError(f"a benchmark failed in one of {rounds} rounds, see above")
+    return compared
 
 
 def resolve(name):
@@ -296,7 +299,11 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
         grid=grid,
         rounds=rounds,
     )
-    source = "from its noise" if known else "guessed: `make noise` was not run on this machine"
+    source = (
+        f"from its noise with {usual} rounds"
+        if known
+        else "guessed: `make noise` was not run on this machine"
+    )
     about = (
         f"Machine {machine}, {grid} grid, {rounds} rounds. Changed means significantly, and by "
         f"more than a factor of {factors['ratio']} (ratio) or {factors['time']} (time), {source}."

@@ -5,6 +5,7 @@ its commits are no commits of main, so they are not measured and start nothing.
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -55,14 +56,15 @@ def _git(root, *args, text=None, env=None):
 
 
 def merge(file, other):
-    """Add to a file of results what another of that commit has newer, benchmark by benchmark."""
+    """Add to a file of results what another of that commit has more of, or newer, by benchmark."""
     ours, theirs = (load_json(str(path), Results.api_version) for path in (file, other))
 
-    def started(data, name):
+    def rank(data, name):
         row = dict(zip(data["result_columns"], data["results"].get(name, ()), strict=False))
-        return row.get("started_at") or 0
+        numbers = [x for x in row.get("result") or () if x is not None and not math.isnan(x)]
+        return len(numbers), row.get("started_at") or 0
 
-    newer = [name for name in theirs["results"] if started(theirs, name) > started(ours, name)]
+    newer = [name for name in theirs["results"] if rank(theirs, name) > rank(ours, name)]
     if newer and ours["result_columns"] != theirs["result_columns"]:
         raise UserError(f"{file.name} was written by different versions of asv: cannot merge")
     if newer:
@@ -75,7 +77,7 @@ def fetch_results(remote="origin", root=ROOT):
 
     Where both have results of a commit, they are merged. Machine records that are there stay.
     """
-    if not _git(root, "ls-remote", "--heads", remote, BRANCH):
+    if not _git(root, "ls-remote", remote, f"refs/heads/{BRANCH}"):
         print(f"{remote} has no branch {BRANCH} yet")
         return
     _git(root, "fetch", "--quiet", remote, BRANCH)
@@ -102,16 +104,17 @@ def unrecorded(root):
 
 
 def push_results(remote="origin", root=ROOT):
-    """Commit what HEAD does not record on top of the remote's branch `results`, and push it.
+    """Merge with the remote's branch `results`, and push to it what HEAD does not record.
 
-    Another push in between is an error, and nothing has been lost then: fetch, and push again.
+    Another push in between is an error, and nothing has been lost then: push again.
     """
+    fetch_results(remote, root)
     files = unrecorded(root)
     if not files:
         print("no new results")
         return
     parents = []
-    if _git(root, "ls-remote", "--heads", remote, BRANCH):
+    if _git(root, "ls-remote", remote, f"refs/heads/{BRANCH}"):
         _git(root, "fetch", "--quiet", remote, BRANCH)
         parents = [_git(root, "rev-parse", "FETCH_HEAD")]
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,27 +173,37 @@ def run_commits(commits, machine, config, grid):
 
 
 def again(machine, config, environment, head, grid):
-    """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
+    """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
+
+    That is ratios and times: of the other numbers some are better when they are larger.
+    """
     measured = measured_commits(machine, environment=environment)
     previous = [commit for commit in measured if commit != head][-1]
     factors, _, _ = recorded_noise(machine)
+    asked = {
+        name: selection(benchmark, grid)
+        for name, benchmark in discover(machine, config).items()
+        if re.search(r"\.(ratio|time)_", name)
+    }
 
     def worse():
-        verdicts = {
-            change: change.verdict(factors)
-            for change in changes(RESULTS, machine, previous, head, environment)
-        }
-        return {c: verdict for c, verdict in verdicts.items() if verdict in ("worsened", "failed")}
+        found = {}
+        for change in changes(RESULTS, machine, previous, head, environment):
+            _, pattern = asked.get(change.name.split("(")[0], (None, "(?!)"))
+            if re.search(pattern, change.name):
+                verdict = change.verdict(factors)
+                if verdict == "worsened" or (verdict == "failed" and not change.after.known):
+                    found[change] = verdict
+        return found
 
     suspects = worse()
     if not suspects:
         print("no regressions")
         return 0
-    names = {change.name.split("(")[0] for change in suspects}
+    names = sorted({change.name.split("(")[0] for change in suspects})
     options = ["--machine", machine, "--attribute", f"rounds={AGAIN}", "--show-stderr"]
-    for name, benchmark in discover(machine, config).items():
-        if name in names:
-            options += selection(benchmark, grid)
+    for name in names:
+        options += asked[name]
     status = max(asv("run", *options, f"{commit}^!", config=config) for commit in (previous, head))
     for change, verdict in worse().items():
         known = change.before.known and change.after.known

@@ -28,7 +28,7 @@ from website.report import (
     load,
     measured_commits,
     recorded_commits,
-    usual_environment,
+    recorded_environment,
 )
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
@@ -155,7 +155,7 @@ def _copy_bandwidth(tables):
 
 def series_of(machine, environment, results=RESULTS, commits=None):
     """Return what the page shows of one machine in one environment, at all commits or at some."""
-    commits = commits or measured_commits(machine, results, environment)
+    commits = measured_commits(machine, results, environment) if commits is None else commits
     tables = [load(machine, commit, results, environment) for commit in commits]
     labels = [commit_label(commit) for commit in commits]
     rows = ratio_rows(machine, tables)
@@ -289,7 +289,7 @@ FIGURES = {
 def figure_rows(name):
     """Return the rows of a figure, from recorded results."""
     _, machine, wanted = FIGURES[name]
-    found = series_of(machine, usual_environment(machine), commits=recorded_commits(machine))
+    found = series_of(machine, recorded_environment(machine), commits=recorded_commits(machine))
     labels = [commit["label"] for commit in found["commits"]]
     rows = [{**row, "label": labels[row["commit"]]} for row in found["ratios"]]
     if "commit" in wanted:

@@ -74,8 +74,12 @@ def usual_environment(machine, results=RESULTS):
     That is one of the MLX in asv.conf.json if there is any; then the one of most commits; then
     the last measured. A table never mixes environments.
     """
+    return _usual(iter_results_for_machine(str(results), machine))
+
+
+def _usual(results):
     pinned, found = asv_settings()["matrix"]["req"]["mlx"], collections.defaultdict(list)
-    for result in iter_results_for_machine(str(results), machine):
+    for result in results:
         found[result.params.get("mlx") in pinned, result.env_name].append(result)
 
     def rank(key):
@@ -129,11 +133,31 @@ def measured_commits(machine, results=RESULTS, environment=None):
     return [commit for commit in known if commit in measured]
 
 
-def recorded_commits(machine):
-    """Return the measured commits whose results are in git, not those of this checkout alone."""
+def _recorded_results(machine):
+    """Return asv's results of a machine that are in git, not those of this checkout alone."""
     files = set(git("ls-files", "--", f"results/{machine}").splitlines())
-    name = f"results/{machine}/{{}}-{usual_environment(machine)}.json"
-    return [commit for commit in measured_commits(machine) if name.format(commit[:8]) in files]
+    return [
+        result
+        for result in iter_results_for_machine(str(RESULTS), machine)
+        if f"results/{machine}/{result.commit_hash[:8]}-{result.env_name}.json" in files
+    ]
+
+
+def recorded_environment(machine):
+    """Return the environment that documents are about, as `usual_environment` chooses."""
+    return _usual(_recorded_results(machine))
+
+
+def recorded_commits(machine):
+    """Return the hashes of the commits that documents are about, oldest first."""
+    environment = recorded_environment(machine)
+    found = {r.commit_hash for r in _recorded_results(machine) if r.env_name == environment}
+    return [c for c in measured_commits(machine, environment=environment) if c in found]
+
+
+def recorded(machine, commit):
+    """Return what `load` does, in the environment that documents are about."""
+    return load(machine, commit, environment=recorded_environment(machine))
 
 
 def fragmentation(context, block_size):
@@ -227,14 +251,14 @@ def commit_label(commit):
     return f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]
 
 
-def headline(machine, commits, results=RESULTS):
+def headline(machine, commits, environment=None):
     """Return (header, rows): `auto` over contiguous at phase commits and the last of `commits`.
 
     Columns are the cells of block size 32 with a number; rows carry 99% confidence intervals.
     """
     phases = phase_commits()
     tables = {
-        commit: load(machine, commit, results).get(HEADLINE, {})
+        commit: load(machine, commit, environment=environment).get(HEADLINE, {})
         for commit in commits
         if commit in phases or commit == commits[-1]
     }
@@ -250,18 +274,19 @@ def headline(machine, commits, results=RESULTS):
 
 def mark_adr_table(machine, commit):
     """Write the ADR's table of one machine at one commit."""
-    return as_markdown(ADR_COLUMNS, adr_rows(load(machine, commit)))
+    return as_markdown(ADR_COLUMNS, adr_rows(recorded(machine, commit)))
 
 
 def mark_headline(machine):
     """Write the headline table."""
-    return as_markdown(*headline(machine, recorded_commits(machine)))
+    commits, environment = recorded_commits(machine), recorded_environment(machine)
+    return as_markdown(*headline(machine, commits, environment))
 
 
 def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
     """Write the cells of one benchmark, times in ms or us, at `commits` or all that have any."""
     tables = {
-        commit: load(machine, commit).get(benchmark, {})
+        commit: recorded(machine, commit).get(benchmark, {})
         for commit in (commits.split(",") if commits else recorded_commits(machine))
     }
     if not commits:
@@ -278,7 +303,7 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
 
 def mark_layouts(machine, commit):
     """Write in words how the layouts compare on gather-then-SDPA, from paired ratios."""
-    table = load(machine, commit)
+    table = recorded(machine, commit)
     a, b = (table[f"overhead.Gather{layout}.ratio_vs_contiguous"] for layout in LAYOUTS.values())
     lines = []
     for batch, (layout, ratios) in itertools.product(("1", "4"), (("A", a), ("B", b))):
@@ -302,7 +327,9 @@ def percent(ratio):
 
 def mark_pattern(machine, commit):
     """Write the ratio of a random block order over the reversed one."""
-    [(cell, ratio)] = load(machine, commit)["decode.BlockOrder.ratio_random_vs_reversed"].items()
+    [(cell, ratio)] = recorded(machine, commit)[
+        "decode.BlockOrder.ratio_random_vs_reversed"
+    ].items()
     batch, context, block_size = cell
     where = f"batch {batch}, {context} tokens, block {block_size}"
     return f"{where}: {ratio.show(interval=True)}\n"
