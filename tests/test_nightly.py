@@ -126,6 +126,27 @@ def test_a_push_keeps_what_another_pushed_meanwhile(clones):
     assert json.loads(show)["results"]["a"][0] == [9.0]
 
 
+def test_a_push_during_a_push_is_an_error_and_stays(clones, monkeypatch):
+    first, second = clones
+    for clone, when in ((first, 9), (second, 1)):
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(result(a=when))
+    fetch = nightly.fetch_results
+
+    def fetch_then_another_pushes(remote, root):
+        tip = fetch(remote, root)
+        monkeypatch.setattr(nightly, "fetch_results", fetch)
+        nightly.push_results(root=first)
+        return tip
+
+    monkeypatch.setattr(nightly, "fetch_results", fetch_then_another_pushes)
+    with pytest.raises(UserError, match="git push"):
+        nightly.push_results(root=second)
+    git(second, "fetch", "--quiet", "origin", "results")
+    show = git(second, "show", "FETCH_HEAD:results/mac/b.json")
+    assert json.loads(show)["results"]["a"][0] == [9.0]
+
+
 def test_what_main_records_later_is_not_overwritten(clones):
     first, second = clones
     (first / "results/old/a.json").write_text(result(a=1))

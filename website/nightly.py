@@ -73,18 +73,18 @@ def merge(file, other):
 
 
 def fetch_results(remote="origin", root=ROOT):
-    """Bring what the branch `results` has into results/.
+    """Bring what the branch `results` has into results/; return its commit, None without a branch.
 
     Where both have results of a commit, they are merged. Machine records that are there stay.
     """
     if not _git(root, "ls-remote", remote, f"refs/heads/{BRANCH}"):
         print(f"{remote} has no branch {BRANCH} yet")
-        return
+        return None
     _git(root, "fetch", "--quiet", remote, BRANCH)
-    tree = _git(root, "rev-parse", "FETCH_HEAD^{tree}")
+    tip = _git(root, "rev-parse", "FETCH_HEAD")
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
-        _git(root, "read-tree", tree, env=index)
+        _git(root, "read-tree", tip, env=index)
         _git(root, "checkout-index", "--all", f"--prefix={scratch}/", env=index)
         for file in sorted(Path(scratch).glob("results/*/*.json")):
             here = Path(root, file.relative_to(scratch))
@@ -93,6 +93,7 @@ def fetch_results(remote="origin", root=ROOT):
                 shutil.copy(file, here)
             elif file.name != "machine.json":
                 merge(here, file)
+    return tip
 
 
 def unrecorded(root):
@@ -108,28 +109,24 @@ def push_results(remote="origin", root=ROOT):
 
     Another push in between is an error, and nothing has been lost then: push again.
     """
-    fetch_results(remote, root)
+    tip = fetch_results(remote, root)
     files = unrecorded(root)
     if not files:
         print("no new results")
         return
-    parents = []
-    if _git(root, "ls-remote", remote, f"refs/heads/{BRANCH}"):
-        _git(root, "fetch", "--quiet", remote, BRANCH)
-        parents = [_git(root, "rev-parse", "FETCH_HEAD")]
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         # What the branch has and this checkout lacks stays.
-        _git(root, "read-tree", *(parents or ["--empty"]), env=index)
+        _git(root, "read-tree", tip or "--empty", env=index)
         _git(root, "add", "--force", "--", *files, env=index)
         tree = _git(root, "write-tree", env=index)
-    if parents and tree == _git(root, "rev-parse", f"{parents[0]}^{{tree}}"):
+    if tip and tree == _git(root, "rev-parse", f"{tip}^{{tree}}"):
         print("no new results")
         return
     head = _git(root, "rev-parse", "--short", "HEAD")
     identity = ["-c", "user.name=benchmark-publish", "-c", "user.email=benchmark@localhost"]
     message = f"Results up to {head}"
-    parent = ["-p", parents[0]] if parents else []
+    parent = ["-p", tip] if tip else []
     commit = _git(root, *identity, "commit-tree", tree, *parent, "-m", message)
     _git(root, "push", "--quiet", remote, f"{commit}:refs/heads/{BRANCH}")
     print(f"{message}: {commit[:8]}")
@@ -248,7 +245,8 @@ def main():
     try:
         machine = args.machine or machine_name(args.backend)
         if args.command == "fetch-results":
-            return fetch_results(args.remote)
+            fetch_results(args.remote)
+            return 0
         if args.command == "push-results":
             return push_results(args.remote)
         acquire()
