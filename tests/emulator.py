@@ -58,9 +58,9 @@ class Emulator:
 
     def __init__(self, folder):
         self.folder, self.launches, self.seed = folder, [], 0
-        self.library = cache(self.library)
+        self.compiled = cache(self.compiled)
 
-    def library(self, text):
+    def compiled(self, text):
         """Compile a program, once for each text."""
         path = self.folder / f"kernel{len(list(self.folder.glob('*.cpp')))}.cpp"
         path.write_text(text)
@@ -89,7 +89,7 @@ class Emulator:
     def run(self, header, text, names, inputs, dtype, shape, groups, threads):
         """Run a kernel's text over a grid of groups and return [its output]."""
         kinds = tuple((DTYPES.get(str(x.dtype), x.dtype), min(x.size, 8)) for x in inputs)
-        library = self.library(program(header, text, names, kinds, dtype))
+        library = self.compiled(program(header, text, names, kinds, dtype))
         # Poison, so that what is not written shows.
         poison = {mx.float32: 0x7FC00000, mx.float16: 0x7E00, mx.bfloat16: 0x7FC0}[dtype]
         out = np.full(shape, poison, np.uint32 if dtype == mx.float32 else np.uint16)
