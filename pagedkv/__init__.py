@@ -1,27 +1,29 @@
 """Paged KV cache for MLX."""
 
-from pagedkv.attention import (
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.calls import (
     Explanation,
     contiguous_attention,
     decode_attention,
     explain,
     paged_attention,
 )
-from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import BlockTable, Reservation, blocks_needed, reserve
+from pagedkv.attention.gather import append_block, gather_blocks, gather_rows
+from pagedkv.attention.inputs import Layout
+from pagedkv.attention.paths import DECODE_PATHS, DecodePath
+from pagedkv.cache.kv_cache import MemoryUsage, PagedKVCache
+from pagedkv.cache.step import SlotMapping, Step
 from pagedkv.errors import (
     OutOfBlocksError,
     PagedKVError,
     SharedBlockError,
     UnsupportedPathError,
 )
-from pagedkv.gather import Layout, append_block, gather_blocks, gather_rows
-from pagedkv.kv_cache import MemoryUsage, PagedKVCache
-from pagedkv.paths import DECODE_PATHS, DecodePath
-from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
-from pagedkv.scheduler import ScheduledStep, Scheduler
-from pagedkv.stats import Stats, render_prometheus
-from pagedkv.step import DecodeBatch, SlotMapping, Step
+from pagedkv.host.block_pool import BlockPool
+from pagedkv.host.block_table import BlockTable, Reservation, blocks_needed, reserve
+from pagedkv.host.prefix_cache import PrefixMatch, RadixNode, RadixTree
+from pagedkv.host.scheduler import ScheduledStep, Scheduler
+from pagedkv.host.stats import Stats, render_prometheus
 
 __version__ = "0.1.0"
 

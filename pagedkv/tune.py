@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pagedkv.attention import contiguous_attention, decode_attention
-from pagedkv.fused import TUNING, Plan, Tuning, make_plan
-from pagedkv.paths import AUTO, backend_of
-from pagedkv.scores import PLAIN
-from pagedkv.step import DecodeBatch
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.calls import contiguous_attention, decode_attention
+from pagedkv.attention.fused import TUNING, Plan, Tuning, make_plan
+from pagedkv.attention.paths import AUTO, backend_of
+from pagedkv.attention.scores import PLAIN
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 32
 SCALE = HEAD_DIM**-0.5

@@ -20,7 +20,7 @@ from pagedkv import (
     explain,
     paged_attention,
 )
-from pagedkv.paths import Call, choose
+from pagedkv.attention.paths import Call, choose
 
 README = Path(__file__).parents[1] / "README.md"
 ON_CPU = mx.default_device().type == mx.cpu
@@ -295,7 +295,7 @@ def test_checks_are_made_once_a_step(monkeypatch):
     case = Case([20, 33])
     arguments = case.queries, case.keys, case.values, case.batch()
     first = decode_attention(*arguments, scale=case.scale)
-    monkeypatch.setattr("pagedkv.attention._check", None)
+    monkeypatch.setattr("pagedkv.attention.calls._check", None)
     again = decode_attention(*arguments, scale=case.scale)
     assert mx.array_equal(first, again).item()
     with pytest.raises(TypeError):

@@ -159,14 +159,14 @@ def test_a_base_that_is_not_there():
 
 def test_a_slowed_commit_is_on_no_branch_and_runs():
     commit = compare.slowed(20)
-    show = ["git", "-C", str(compare.ROOT), "show", f"{commit}:pagedkv/attention.py"]
+    show = ["git", "-C", str(compare.ROOT), "show", f"{commit}:pagedkv/attention/calls.py"]
     source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
     assert source.endswith("decode_attention = _slower(decode_attention)\n")
     assert "20 / 100" in source
     compile(source, "attention.py", "exec")
     assert not compare.git("branch", "--contains", commit)
     changed = compare.git("diff", "--name-only", "HEAD", commit)
-    assert changed == "pagedkv/attention.py"
+    assert changed == "pagedkv/attention/calls.py"
 
 
 def test_what_is_added_slows_a_call_down_by_so_much(monkeypatch):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS
-from pagedkv.paths import Call, choose
+from pagedkv.attention.paths import Call, choose
 from website.report import HEADLINE, load
 
 # Machine -> its device, the commit that measured every path, and what `auto` was there.

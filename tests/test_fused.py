@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import OPTIONS, Case, on_device, poison
 
-from pagedkv import fused, kernels
-from pagedkv.paths import backend_of
-from pagedkv.scores import PLAIN, Scores
+from pagedkv import kernels
+from pagedkv.attention import fused
+from pagedkv.attention.paths import backend_of
+from pagedkv.attention.scores import PLAIN, Scores
 
 # Relative error of one sequence's output.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}

@@ -1,30 +1,24 @@
 """Data flows one way, and nothing outside the package reaches into private names of it."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOST_ONLY = {"errors", "block_pool", "block_table", "prefix_cache", "scheduler", "stats"}
-# What each module of the package may import of the package.
-MAY_IMPORT = {
+# What each room of the package may import of the others. A room is a folder or a file.
+ROOMS = {
     "errors": set(),
-    "block_pool": {"errors"},
-    "block_table": {"block_pool", "errors"},
-    "prefix_cache": {"block_pool"},
-    "scheduler": {"block_pool", "block_table", "errors", "prefix_cache", "stats"},
-    "stats": set(),
-    "step": {"block_table"},
-    "kv_cache": {"block_pool", "block_table", "step"},
-    "gather": {"step"},
-    "scores": set(),
-    "fused": {"block_table", "kernels", "scores", "step"},
-    "paths": {"fused", "gather", "kv_cache", "scores", "step"},
-    "tune": {"attention", "fused", "paths", "scores", "step"},
-    "attention": {"errors", "gather", "kv_cache", "paths", "scores", "step"},
+    "limits": set(),
+    "kernels": set(),
+    "host": {"errors", "limits"},
+    "attention": {"errors", "limits", "kernels"},
+    "cache": {"errors", "limits", "host", "attention"},
+    "tune": {"attention"},
 }
+HOST_ONLY = {"errors", "limits", "host"}
 
 
 def imports(path):
@@ -43,15 +37,29 @@ def modules(folder):
     return {path.stem: path for path in sorted((ROOT / folder).glob("*.py"))}
 
 
-@pytest.mark.parametrize("name", sorted(set(modules("pagedkv")) - {"__init__"}))
+def package():
+    """{dotted name: path} of the package's modules."""
+    paths = sorted((ROOT / "pagedkv").rglob("*.py"))
+    names = (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in paths)
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+
+
+@pytest.mark.parametrize("name", sorted(set(package()) - {"pagedkv"}))
 def test_package_modules_import_downwards(name):
-    found = imports(modules("pagedkv")[name])
-    own = {item.split(".")[1] for item in found if item.startswith("pagedkv.")}
-    assert own <= MAY_IMPORT[name]
+    found = imports(package()[name])
+    room = name.split(".")[1]
+    rooms = {item.split(".")[1] for item in found if item.startswith("pagedkv.")}
+    assert rooms <= ROOMS[room] | {room}
     outside = {item.split(".")[0] for item in found} - {"pagedkv"}
     assert outside <= {"mlx", "numpy"} | sys.stdlib_module_names
-    if name in HOST_ONLY:
+    if room in HOST_ONLY:
         assert "mlx" not in outside
+
+
+def test_package_modules_do_not_import_in_a_circle():
+    names = package()
+    arrows = {name: imports(path) & set(names) - {name, "pagedkv"} for name, path in names.items()}
+    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "website"])

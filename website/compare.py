@@ -209,7 +209,7 @@ def commit_of(tree, message):
 
 def slowed(percent):
     """Return the hash of a commit like HEAD whose decode_attention takes `percent` longer."""
-    path = "pagedkv/attention.py"
+    path = "pagedkv/attention/calls.py"
     with tempfile.TemporaryDirectory() as scratch:
         env = {**os.environ, "GIT_INDEX_FILE": str(Path(scratch, "index"))}
 

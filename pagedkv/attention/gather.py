@@ -1,4 +1,4 @@
-"""Pools by block and by row: their layouts, reading them into one tensor, replacing a block.
+"""Pools by block and by row: reading them into one tensor, replacing a block.
 
 Shapes: B batch, Hkv KV heads, D head dim, N blocks in the pool, S block size, M blocks of the
 longest table, L longest context length.
@@ -6,29 +6,10 @@ longest table, L longest context length.
 
 from __future__ import annotations
 
-from enum import Enum
-
 import mlx.core as mx
 
-from pagedkv.step import DecodeBatch
-
-
-class Layout(Enum):
-    """Order of a pool's dimensions."""
-
-    BLOCK_MAJOR = "block_major"
-    """[N, S, Hkv, D]: a block's tokens of all heads lie together. What the package uses."""
-
-    HEAD_MAJOR = "head_major"
-    """[Hkv, N, S, D]: each head has a pool of its own. A measured alternative."""
-
-    def dims(self, pool: mx.array) -> tuple[int, int, int, int]:
-        """Return (N, S, Hkv, D) of a four-dimensional pool."""
-        if self is Layout.BLOCK_MAJOR:
-            num_blocks, block_size, kv_heads, head_dim = pool.shape
-        else:
-            kv_heads, num_blocks, block_size, head_dim = pool.shape
-        return num_blocks, block_size, kv_heads, head_dim
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import Layout, check_pool, check_rank
 
 
 def gather_blocks(
@@ -144,23 +125,3 @@ def take_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
     """Do what `gather_rows` says, without its checks."""
     _, _, kv_heads, head_dim = pool.shape
     return mx.take(pool.reshape(-1, head_dim), batch.rows(kv_heads), axis=0)
-
-
-def check_rank(name: str, array: mx.array) -> None:
-    """Raise ValueError unless an array has four dimensions."""
-    if array.ndim != 4:
-        raise ValueError(f"expected {name} with 4 dimensions, got shape {array.shape}")
-
-
-def check_pool(
-    name: str, pool: mx.array, batch: DecodeBatch, layout: Layout
-) -> tuple[int, int, int, int]:
-    """Return (N, S, Hkv, D) of a pool that fits the batch; ValueError if it does not."""
-    check_rank(name, pool)
-    dims = layout.dims(pool)
-    if dims[:2] != (batch.num_blocks, batch.block_size):
-        raise ValueError(
-            f"expected {name} in {layout.value} layout with {batch.num_blocks} blocks of "
-            f"{batch.block_size} tokens, got shape {pool.shape}"
-        )
-    return dims

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.block_pool import BlockPool
+from pagedkv.host.block_pool import BlockPool
 
 _TOKEN = np.dtype(np.int32)
 

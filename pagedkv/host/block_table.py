@@ -1,8 +1,7 @@
-"""Which blocks of the pool hold a sequence. Host only: the tensors are in `kv_cache`."""
+"""Which blocks of the pool hold a sequence. Host only: the tensors are in `pagedkv.cache`."""
 
 from __future__ import annotations
 
-import operator
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,21 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.block_pool import BlockPool
 from pagedkv.errors import OutOfBlocksError, SharedBlockError
-
-INT32_MAX = 2**31 - 1
-
-
-def positive_int32(value: int, name: str) -> int:
-    """Return a size as an int that fits the device's 32-bit ids; ValueError for anything else."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"expected {name} to be an integer, got {value!r}") from None
-    if not 1 <= number <= INT32_MAX:
-        raise ValueError(f"expected {name} in [1, {INT32_MAX}], got {number}")
-    return number
+from pagedkv.host.block_pool import BlockPool
+from pagedkv.limits import positive_int32
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:

@@ -14,12 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import DTYPES, Layout, check_pool, check_rank
+from pagedkv.attention.paths import DECODE_PATHS, Call, choose, refusal
+from pagedkv.attention.scores import PLAIN, Scores
 from pagedkv.errors import UnsupportedPathError
-from pagedkv.gather import Layout, check_pool, check_rank
-from pagedkv.kv_cache import DTYPES
-from pagedkv.paths import DECODE_PATHS, Call, choose, refusal
-from pagedkv.scores import PLAIN, Scores
-from pagedkv.step import DecodeBatch
 
 FORCE = "PAGEDKV_DECODE_PATH"  # environment variable: what "auto" is
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import BlockTable, blocks_needed, reserve
 from pagedkv.errors import PagedKVError
-from pagedkv.prefix_cache import PrefixMatch, RadixNode, RadixTree
-from pagedkv.stats import Stats
+from pagedkv.host.block_pool import BlockPool
+from pagedkv.host.block_table import BlockTable, blocks_needed, reserve
+from pagedkv.host.prefix_cache import PrefixMatch, RadixNode, RadixTree
+from pagedkv.host.stats import Stats
 
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1  # token ids
 

@@ -1,4 +1,4 @@
-"""Block ids and their reference counts. Host only: the tensors are in `kv_cache`."""
+"""Block ids and their reference counts. Host only: the tensors are in `pagedkv.cache`."""
 
 from __future__ import annotations
 

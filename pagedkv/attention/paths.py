@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv import fused
-from pagedkv.gather import Layout, take_blocks, take_rows
-from pagedkv.kv_cache import DTYPES
-from pagedkv.scores import Scores
-from pagedkv.step import DecodeBatch
+from pagedkv.attention import fused
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.gather import take_blocks, take_rows
+from pagedkv.attention.inputs import DTYPES, Layout
+from pagedkv.attention.scores import Scores
 
 Shape = tuple[int, ...]
 Gather = tuple[DecodeBatch, float]  # what a gather needs of a step: the batch and the scale
@@ -179,7 +179,7 @@ def _gather_rows_grouped(
 def _fused(
     queries: mx.array, keys: mx.array, values: mx.array, plan: fused.Plan, scores: Scores
 ) -> mx.array:
-    """Read K and V where they lie; see `pagedkv.fused`."""
+    """Read K and V where they lie; see `pagedkv.attention.fused`."""
     return plan.attend(queries, keys, values, scores.alibi_slopes, scores.sinks)
 
 

@@ -1,4 +1,4 @@
-"""What one step reads (block tables) and writes (slots): checked on the host, put on the device."""
+"""What one step reads, its block tables: checked on the host, put on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.block_table import INT32_MAX, positive_int32
+from pagedkv.limits import INT32_MAX, integers, positive_int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +97,13 @@ class DecodeBatch:
                 f"expected one context length per block table, "
                 f"got {len(context_lens)} lengths for {len(block_tables)} tables"
             )
-        lens = _integers(context_lens, "context_lens")
+        lens = integers(context_lens, "context_lens")
         if lens.min() < 1:
             row = int(lens.argmin())
             raise ValueError(f"expected context lengths >= 1, got {lens[row]} in row {row}")
 
         needed = -(-lens // block_size)
-        tables = [_integers(table, f"block table {b}") for b, table in enumerate(block_tables)]
+        tables = [integers(table, f"block table {b}") for b, table in enumerate(block_tables)]
         sizes = np.array([len(table) for table in tables])
         if (sizes < needed).any():
             row = int((sizes < needed).argmax())
@@ -218,95 +218,3 @@ class DecodeBatch:
             mask = behind <= 0
             self._masks[key] = mask if window is None else mask & (behind > -window)
         return self._masks[key]
-
-
-@dataclass(frozen=True, eq=False)
-class SlotMapping:
-    """The slots that one step writes, checked on the host and put on the device once.
-
-    Built once a step and shared by every layer, as `DecodeBatch` is.
-
-    Attributes
-    ----------
-    slots : mx.array
-        slot = block_id * S + offset of each token, shape [T], int32.
-    block_size : int
-        S, tokens in a block.
-    num_blocks : int
-        N, blocks in the pool that the slots index.
-    """
-
-    slots: mx.array
-    block_size: int
-    num_blocks: int
-
-    @classmethod
-    def from_slots(
-        cls, slots: Sequence[int] | NDArray[np.integer], *, block_size: int, num_blocks: int
-    ) -> SlotMapping:
-        """Check host-side slots and place them on the default device.
-
-        Parameters
-        ----------
-        slots : sequence of int
-            One slot a token, in the order in which the tokens will be written; no slot twice.
-        block_size : int
-            Tokens in a block.
-        num_blocks : int
-            Blocks in the pool. MLX does not check bounds when it writes, so slots are checked here.
-
-        Returns
-        -------
-        SlotMapping
-            The step's slots.
-
-        Raises
-        ------
-        ValueError
-            If there is no slot, one is not in [0, num_blocks * block_size) or occurs twice, or
-            `block_size`, `num_blocks` or their product is not a positive 32-bit integer. Nothing
-            has reached the device then.
-        """
-        block_size = positive_int32(block_size, "block_size")
-        num_blocks = positive_int32(num_blocks, "num_blocks")
-        num_slots = positive_int32(num_blocks * block_size, "num_blocks * block_size")
-        array = _integers(slots, "slots")
-        if array.min() < 0 or array.max() >= num_slots:
-            bad = array[(array < 0) | (array >= num_slots)][0]
-            raise ValueError(f"expected slots in [0, {num_slots}), got {bad}")
-        ordered = np.sort(array)
-        twice = ordered[1:] == ordered[:-1]
-        if twice.any():
-            raise ValueError(f"expected each slot once, got {ordered[1:][twice][0]} twice")
-        return cls(mx.array(array.astype(np.int32)), block_size, num_blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of some sequences: where its new tokens go, and what their queries read.
-
-    Attributes
-    ----------
-    slots : SlotMapping
-        The slots of the new tokens, sequence by sequence.
-    batch : DecodeBatch
-        The sequences with their new tokens.
-    copies : list of (int, int)
-        Blocks that were copied because they were shared: from which id, to which id.
-    """
-
-    slots: SlotMapping
-    batch: DecodeBatch
-    copies: list[tuple[int, int]]
-
-
-def _integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
-    """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"expected {name} to be one-dimensional, got {array.ndim} dimensions")
-    if array.size == 0:
-        raise ValueError(f"expected {name} to have at least one entry, got none")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"expected {name} to hold integers, got {array.dtype}")
-    return array.astype(np.int64)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv import kernels
-from pagedkv.block_table import INT32_MAX
-from pagedkv.scores import Scores
-from pagedkv.step import DecodeBatch
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.scores import Scores
+from pagedkv.limits import INT32_MAX
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_QUERIES = 8  # tokens

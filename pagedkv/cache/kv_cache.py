@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from pagedkv.block_pool import BlockPool
-from pagedkv.block_table import BlockTable, positive_int32, reserve
-from pagedkv.step import DecodeBatch, SlotMapping, Step
-
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-"""What pools and queries may hold."""
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import DTYPES
+from pagedkv.cache.step import SlotMapping, Step
+from pagedkv.host.block_pool import BlockPool
+from pagedkv.host.block_table import BlockTable, reserve
+from pagedkv.limits import positive_int32
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What integers the package takes: sizes and ids that fit the device's 32 bits. Host only."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+INT32_MAX = 2**31 - 1
+
+
+def positive_int32(value: int, name: str) -> int:
+    """Return a size as an int that fits the device's 32-bit ids; ValueError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected {name} to be an integer, got {value!r}") from None
+    if not 1 <= number <= INT32_MAX:
+        raise ValueError(f"expected {name} in [1, {INT32_MAX}], got {number}")
+    return number
+
+
+def integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
+    """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"expected {name} to be one-dimensional, got {array.ndim} dimensions")
+    if array.size == 0:
+        raise ValueError(f"expected {name} to have at least one entry, got none")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"expected {name} to hold integers, got {array.dtype}")
+    return array.astype(np.int64)
