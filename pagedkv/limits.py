@@ -11,6 +11,17 @@ from numpy.typing import NDArray
 INT32_MAX = 2**31 - 1
 
 
+def count_of(value: int, name: str) -> int:
+    """Return a count as an int; ValueError if it is not an integer or is negative."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"expected {name} to be an integer >= 0, got {value!r}")
+    return number
+
+
 def positive_int32(value: int, name: str) -> int:
     """Return a size as an int that fits the device's 32-bit ids; ValueError for anything else."""
     try:

@@ -1,9 +1,11 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from interrupts import interrupted
 
 from pagedkv import BlockPool, OutOfBlocksError
 
@@ -37,7 +39,11 @@ def state(pool):
     ("operation", "argument", "error", "message"),
     [
         ("allocate", 3, OutOfBlocksError, "expected 3 free blocks, 2 are left"),
-        ("allocate", -1, ValueError, "count >= 0, got -1"),
+        ("allocate", -1, ValueError, "count to be an integer >= 0, got -1"),
+        ("allocate", 1.0, ValueError, r"count to be an integer >= 0, got 1\.0"),
+        ("allocate", "1", ValueError, "count to be an integer >= 0, got '1'"),
+        ("retain", [0, 1.0], ValueError, r"block id in \[0, 4\), got 1\.0"),
+        ("release", [0, "1"], ValueError, r"block id in \[0, 4\), got 1"),
         ("retain", [0, 4], ValueError, r"block id in \[0, 4\), got 4"),
         ("retain", [0, -1], ValueError, r"block id in \[0, 4\), got -1"),
         ("retain", [0, 2], ValueError, "block 2 to have at least 1 holders, got 0"),
@@ -58,17 +64,50 @@ def test_what_is_refused_changes_nothing(operation, argument, error, message):
     assert pool.allocate(2) == [2, 3]
 
 
-@pytest.mark.parametrize("num_blocks", [0, -1])
+@pytest.mark.parametrize("num_blocks", [0, -1, 2**31, 1.5])
 def test_a_pool_has_blocks(num_blocks):
-    with pytest.raises(ValueError, match=f"num_blocks >= 1, got {num_blocks}"):
+    with pytest.raises(ValueError, match=f"num_blocks .*got {num_blocks}"):
         BlockPool(num_blocks)
+
+
+def test_numpy_integers_are_taken_and_never_kept():
+    pool = BlockPool(np.uint8(250))
+    ids = pool.allocate(np.uint8(249))
+    pool.retain(np.array(ids, np.uint8))
+    for _ in range(2):
+        pool.release(np.array(ids, np.uint8))
+    assert pool.num_free == 250
+    assert all(type(block) is int for block in pool.allocate(250))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda pool: pool.allocate(3),
+        lambda pool: pool.retain([0, 1, 2, 1]),
+        lambda pool: pool.release([2, 3, 0, 1]),
+    ],
+)
+def test_an_interrupt_between_two_lines_changes_nothing(operation):
+    def start():
+        pool = BlockPool(7)
+        pool.allocate(4)
+        pool.retain([2])
+        return pool
+
+    before = state(start())
+    for pool, done in interrupted(start, operation):
+        pool.check_invariants()
+        assert done or state(pool) == before
+        # In the same order, too: block 4 is the next.
+        assert done or pool.allocate(1) == [4]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda pool: pool._returned.append(pool._returned[-1]),
-        lambda pool: pool._returned.pop(),
+        lambda pool: pool._free.append(pool._free[-1]),
+        lambda pool: pool._free.pop(),
         lambda pool: pool._counts.__setitem__(0, 0),
         lambda pool: pool._counts.__setitem__(1, 1),
         lambda pool: pool._counts.__setitem__(3, -1),

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pagedkv.errors import OutOfBlocksError
+from pagedkv.limits import count_of, positive_int32
 
 
 class BlockPool:
     """Hands out the ids of a fixed number of blocks and counts who holds them.
 
     A block that was given back is handed out again, the last one first, before one that was never
-    used: what is touched stays small. Every operation takes constant time per block.
+    used: what is touched stays small. Every operation takes constant time per block, and an
+    exception at any point of it, a KeyboardInterrupt too, leaves the pool as it was.
 
     Parameters
     ----------
@@ -22,15 +24,13 @@ class BlockPool:
     Raises
     ------
     ValueError
-        If `num_blocks` is not positive.
+        If `num_blocks` is not a positive 32-bit integer.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"expected num_blocks >= 1, got {num_blocks}")
-        self._counts = [0] * num_blocks  # by block id
-        self._returned: list[int] = []  # a stack of free ids that were in use before
-        self._unused = 0  # this id and all above were never handed out
+        num_blocks = positive_int32(num_blocks, "num_blocks")
+        self._counts = [0] * num_blocks  # holders, by block id
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the next one is the last
 
     @property
     def num_blocks(self) -> int:
@@ -40,7 +40,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._returned) + len(self._counts) - self._unused
+        return len(self._free)
 
     def reference_count(self, block_id: int) -> int:
         """Return how many holders a block has; 0 if it is free.
@@ -50,9 +50,12 @@ class BlockPool:
         ValueError
             If the pool has no such block.
         """
-        if not 0 <= block_id < len(self._counts):
-            self._check_id(block_id)
-        return self._counts[block_id]
+        try:
+            if block_id >= 0:
+                return self._counts[block_id]
+        except (IndexError, TypeError):
+            pass
+        raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, each with one holder.
@@ -72,19 +75,25 @@ class BlockPool:
         OutOfBlocksError
             If fewer are free; none is taken then.
         ValueError
-            If `count` is negative.
+            If `count` is not an integer or is negative.
         """
-        if count < 0:
-            raise ValueError(f"expected a count >= 0, got {count}")
-        if count > self.num_free:
-            raise OutOfBlocksError(f"expected {count} free blocks, {self.num_free} are left")
-        reused = min(count, len(self._returned))
-        ids = [self._returned.pop() for _ in range(reused)]
-        ids += range(self._unused, self._unused + count - reused)
-        self._unused += count - reused
-        for block_id in ids:
-            self._counts[block_id] = 1
-        return ids
+        count = count_of(count, "count")
+        counts, free = self._counts, self._free
+        kept = len(free) - count
+        if kept < 0:
+            raise OutOfBlocksError(f"expected {count} free blocks, {len(free)} are left")
+        ids = free[kept:]
+        ids.reverse()
+        try:
+            for block_id in ids:
+                counts[block_id] = 1
+            del free[kept:]
+            return ids
+        except BaseException:
+            for block_id in ids:
+                counts[block_id] = 0
+            free[kept:] = reversed(ids)
+            raise
 
     def retain(self, block_ids: Sequence[int]) -> None:
         """Add a holder to each of the blocks.
@@ -94,10 +103,19 @@ class BlockPool:
         ValueError
             If one of them is unknown or free; no count has changed then.
         """
-        for block_id in block_ids:
-            self._check_held(block_id, 1)
-        for block_id in block_ids:
-            self._counts[block_id] += 1
+        counts, done = self._counts, 0
+        try:
+            for block_id in block_ids:
+                count = counts[block_id]
+                if count < 1 or block_id < 0:
+                    raise IndexError
+                # One statement: an interrupt comes between two, and what was done must be known.
+                counts[block_id], done = count + 1, done + 1
+        except BaseException as error:
+            for block_id in block_ids[:done]:
+                counts[block_id] -= 1
+            self._explain(error, block_ids)
+            raise
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Take a holder from each of the blocks; one without holders is free again.
@@ -110,12 +128,22 @@ class BlockPool:
             If one of them is unknown or has fewer holders than are taken; no count has changed
             then.
         """
-        for block_id, times in Counter(block_ids).items():
-            self._check_held(block_id, times)
-        for block_id in block_ids:
-            self._counts[block_id] -= 1
-            if self._counts[block_id] == 0:
-                self._returned.append(block_id)
+        counts, free, done = self._counts, self._free, 0
+        size = len(free)
+        try:
+            for block_id in block_ids:
+                count = counts[block_id]
+                if count < 1 or block_id < 0:
+                    raise IndexError
+                counts[block_id], done = count - 1, done + 1
+                if count == 1:
+                    free.append(int(block_id))
+        except BaseException as error:
+            for block_id in block_ids[:done]:
+                counts[block_id] += 1
+            del free[size:]
+            self._explain(error, block_ids)
+            raise
 
     def check_invariants(self) -> None:
         """Check that every block is held or free, and free once; for tests, linear time.
@@ -125,20 +153,17 @@ class BlockPool:
         AssertionError
             If the bookkeeping is broken.
         """
-        free = {*self._returned, *range(self._unused, self.num_blocks)}
+        free = set(self._free)
         assert len(free) == self.num_free, "a block is free twice"
         for block_id, count in enumerate(self._counts):
             assert count >= 0, f"block {block_id} has {count} holders"
             assert (count == 0) == (block_id in free), f"block {block_id} is lost or in use"
 
-    def _check_held(self, block_id: int, holders: int) -> None:
-        self._check_id(block_id)
-        if self._counts[block_id] < holders:
-            raise ValueError(
-                f"expected block {block_id} to have at least {holders} holders, "
-                f"got {self._counts[block_id]}"
-            )
-
-    def _check_id(self, block_id: int) -> None:
-        if not 0 <= block_id < len(self._counts):
-            raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")
+    def _explain(self, error: BaseException, block_ids: Sequence[int]) -> None:
+        """Raise a ValueError that says which id was wrong, if one was."""
+        if isinstance(error, (IndexError, TypeError)):
+            for block_id, times in Counter(block_ids).items():
+                if (count := self.reference_count(block_id)) < times:
+                    raise ValueError(
+                        f"expected block {block_id} to have at least {times} holders, got {count}"
+                    ) from None
