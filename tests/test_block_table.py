@@ -1,9 +1,22 @@
+from array import array
+from collections import Counter
+
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from interrupts import interrupted
 
-from pagedkv import BlockPool, BlockTable, OutOfBlocksError, SharedBlockError, blocks_needed
+from pagedkv import (
+    BlockPool,
+    BlockTable,
+    OutOfBlocksError,
+    PagedKVError,
+    SharedBlockError,
+    blocks_needed,
+    reserve,
+)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +120,9 @@ def test_a_shared_partial_block_is_not_written():
     table.append(6)
     fork = table.fork()
     for sequence in (table, fork):
-        with pytest.raises(SharedBlockError, match=r"block 1 to be this sequence's own .* 2 hold"):
+        with pytest.raises(
+            SharedBlockError, match=r"block 1 to be this sequence's own .* others hold it"
+        ):
             sequence.append(5)
         assert sequence.append(0).tolist() == []
         assert (sequence.num_tokens, sequence.block_ids.tolist()) == (6, [0, 1])
@@ -145,6 +160,125 @@ def test_a_table_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call(table)
     assert (table.num_tokens, table.block_ids.tolist()) == (6, [0, 1])
+
+
+@pytest.mark.parametrize("block_ids", [array("q", [1, 2**33]), [0, 1.0], [0, "1"], [0, 7], [0, -1]])
+def test_a_bad_last_block_leaves_table_and_counts(block_ids):
+    pool = BlockPool(8)
+    pool.allocate(2)
+    table = BlockTable(pool, 4)
+    with pytest.raises(ValueError, match="expected"):
+        table.adopt(block_ids, 8)
+    assert (table.num_tokens, table.block_ids.tolist()) == (0, [])
+    assert [pool.reference_count(block) for block in (0, 1)] == [1, 1]
+    table.adopt(array("q", [0, 1]), 8)
+    assert table.block_ids.tolist() == [0, 1]
+
+
+def test_block_ids_are_a_view_that_never_changes():
+    table = BlockTable(BlockPool(4), 4)
+    table.append(6)
+    ids = table.block_ids
+    table.append(6)
+    table.truncate(1)
+    assert ids.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 3
+
+
+def test_numpy_counts_are_integers_like_others():
+    """A uint8 wraps at 256: 250 tokens and 10 more were 4."""
+    table = BlockTable(BlockPool(100), 4)
+    table.append(np.uint8(250))
+    assert table.missing_blocks(np.uint8(10)) == 2
+    table.append(np.uint8(10))
+    assert (table.num_tokens, len(table.block_ids)) == (260, 65)
+    table.truncate(np.uint8(4))
+    assert table.append(np.uint8(1)).tolist() == [4]
+    table.truncate(0)
+    with reserve([table], [np.uint8(1)]):
+        pass
+    assert (table.num_tokens, table.pool.num_free) == (1, 99)
+
+
+def test_others_blocks_take_the_place_of_ones_own():
+    pool = BlockPool(8)
+    first, second = BlockTable(pool, 4), BlockTable(pool, 4)
+    first.append(9)
+    second.append(11)
+    second.share(0, first.block_ids[:2])
+    assert second.block_ids.tolist() == [0, 1, 5]
+    assert [pool.reference_count(block) for block in range(6)] == [2, 2, 1, 0, 0, 1]
+    for start, blocks in [(2, [0, 1]), (0, [0, 7]), (-1, [0])]:
+        with pytest.raises(ValueError, match="expected"):
+            second.share(start, blocks)
+    assert second.block_ids.tolist() == [0, 1, 5]
+    assert [pool.reference_count(block) for block in range(6)] == [2, 2, 1, 0, 0, 1]
+
+
+def four_sequences():
+    """Two of them share a partial block, the third ends with a block, the last is empty."""
+    pool = BlockPool(12)
+    pool.release(pool.allocate(3))
+    tables = [BlockTable(pool, 4) for _ in range(4)]
+    tables[0].append(6)
+    tables[1] = tables[0].fork()
+    tables[2].append(4)
+    return pool, tables
+
+
+def described(pool, tables):
+    counts = [pool.reference_count(block) for block in range(pool.num_blocks)]
+    ids = [(table.num_tokens, table.block_ids.tolist()) for table in tables]
+    return counts, ids, pool.num_free
+
+
+def test_a_reservation_is_undone_to_the_order_of_free_blocks():
+    pool, tables = four_sequences()
+    before = described(pool, tables)
+    reserved = reserve(tables, [1, 3, 1, 9])
+    assert reserved.copies == [(1, 3), (1, 4)]
+    assert reserved.slots.tolist() == [14, 18, 19, 20, 24, *range(28, 37)]
+    again = described(pool, tables)
+    reserved.undo()
+    assert described(pool, tables) == before
+    repeated = reserve(tables, [1, 3, 1, 9])
+    assert described(pool, tables) == again
+    repeated.commit()
+    assert pool.reference_count(1) == 0
+    for call in (repeated.commit, repeated.undo, reserved.undo):
+        with pytest.raises(PagedKVError, match="an open reservation"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda tables: tables[0].truncate(3), lambda tables: tables[3].adopt([0, 1], 8)],
+)
+def test_an_interrupt_between_two_lines_changes_nothing(operation):
+    before = described(*four_sequences())
+    for (pool, tables), done in interrupted(four_sequences, lambda state: operation(state[1])):
+        assert done or described(pool, tables) == before
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda tables: reserve(tables, [1, 3, 1, 9]).commit(),
+        lambda tables: reserve(tables, [1, 3, 1, 9]).undo(),
+        lambda tables: tables[2].append(5),
+        lambda tables: tables[1].share(0, [2]),
+        lambda tables: tables[0].fork(),
+    ],
+)
+def test_after_an_interrupt_no_table_names_a_block_that_others_may_take(operation):
+    """What was taken and not handed over yet stays taken; nothing is held by too few."""
+    for (pool, tables), _ in interrupted(four_sequences, lambda state: operation(state[1])):
+        pool.check_invariants()
+        held = Counter(block for table in tables for block in table.block_ids.tolist())
+        assert all(pool.reference_count(block) >= count for block, count in held.items())
+        for table in tables:
+            assert len(table.block_ids) == blocks_needed(table.num_tokens, 4)
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 1.5])

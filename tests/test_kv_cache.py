@@ -423,7 +423,7 @@ def test_a_failure_while_writing_leaves_everything(fail_after):
 
     def step_by_chunks():
         with paged.extend(tables, [3, 4, 1]) as step:
-            assert step.copies == [(1, 3), (1, 4)]
+            assert step.copies == [(1, 3), (1, 6)]
             slots = np.split(np.array(step.slots.slots), 4)
             for two, (keys, values) in zip(slots, chunks(rng, fail_after), strict=True):
                 part = SlotMapping.from_slots(two, block_size=4, num_blocks=10)
@@ -435,7 +435,7 @@ def test_a_failure_while_writing_leaves_everything(fail_after):
     assert state(paged, tables) == before
     paged.pool.check_invariants()
     _, step = extend(paged, rng, tables, [3, 4, 1])
-    assert step.copies == [(1, 3), (1, 4)]  # and the same again goes through
+    assert step.copies == [(1, 3), (1, 6)]  # and the same again goes through
 
 
 def test_a_bad_shape_while_writing_leaves_everything():
@@ -475,9 +475,9 @@ BAD_EXTENSIONS = {
     "no tables": (lambda table: ([], []), "one count per table, got 0 counts for 0 tables"),
     "counts": (lambda table: ([table], [1, 2]), "got 2 counts for 1 tables"),
     "twice": (lambda table: ([table, table], [1, 1]), "distinct tables, got one twice"),
-    "negative": (lambda table: ([table], [-1]), "counts to be integers >= 0, got -1"),
+    "negative": (lambda table: ([table], [-1]), "a count to be an integer >= 0, got -1"),
     "nothing": (lambda table: ([table], [0]), "slots to have at least one entry"),
-    "fraction": (lambda table: ([table], [1.5]), r"counts to be integers >= 0, got 1\.5"),
+    "fraction": (lambda table: ([table], [1.5]), r"a count to be an integer >= 0, got 1\.5"),
     "another pool": (
         lambda table: ([BlockTable(BlockPool(6), 4)], [1]),
         "expected tables of this cache",

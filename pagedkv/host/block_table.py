@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.errors import OutOfBlocksError, SharedBlockError
+from pagedkv.errors import PagedKVError, SharedBlockError
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.limits import positive_int32
+from pagedkv.limits import count_of, positive_int32
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:
@@ -62,19 +61,23 @@ class BlockTable:
     Raises
     ------
     ValueError
-        If `block_size` is not a positive integer.
+        If `pool` is something else, or `block_size` is not a positive integer.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
+        if not isinstance(pool, BlockPool):
+            raise ValueError(f"expected a BlockPool, got {pool!r}")
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
-        self._ids = array("i")
+        self._ids = array("i")  # replaced, never changed: whoever holds it keeps what it saw
         self.num_tokens = 0
 
     @property
     def block_ids(self) -> NDArray[np.int32]:
-        """Ids of its blocks, shape [M], a copy."""
-        return np.array(self._ids, dtype=np.int32)
+        """Ids of its blocks now, shape [M], read-only; no copy."""
+        ids = np.asarray(self._ids)
+        ids.flags.writeable = False
+        return ids
 
     def slots(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Return the slot of each token from `start` up to but not including `stop`.
@@ -106,10 +109,19 @@ class BlockTable:
         """Return how many blocks `count` more tokens take from the pool.
 
         One of them is for the copy of a partly filled last block, if others hold it.
+
+        Raises
+        ------
+        ValueError
+            If `count` is not an integer or is negative.
         """
-        if count and self._has_shared_tail():
-            return self._new_blocks(count) + 1
-        return self._new_blocks(count)
+        tokens, ids = self.num_tokens, self._ids
+        if count.__class__ is not int or count < 0:
+            count = count_of(count, "count")
+        new = -(-(tokens + count) // self.block_size) - len(ids)
+        if count and tokens % self.block_size and self.pool.reference_count(ids[-1]) > 1:
+            return new + 1
+        return new
 
     def append(self, count: int = 1) -> NDArray[np.int64]:
         """Make room for tokens at the end, with blocks from the pool as needed.
@@ -129,22 +141,20 @@ class BlockTable:
         OutOfBlocksError
             If the pool has too few free blocks. Nothing has changed then.
         SharedBlockError
-            If the last block is partly filled and has other holders. Nothing has changed then.
+            If the last block is partly filled and has other holders: `reserve` would have it
+            copied. Nothing has changed then.
         ValueError
             If `count` is not an integer or is negative.
         """
-        if not isinstance(count, (int, np.integer)) or count < 0:
-            raise ValueError(f"expected a count to be an integer >= 0, got {count}")
-        if count and self._has_shared_tail():
-            raise SharedBlockError(
-                f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
-                f"got {self.pool.reference_count(self._ids[-1])} holders"
-            )
-        start = self.num_tokens
-        self._grow(count)
-        return self.slots(start)
+        with reserve([self], [count]) as reserved:
+            for block_id, _ in reserved.copies:
+                raise SharedBlockError(
+                    f"expected block {block_id} to be this sequence's own before it is written, "
+                    "others hold it"
+                )
+            return reserved.slots
 
-    def adopt(self, block_ids: Sequence[int], num_tokens: int) -> None:
+    def adopt(self, block_ids: Sequence[int] | NDArray[np.integer], num_tokens: int) -> None:
         """Begin with tokens that others hold, a cached prefix: nothing is copied.
 
         Parameters
@@ -162,11 +172,16 @@ class BlockTable:
         """
         if self.num_tokens:
             raise ValueError(f"expected an empty sequence, got one of {self.num_tokens} tokens")
+        num_tokens = count_of(num_tokens, "num_tokens")
         if len(block_ids) != blocks_needed(num_tokens, self.block_size):
             raise ValueError(f"expected the blocks of {num_tokens} tokens, got {len(block_ids)}")
-        self.pool.retain(block_ids)
-        self._ids.extend(block_ids)
-        self.num_tokens = num_tokens
+        ids = _array(block_ids)
+        try:
+            self._ids, self.num_tokens = ids, num_tokens
+            self.pool.retain(ids)
+        except BaseException:
+            self._ids, self.num_tokens = array("i"), 0
+            raise
 
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
@@ -189,52 +204,175 @@ class BlockTable:
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"expected 0 to {self.num_tokens} tokens to keep, got {num_tokens}")
-        kept = blocks_needed(num_tokens, self.block_size)
-        self.pool.release(self._ids[kept:][::-1])  # so that the same come back in the same order
-        del self._ids[kept:]
-        self.num_tokens = num_tokens
+        num_tokens = count_of(num_tokens, "num_tokens")
+        kept, before = blocks_needed(num_tokens, self.block_size), self.state
+        try:
+            self._ids, self.num_tokens = self._ids[:kept], num_tokens
+            # From the end, so that the same come back in the same order.
+            self.pool.release(before[0][kept:][::-1])
+        except BaseException:
+            self.state = before
+            raise
 
-    def _has_shared_tail(self) -> bool:
-        """Whether the next token goes into a block that others hold."""
-        if self.num_tokens % self.block_size == 0:
-            return False
-        return self.pool.reference_count(self._ids[-1]) > 1
+    def share(self, start: int, block_ids: Sequence[int]) -> None:
+        """Hold others' blocks with the same tokens in place of one's own, which are given back.
 
-    def _new_blocks(self, count: int) -> int:
-        """How many blocks `count` more tokens need beside those that are there."""
-        space = len(self._ids) * self.block_size - self.num_tokens
-        return 0 if count <= space else -((space - count) // self.block_size)
+        Parameters
+        ----------
+        start : int
+            Position of the first in the table, in blocks.
+        block_ids : sequence of int
+            Blocks that somebody holds, filled with what these positions hold.
 
-    def _grow(self, count: int) -> None:
-        """Append without looking at who holds the last block."""
-        if new := self._new_blocks(count):
-            self._ids.extend(self.pool.allocate(new))
-        self.num_tokens += count
+        Raises
+        ------
+        ValueError
+            If the table is not that long, or one is unknown or free. Nothing has changed then.
+        """
+        stop, ids, before = start + len(block_ids), _array(block_ids), self.state
+        if not 0 <= start <= stop <= len(self._ids):
+            raise ValueError(f"expected {len(self._ids)} blocks at most, got {start} to {stop}")
+        self.pool.retain(ids)
+        try:
+            self._ids = self._ids[:start] + ids + self._ids[stop:]
+            self.pool.release(before[0][start:stop])
+        except BaseException:
+            self.state = before
+            self.pool.release(ids)
+            raise
+
+    @property
+    def state(self) -> tuple[array[int], int]:
+        """What `grow` changes, to be put back by who called it; opaque."""
+        return self._ids, self.num_tokens
+
+    @state.setter
+    def state(self, state: tuple[array[int], int]) -> None:
+        self._ids, self.num_tokens = state
+
+    def grow(self, count: int, block_ids: list[int]) -> tuple[int, int] | None:
+        """Go on by tokens in blocks that the caller took from the pool: what `reserve` does.
+
+        Parameters
+        ----------
+        count : int
+            Number of tokens.
+        block_ids : list of int
+            As many blocks as `missing_blocks` said. If one of them is for a copy, it is the first.
+            They are the table's now.
+
+        Returns
+        -------
+        (int, int) or None
+            Which block is to be copied into which, if one is. The former is the caller's now.
+        """
+        copied = None
+        if block_ids:
+            ids, stop = self._ids, blocks_needed(self.num_tokens + count, self.block_size)
+            if len(ids) + len(block_ids) > stop:
+                copied = ids[-1], block_ids[0]
+                ids = ids[:-1]
+            self._ids, self.num_tokens = ids + array("i", block_ids), self.num_tokens + count
+        else:
+            self.num_tokens += count
+        return copied
 
 
-class Reservation(NamedTuple):
-    """Where new tokens of several sequences go.
+class Reservation:
+    """New tokens of several sequences, until `commit` or `undo`; made by `reserve`.
+
+    As a context manager it commits, or undoes if its body fails.
 
     Attributes
     ----------
-    slots : numpy.ndarray
-        The slots of the new tokens, sequence by sequence, shape [sum(counts)].
     copies : list of (int, int)
         Blocks to copy before anything is written: from which id, to which id.
     """
 
-    slots: NDArray[np.int64]
-    copies: list[tuple[int, int]]
+    def __init__(self, tables: Sequence[BlockTable], counts: Sequence[int], needs: list[int]):
+        self.copies: list[tuple[int, int]] = []
+        self._tables, self._counts = tables, counts
+        self._pool = tables[0].pool
+        self._before = [table.state for table in tables]
+        self._blocks: list[int] = []
+        self._open = True
+        try:
+            self._blocks = self._pool.allocate(sum(needs))
+            blocks = iter(self._blocks)
+            for table, count, need in zip(tables, counts, needs, strict=True):
+                copied = table.grow(count, list(islice(blocks, need)))
+                if copied:
+                    self.copies.append(copied)
+        except BaseException:
+            self._restore()
+            raise
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """The slots of the new tokens, sequence by sequence, shape [sum(counts)]."""
+        slots: list[int] = []
+        for table, count in zip(self._tables, self._counts, strict=True):
+            end = table.num_tokens
+            if count == 1:  # most of them; an array each would take longer than all the rest
+                block_size = table.block_size
+                slots.append(int(table.block_ids[-1]) * block_size + (end - 1) % block_size)
+            else:
+                slots += table.slots(end - count).tolist()
+        return np.array(slots, dtype=np.int64)
+
+    def commit(self) -> None:
+        """Keep the tokens, and let go of the blocks that were copied.
+
+        Raises
+        ------
+        PagedKVError
+            If it was committed or undone before.
+        """
+        self._check_open()
+        try:
+            self._open = False
+            self._pool.release([source for source, _ in self.copies])
+        except BaseException:
+            self._restore()
+            raise
+
+    def undo(self) -> None:
+        """Leave tables and pool as they were before, the order of free blocks included.
+
+        Raises
+        ------
+        PagedKVError
+            If it was committed or undone before.
+        """
+        self._check_open()
+        self._restore()
+
+    def _restore(self) -> None:
+        for table, state in zip(self._tables, self._before, strict=True):
+            table.state = state
+        self._pool.release(self._blocks[::-1])
+        self._open = False
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.undo()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise PagedKVError("expected an open reservation, got one committed or undone")
 
 
-@contextmanager
-def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Reservation]:
+def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Reservation:
     """Append to several sequences, all or nothing, with copy-on-write.
 
     A sequence whose last block is partly filled and has other holders gets a block of its own in
-    its place, also when all holders are among the sequences: an exception in the body of the `with`
-    statement undoes everything, and then the block must be as it was. The tables are not to be
-    changed in there.
+    its place, also when all holders are among the sequences: until the tokens are committed the
+    block must stay as it was. The tables are not to be changed before that.
 
     Parameters
     ----------
@@ -243,10 +381,10 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Res
     counts : sequence of int
         New tokens of each, 0 or more.
 
-    Yields
-    ------
+    Returns
+    -------
     Reservation
-        The new tokens' slots, and the blocks to copy first.
+        The new tokens' slots, and the blocks to copy first; to be committed or undone.
 
     Raises
     ------
@@ -260,45 +398,19 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Iterator[Res
         raise ValueError(
             f"expected one count per table, got {len(counts)} counts for {len(tables)} tables"
         )
-    if len({id(table) for table in tables}) < len(tables):
+    if len(set(map(id, tables))) < len(tables):
         raise ValueError("expected distinct tables, got one twice")
     pool, block_size = tables[0].pool, tables[0].block_size
-    needed = 0
-    forked: list[BlockTable] = []
-    for table, count in zip(tables, counts, strict=True):
-        if table.pool is not pool or table.block_size != block_size:
-            raise ValueError("expected tables of one pool and block size")
-        if not isinstance(count, (int, np.integer)) or count < 0:
-            raise ValueError(f"expected counts to be integers >= 0, got {count}")
-        needed += table._new_blocks(count)
-        if count and table._has_shared_tail():
-            forked.append(table)
-    needed += len(forked)
-    if needed > pool.num_free:
-        raise OutOfBlocksError(f"expected {needed} free blocks, {pool.num_free} are left")
+    if any(table.pool is not pool or table.block_size != block_size for table in tables):
+        raise ValueError("expected tables of one pool and block size")
+    counts = [count_of(count, "a count") for count in counts]
+    needs = [table.missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
+    return Reservation(tables, counts, needs)
 
-    lengths = [table.num_tokens for table in tables]
-    tails = [table._ids[-1] for table in forked]
-    own: list[int] = []
+
+def _array(block_ids: Sequence[int] | NDArray[np.integer]) -> array[int]:
+    """Return block ids as a table holds them; ValueError for what is no id."""
     try:
-        own += pool.allocate(len(forked))
-        for table, block in zip(forked, own, strict=True):
-            table._ids[-1] = block
-        slots: list[int] = []
-        for table, count in zip(tables, counts, strict=True):
-            start = table.num_tokens
-            table._grow(count)
-            if count == 1:  # most of them; an array each would take longer than all the rest
-                slots.append(table._ids[-1] * block_size + start % block_size)
-            else:
-                slots += table.slots(start).tolist()
-        copies = list(zip(tails, own, strict=True))
-        yield Reservation(np.array(slots, dtype=np.int64), copies)
-        pool.release(tails)
-    except BaseException:
-        for table, length in reversed(list(zip(tables, lengths, strict=True))):
-            table.truncate(length)
-        for table, tail in zip(forked, tails, strict=True):
-            table._ids[-1] = tail
-        pool.release(own[::-1])
-        raise
+        return array("i", block_ids)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"expected block ids, got {block_ids!r}: {error}") from None
