@@ -1,5 +1,7 @@
 """The radix tree: literal blocks, order of eviction, namespaces, and a machine against a dict."""
 
+from array import array
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -220,18 +222,58 @@ def test_tokens_refused(tokens, message):
     assert radix.num_blocks == 0
 
 
-def test_insert_refuses_and_caches_nothing():
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda b: np.array(b, np.int32), lambda b: array("i", b)]
+)
+def test_blocks_of_any_kind_are_the_same(kind):
     radix = tree()
-    with pytest.raises(ValueError, match="at least 2 blocks, got 1"):
-        radix.insert([1, 2, 3, 4], [0])
-    with pytest.raises(ValueError, match="block 0 to have at least 1 holders, got 0"):
-        radix.insert([1, 2, 3, 4], [0, 1])
-    (block,) = radix.pool.allocate(1)
-    with pytest.raises(ValueError, match="got 99"):
-        radix.insert([1, 2, 3, 4], [block, 99], "alice")
-    assert radix.pool.reference_count(block) == 1
-    assert radix.num_blocks == 0
-    radix.check_invariants()
+    blocks = radix.pool.allocate(3)
+    match = radix.insert([1, 2, 3, 4, 5, 6], kind(blocks))
+    assert match.blocks == [0, 1, 2]
+    assert {type(block) for block in match.blocks} == {int}
+    assert [radix.pool.reference_count(block) for block in range(4)] == [2, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "message"),
+    [
+        ([1, 2, 3, 4], [0], "at least 2 blocks, got 1"),
+        ([1, 2, 3, 4], [0, 5], "block 5 to have at least 1 holders, got 0"),
+        ([1, 2, 3, 4], [0, 99], "got 99"),
+        ([1, 2, 3, 4], [0, -1], "got -1"),
+        ([1, 2, 3, 4], array("q", [0, 2**40]), "got 1099511627776"),
+        ([1, 2, 3, 4], [0, 1.0], "blocks to hold integers, got float64"),
+        ([1, 2, 3, 4], [0, 2**70], "blocks to hold integers, got object"),
+        ([1, 2, 3, 4], np.zeros((2, 1), np.int32), "blocks to be one-dimensional"),
+        ([1, 2, 3, 2**31], [0, 1], "token ids to fit in 32 bits"),
+        ([1, 2, 3, 4.5], [0, 1], "tokens to be integers"),
+    ],
+)
+def test_insert_refuses_and_caches_nothing(tokens, blocks, message):
+    radix = tree()
+    assert radix.pool.allocate(2) == [0, 1]
+    for namespace in (None, "alice"):
+        with pytest.raises(ValueError, match=message):
+            radix.insert(tokens, blocks, namespace)
+        assert [radix.pool.reference_count(block) for block in range(32)] == [1, 1] + [0] * 30
+        assert (radix.num_blocks, radix.match_prefix([1, 2], namespace).blocks) == (0, [])
+        radix.check_invariants()
+
+
+def test_a_run_evicted_in_part_is_matched_as_far_as_it_is_left():
+    radix = tree()
+    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
+    assert radix.evict(1) == 1
+    for tokens, blocks in [
+        ([1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [0, 1, 2]),
+        ([1, 1, 2, 2, 3, 3, 9, 9], [0, 1, 2]),
+        ([1, 1, 2, 2, 9, 9], [0, 1]),
+    ]:
+        assert radix.match_prefix(tokens).blocks == blocks
+        radix.check_invariants()
+    assert cache(radix, [1, 1, 2, 2, 3, 3, 4, 4]).blocks == [0, 1, 2, 6]
+    assert radix.evict(3) == 3
+    assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4]).blocks == [0]
 
 
 def test_block_size_refused():

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.host.block_pool import BlockPool
+from pagedkv.limits import integers
 
 _TOKEN = np.dtype(np.int32)
 
@@ -21,7 +22,7 @@ class RadixNode:
     __slots__ = ("blocks", "children", "key", "locks", "parent", "queued", "used")
 
     def __init__(self, key: bytes, blocks: list[int], parent: RadixNode | None) -> None:
-        self.key = key  # the tokens of the run, whole blocks
+        self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
         self.blocks = blocks
         self.parent = parent  # None at a root
         self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
@@ -76,9 +77,9 @@ class RadixTree:
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
         if block_size < 1:
             raise ValueError(f"expected block_size >= 1, got {block_size}")
-        self.pool = pool
         self.block_size = block_size
         self._width = block_size * _TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, _Root] = {}
@@ -166,8 +167,8 @@ class RadixTree:
             raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
         root = self._roots.get(namespace) or _Root(namespace)
         node, cached, position = self._walk(root, key)
-        added = [int(block) for block in blocks[len(cached) : count]]
-        if added:
+        if len(cached) < count:
+            added = integers(blocks[len(cached) : count], "blocks").tolist()
             self.pool.retain(added)
             self._roots[namespace] = root
             leaf = RadixNode(key[position:], added, node)
@@ -175,8 +176,9 @@ class RadixTree:
             node.children[key[position : position + self._width]] = leaf
             self._num_blocks += len(added)
             self._wait(leaf)
+            cached += added
             node = leaf
-        return PrefixMatch(cached + added, node)
+        return PrefixMatch(cached, node)
 
     def lock(self, node: RadixNode) -> None:
         """Keep a match from being evicted, until `unlock` was called as often."""
@@ -248,7 +250,7 @@ class RadixTree:
         assert all(root.children for root in stack), "an empty namespace is kept"
         while stack:
             node = stack.pop()
-            assert len(node.key) == len(node.blocks) * self._width, "tokens without blocks"
+            assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
             assert bool(node.blocks) == (node.parent is not None), "an empty node"
             assert node.locks >= sum(child.locks for child in node.children.values())
             evictable = node.parent is not None and not node.children and not node.locks
@@ -289,9 +291,10 @@ class RadixTree:
         node.used = now
         while child := node.children.get(key[position : position + self._width]):
             common = self._common_bytes(child.key, key, position)
-            node = child if common == len(child.key) else self._split(child, common)
+            whole = common >= len(child.blocks) * self._width
+            node = child if whole else self._split(child, common)
             node.used = now
-            position += common
+            position += len(node.blocks) * self._width
             blocks += node.blocks
         return node, blocks, position
 
@@ -327,12 +330,15 @@ class RadixTree:
         """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
         assert node.parent is not None
         kept = max(len(node.blocks) - wanted, 0)
-        free = self.pool.num_free
-        self.pool.release(node.blocks[kept:])
+        dropped = node.blocks[kept:]
         if kept == 0:
             del node.parent.children[node.key[: self._width]]
             if isinstance(node.parent, _Root) and not node.parent.children:
                 del self._roots[node.parent.namespace]
-        self._num_blocks -= len(node.blocks) - kept
-        node.blocks, node.key = node.blocks[:kept], node.key[: kept * self._width]
+        self._num_blocks -= len(dropped)
+        del node.blocks[kept:]
+        if len(node.key) > 2 * kept * self._width:  # seldom: the cost of a copy is by what goes
+            node.key = node.key[: kept * self._width]
+        free = self.pool.num_free
+        self.pool.release(dropped)
         return self.pool.num_free - free
