@@ -276,9 +276,10 @@ def test_a_run_evicted_in_part_is_matched_as_far_as_it_is_left():
     assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4]).blocks == [0]
 
 
-def test_block_size_refused():
-    with pytest.raises(ValueError, match="block_size >= 1, got 0"):
-        RadixTree(BlockPool(1), 0)
+@pytest.mark.parametrize("block_size", [0, -1, 2**31, 2.0, None])
+def test_block_size_refused(block_size):
+    with pytest.raises(ValueError, match="expected block_size"):
+        RadixTree(BlockPool(1), block_size)
 
 
 class TreeMachine(RuleBasedStateMachine):

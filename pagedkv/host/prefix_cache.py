@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.limits import integers
+from pagedkv.limits import integers, positive_int32
 
 _TOKEN = np.dtype(np.int32)
 
@@ -73,15 +73,13 @@ class RadixTree:
     Raises
     ------
     ValueError
-        If `block_size` is not positive.
+        If `block_size` is not a positive integer.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
-        if block_size < 1:
-            raise ValueError(f"expected block_size >= 1, got {block_size}")
-        self.block_size = block_size
-        self._width = block_size * _TOKEN.itemsize  # bytes of a block's tokens
+        self.block_size = positive_int32(block_size, "block_size")
+        self._width = self.block_size * _TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, _Root] = {}
         self._num_blocks = 0
         self._num_locked = 0
