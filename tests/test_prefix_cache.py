@@ -204,6 +204,28 @@ def test_nothing_is_read_across_namespaces():
     radix.check_invariants()
 
 
+def test_a_namespace_is_counted_and_evicted_by_itself():
+    radix = tree()
+    cache(radix, [1, 1, 2, 2], "alice")
+    cache(radix, [1, 1, 3, 3], "bob")
+    cache(radix, [1, 1, 4, 4, 5, 5], "alice")
+    cache(radix, [6, 6])
+    counts = {name: radix.num_blocks_of(name) for name in ("alice", "bob", None, "carol")}
+    assert counts == {"alice": 4, "bob": 2, None: 1, "carol": 0}
+    assert radix.evict_from("carol", 9) == 0
+    radix.lock(radix.match_prefix([1, 1, 2, 2], "alice").node)
+    assert radix.evict_from("alice", 1) == 1
+    radix.check_invariants()
+    assert radix.match_prefix([1, 1, 4, 4, 5, 5], "alice").blocks == [0, 5]
+    assert radix.evict_from("alice", 9) == 1
+    assert radix.match_prefix([1, 1, 2, 2], "alice").blocks == [0, 1]
+    assert radix.evict_from(None, 9) == 1
+    # The others' order is as it was, and they are evicted after that.
+    assert (radix.num_blocks_of("bob"), radix.evict(9)) == (2, 2)
+    assert (radix.num_blocks, radix.num_blocks_of("alice")) == (2, 2)
+    radix.check_invariants()
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -355,6 +377,16 @@ class TreeMachine(RuleBasedStateMachine):
         freed = self.radix.evict(count)
         assert freed == min(count, evictable) == self.pool.num_free - free
         assert self.forget() == freed
+
+    @rule(count=st.integers(0, 12), namespace=NAMESPACES)
+    def evict_from(self, count, namespace):
+        before = {key for key in self.known if key[0] != namespace}
+        theirs, free = self.radix.num_blocks_of(namespace), self.pool.num_free
+        freed = self.radix.evict_from(namespace, count)
+        assert freed == self.pool.num_free - free <= count
+        assert self.forget() >= freed
+        assert before <= self.known.keys()
+        assert self.radix.num_blocks_of(namespace) == theirs - freed
 
     @invariant()
     def agrees(self):

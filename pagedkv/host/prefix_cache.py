@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,26 +19,19 @@ _TOKEN = np.dtype(np.int32)
 class RadixNode:
     """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
 
-    __slots__ = ("blocks", "children", "key", "locks", "parent", "queued", "used")
+    __slots__ = ("blocks", "children", "key", "locks", "namespace", "parent", "queued", "used")
 
-    def __init__(self, key: bytes, blocks: list[int], parent: RadixNode | None) -> None:
+    def __init__(
+        self, key: bytes, blocks: list[int], parent: RadixNode | None, namespace: Hashable
+    ) -> None:
         self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
         self.blocks = blocks
-        self.parent = parent  # None at a root
+        self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
+        self.namespace = namespace
         self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
         self.locks = 0  # sequences that use this run or one below it
         self.used = 0  # when it was last looked up
         self.queued = False  # whether it waits in line to be evicted
-
-
-class _Root(RadixNode):
-    """Where a namespace begins: no tokens, no blocks."""
-
-    __slots__ = ("namespace",)
-
-    def __init__(self, namespace: Hashable) -> None:
-        super().__init__(b"", [], None)
-        self.namespace = namespace
 
 
 class PrefixMatch(NamedTuple):
@@ -80,7 +73,7 @@ class RadixTree:
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
         self._width = self.block_size * _TOKEN.itemsize  # bytes of a block's tokens
-        self._roots: dict[Hashable, _Root] = {}
+        self._roots: dict[Hashable, RadixNode] = {}
         self._num_blocks = 0
         self._num_locked = 0
         self._clock = itertools.count(1)
@@ -98,6 +91,10 @@ class RadixTree:
     def num_evictable(self) -> int:
         """Blocks in the tree that no lock keeps."""
         return self._num_blocks - self._num_locked
+
+    def num_blocks_of(self, namespace: Hashable) -> int:
+        """Return how many blocks of a namespace are in the tree; counts its runs."""
+        return sum(len(node.blocks) for node in self._below(self._root(namespace)))
 
     def match_prefix(
         self, tokens: Sequence[int] | NDArray[np.integer], namespace: Hashable = None
@@ -124,9 +121,7 @@ class RadixTree:
         ValueError
             If `tokens` are not 32-bit integers in one dimension.
         """
-        root = self._roots.get(namespace) or _Root(namespace)
-        node, blocks, _ = self._walk(root, self._key(tokens))
-        return PrefixMatch(blocks, node)
+        return self._walk(self._root(namespace), self._key(tokens))
 
     def insert(
         self,
@@ -163,20 +158,20 @@ class RadixTree:
         count = len(key) // self._width
         if len(blocks) < count:
             raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
-        root = self._roots.get(namespace) or _Root(namespace)
-        node, cached, position = self._walk(root, key)
-        if len(cached) < count:
-            added = integers(blocks[len(cached) : count], "blocks").tolist()
-            self.pool.retain(added)
-            self._roots[namespace] = root
-            leaf = RadixNode(key[position:], added, node)
-            leaf.used = node.used
-            node.children[key[position : position + self._width]] = leaf
-            self._num_blocks += len(added)
-            self._wait(leaf)
-            cached += added
-            node = leaf
-        return PrefixMatch(cached, node)
+        match = self._walk(self._root(namespace), key)
+        cached, node = match
+        if len(cached) == count:
+            return match
+        added = integers(blocks[len(cached) : count], "blocks").tolist()
+        leaf = RadixNode(key[len(cached) * self._width :], added, node, namespace)
+        leaf.used = node.used
+        self.pool.retain(added)
+        if node.parent is None:
+            self._roots[namespace] = node
+        node.children[leaf.key[: self._width]] = leaf
+        self._num_blocks += len(added)
+        self._wait(leaf)
+        return PrefixMatch(cached + added, leaf)
 
     def lock(self, node: RadixNode) -> None:
         """Keep a match from being evicted, until `unlock` was called as often."""
@@ -234,6 +229,31 @@ class RadixTree:
                 self._wait(node if node.blocks else node.parent)
         return freed
 
+    def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
+        """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends.
+
+        Parameters
+        ----------
+        namespace : hashable
+            Whose prefixes.
+        num_blocks : int
+            Blocks to free.
+
+        Returns
+        -------
+        int
+            Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
+        """
+        line, self._line = self._line, []
+        try:
+            for entry in line:
+                if entry[2].namespace == namespace:
+                    heapq.heappush(self._line, entry)
+            return self.evict(num_blocks)
+        finally:
+            self._line += [entry for entry in line if entry[2].namespace != namespace]
+            heapq.heapify(self._line)
+
     def check_invariants(self) -> None:
         """Check the tree's structure, locks, references and order; for tests, linear time.
 
@@ -244,10 +264,8 @@ class RadixTree:
         """
         seen: list[int] = []
         locked = 0
-        stack: list[RadixNode] = [*self._roots.values()]
-        assert all(root.children for root in stack), "an empty namespace is kept"
-        while stack:
-            node = stack.pop()
+        assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
+        for node in self._below(*self._roots.values()):
             assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
             assert bool(node.blocks) == (node.parent is not None), "an empty node"
             assert node.locks >= sum(child.locks for child in node.children.values())
@@ -257,14 +275,26 @@ class RadixTree:
                 assert child.parent is node, "a child of another"
                 assert child.key.startswith(first), "a child under another's tokens"
                 assert child.used <= node.used, "used later than its parent"
+            assert self._roots[node.namespace].namespace is node.namespace, "in a wrong namespace"
             seen += node.blocks
             locked += len(node.blocks) if node.locks else 0
-            stack += node.children.values()
         assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
         assert locked == self._num_locked, "locked blocks are miscounted"
         assert all(self.pool.reference_count(block) > 0 for block in seen), "a free block"
         line = [id(node) for _, _, node in self._line]
         assert len(line) == len(set(line)), "a node is in line twice"
+
+    def _root(self, namespace: Hashable) -> RadixNode:
+        """Return where a namespace begins: in the tree, or a new one if nothing is cached."""
+        return self._roots.get(namespace) or RadixNode(b"", [], None, namespace)
+
+    def _below(self, *nodes: RadixNode) -> Iterator[RadixNode]:
+        """Go through the nodes and all below them."""
+        stack = [*nodes]
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            yield node
 
     def _key(self, tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
         """Return the tokens' whole blocks as bytes."""
@@ -279,12 +309,9 @@ class RadixTree:
             raise ValueError("expected token ids to fit in 32 bits")
         return ids[: ids.size // self.block_size * self.block_size].tobytes()
 
-    def _walk(self, root: RadixNode, key: bytes) -> tuple[RadixNode, list[int], int]:
-        """Go down as far as `key` is cached, splitting the last node if need be.
-
-        Returns the node, the blocks on the way and the bytes of `key` that they stand for.
-        """
-        node, position, now = root, 0, next(self._clock)
+    def _walk(self, node: RadixNode, key: bytes) -> PrefixMatch:
+        """Go down from `node` as far as `key` is cached, splitting the last node if need be."""
+        position, now = 0, next(self._clock)
         blocks: list[int] = []
         node.used = now
         while child := node.children.get(key[position : position + self._width]):
@@ -294,7 +321,7 @@ class RadixTree:
             node.used = now
             position += len(node.blocks) * self._width
             blocks += node.blocks
-        return node, blocks, position
+        return PrefixMatch(blocks, node)
 
     def _common_bytes(self, run: bytes, key: bytes, start: int) -> int:
         """How much of `run` lies in `key` at `start`, in whole blocks."""
@@ -309,7 +336,8 @@ class RadixTree:
     def _split(self, node: RadixNode, at: int) -> RadixNode:
         """Put the first `at` bytes of a node into a new one above it, and return that."""
         assert node.parent is not None
-        upper = RadixNode(node.key[:at], node.blocks[: at // self._width], node.parent)
+        blocks = node.blocks[: at // self._width]
+        upper = RadixNode(node.key[:at], blocks, node.parent, node.namespace)
         upper.locks, upper.used = node.locks, node.used
         node.parent.children[node.key[: self._width]] = upper
         node.key, node.blocks, node.parent = node.key[at:], node.blocks[at // self._width :], upper
@@ -318,9 +346,7 @@ class RadixTree:
 
     def _wait(self, node: RadixNode | None) -> None:
         """Put a node in line if it may be evicted and is not there yet."""
-        if node is None or node.queued or node.children or node.locks:
-            return
-        if node.parent is not None:
+        if node and node.parent and not (node.queued or node.children or node.locks):
             node.queued = True
             heapq.heappush(self._line, (node.used, next(self._serial), node))
 
@@ -331,8 +357,8 @@ class RadixTree:
         dropped = node.blocks[kept:]
         if kept == 0:
             del node.parent.children[node.key[: self._width]]
-            if isinstance(node.parent, _Root) and not node.parent.children:
-                del self._roots[node.parent.namespace]
+            if node.parent.parent is None and not node.parent.children:
+                del self._roots[node.namespace]
         self._num_blocks -= len(dropped)
         del node.blocks[kept:]
         if len(node.key) > 2 * kept * self._width:  # seldom: the cost of a copy is by what goes
