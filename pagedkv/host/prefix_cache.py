@@ -162,7 +162,9 @@ class RadixTree:
         cached, node = match
         if len(cached) == count:
             return match
-        added = integers(blocks[len(cached) : count], "blocks").tolist()
+        added = blocks[len(cached) : count]
+        if not isinstance(added, list) or {*map(type, added)} != {int}:
+            added = integers(added, "blocks").tolist()
         leaf = RadixNode(key[len(cached) * self._width :], added, node, namespace)
         leaf.used = node.used
         self.pool.retain(added)
