@@ -179,6 +179,22 @@ def test_a_lock_outlives_a_split():
     assert (radix.num_evictable, radix.evict(2)) == (2, 2)
 
 
+def test_a_lock_moves_down_and_up_a_path():
+    radix = tree()
+    ends = [cache(radix, [1, 1, 2, 2, 3, 3][:end]).node for end in (2, 4, 6)]
+    radix.lock(ends[0])
+    for old, new, evictable in [(0, 2, 0), (2, 1, 1), (1, 2, 0), (2, 0, 2)]:
+        radix.lock(ends[new])
+        radix.unlock(ends[old])
+        radix.check_invariants()
+        assert radix.num_evictable == evictable
+    radix.lock(ends[2])
+    radix.unlock(ends[0])
+    assert (radix.num_evictable, radix.evict(9)) == (0, 0)
+    radix.unlock(ends[2])
+    assert (radix.num_evictable, radix.evict(9)) == (3, 3)
+
+
 def test_blocks_that_a_sequence_holds_are_not_counted_as_freed():
     radix = tree()
     match = cache(radix, [1, 2, 3, 4])

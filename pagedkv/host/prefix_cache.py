@@ -29,7 +29,7 @@ class RadixNode:
         self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
         self.namespace = namespace
         self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
-        self.locks = 0  # sequences that use this run or one below it
+        self.locks = 0  # locks on this run, and one more for each child that has some
         self.used = 0  # when it was last looked up
         self.queued = False  # whether it waits in line to be evicted
 
@@ -176,13 +176,18 @@ class RadixTree:
         return PrefixMatch(cached + added, leaf)
 
     def lock(self, node: RadixNode) -> None:
-        """Keep a match from being evicted, until `unlock` was called as often."""
-        up: RadixNode | None = node
-        while up is not None:
-            if up.locks == 0:
+        """Keep a match from being evicted, until `unlock` was called as often.
+
+        Costs the nodes on the way up to the first that is kept already: a sequence that goes on
+        locks its new end, then unlocks the old one, in time that does not depend on its length.
+        """
+        path = [node]
+        while not path[-1].locks and path[-1].parent:
+            path.append(path[-1].parent)
+        for up in reversed(path):
+            if not up.locks:
                 self._num_locked += len(up.blocks)
             up.locks += 1
-            up = up.parent
 
     def unlock(self, node: RadixNode) -> None:
         """Undo one `lock`.
@@ -197,8 +202,9 @@ class RadixTree:
         up: RadixNode | None = node
         while up is not None:
             up.locks -= 1
-            if up.locks == 0:
-                self._num_locked -= len(up.blocks)
+            if up.locks:
+                break
+            self._num_locked -= len(up.blocks)
             self._wait(up)
             up = up.parent
 
@@ -270,7 +276,7 @@ class RadixTree:
         for node in self._below(*self._roots.values()):
             assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
             assert bool(node.blocks) == (node.parent is not None), "an empty node"
-            assert node.locks >= sum(child.locks for child in node.children.values())
+            assert node.locks >= sum(child.locks > 0 for child in node.children.values())
             evictable = node.parent is not None and not node.children and not node.locks
             assert not evictable or node.queued, "a leaf is not in line"
             for first, child in node.children.items():
@@ -340,7 +346,7 @@ class RadixTree:
         assert node.parent is not None
         blocks = node.blocks[: at // self._width]
         upper = RadixNode(node.key[:at], blocks, node.parent, node.namespace)
-        upper.locks, upper.used = node.locks, node.used
+        upper.locks, upper.used = int(node.locks > 0), node.used
         node.parent.children[node.key[: self._width]] = upper
         node.key, node.blocks, node.parent = node.key[at:], node.blocks[at // self._width :], upper
         upper.children[node.key[: self._width]] = node
