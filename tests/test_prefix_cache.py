@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pagedkv import BlockPool, BlockTable, RadixTree, reserve
+from pagedkv import BlockPool, BlockTable, PrefixMatch, RadixTree, reserve
 
 
 def tree(num_blocks=32, block_size=2):
@@ -314,6 +314,79 @@ def test_a_run_evicted_in_part_is_matched_as_far_as_it_is_left():
     assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4]).blocks == [0]
 
 
+def test_a_sequence_goes_on_from_its_end():
+    radix = tree()
+    first = cache(radix, [1, 1, 2, 2])
+    radix.lock(first.node)
+    blocks = radix.pool.allocate(3)
+    assert blocks == [2, 3, 4]
+    second = radix.extend(first.node, [3, 3, 4, 4, 5], blocks[:2])
+    assert second.blocks == [2, 3]
+    radix.lock(second.node)
+    radix.unlock(first.node)
+    third = radix.extend(second.node, np.array([5, 5], np.int32), np.array(blocks[2:]))
+    assert third.blocks == [4]
+    assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]) == ([0, 1, 2, 3, 4], third.node)
+    assert (radix.num_blocks, radix.num_evictable) == (5, 1)
+    radix.check_invariants()
+    assert radix.extend(third.node.parent, [], []) == ([], second.node)
+
+
+def test_going_on_where_somebody_else_did_keeps_the_blocks_of_the_tree():
+    radix = tree()
+    mine = cache(radix, [1, 1])
+    radix.lock(mine.node)
+    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
+    blocks = radix.pool.allocate(3)
+    assert blocks == [1, 5, 6]
+    match = radix.extend(mine.node, [2, 2, 3, 3, 9, 9], blocks)
+    assert match.blocks == [2, 3, 6]
+    assert [radix.pool.reference_count(block) for block in blocks] == [1, 1, 2]
+    assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4]).blocks == [0, 2, 3, 4]
+    radix.check_invariants()
+
+
+def test_going_on_from_a_match_of_nothing_is_to_insert():
+    radix = tree()
+    nothing = radix.match_prefix([1, 1], "alice").node
+    also = radix.match_prefix([1, 1], "alice").node
+    assert radix.extend(nothing, [1, 1], radix.pool.allocate(1)).blocks == [0]
+    radix.lock(also)
+    match = radix.extend(also, [1, 1, 2, 2], radix.pool.allocate(2))
+    assert match.blocks == [0, 2]
+    radix.lock(match.node)
+    radix.unlock(also)
+    assert (radix.num_blocks_of("alice"), radix.num_evictable) == (2, 0)
+    radix.check_invariants()
+
+
+def test_going_on_is_refused_from_what_may_be_evicted():
+    radix = tree()
+    match = cache(radix, [1, 1, 2, 2])
+    (block,) = radix.pool.allocate(1)
+    for blocks in (1, 1):
+        with pytest.raises(ValueError, match="expected a locked node"):
+            radix.extend(match.node, [3, 3], [block])
+        assert radix.evict(blocks) == blocks
+    radix.check_invariants()
+    assert radix.pool.reference_count(block) == 1
+
+
+def test_what_a_sequence_went_on_from_was_used_as_lately():
+    radix = tree()
+    match = cache(radix, [1, 1])
+    radix.lock(match.node)
+    cache(radix, [2, 2])
+    end = radix.extend(match.node, [3, 3], radix.pool.allocate(1)).node
+    cache(radix, [4, 4])
+    radix.lock(end)
+    radix.unlock(match.node)
+    radix.unlock(end)
+    radix.check_invariants()
+    assert radix.evict(1) == 1
+    assert radix.match_prefix([2, 2]).blocks == []
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 2**31, 2.0, None])
 def test_block_size_refused(block_size):
     with pytest.raises(ValueError, match="expected block_size"):
@@ -379,6 +452,29 @@ class TreeMachine(RuleBasedStateMachine):
             self.radix.lock(match.node)
             self.pool.retain(match.blocks)
             self.held.append((match, tokens, namespace))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), more=TOKENS)
+    def go_on(self, data, more):
+        """A sequence caches what follows its match, and locks that in its place."""
+        index = data.draw(st.integers(0, len(self.held) - 1))
+        match, tokens, namespace = self.held[index]
+        before = [*tokens[: 2 * len(match.blocks)]]
+        after = self.expected(before + more, namespace)[len(match.blocks) :]
+        missing = len(more) // 2 - len(after)
+        if missing > self.pool.num_free:
+            return
+        new = self.pool.allocate(missing)
+        end = self.radix.extend(match.node, more, after + new)
+        assert end.blocks == after + new
+        self.radix.lock(end.node)
+        self.radix.unlock(match.node)
+        self.pool.retain(after)  # what is new is kept as it is
+        tokens, match = before + more, PrefixMatch(match.blocks + end.blocks, end.node)
+        new_prefixes = self.prefixes(tokens)[len(match.blocks) - missing :]
+        for prefix, block in zip(new_prefixes, new, strict=True):
+            self.known[namespace, prefix] = block
+        self.held[index] = (match, tokens, namespace)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.limits import integers, positive_int32
 
+Integers = Sequence[int] | NDArray[np.integer]
 _TOKEN = np.dtype(np.int32)
 
 
@@ -96,9 +97,7 @@ class RadixTree:
         """Return how many blocks of a namespace are in the tree; counts its runs."""
         return sum(len(node.blocks) for node in self._below(self._root(namespace)))
 
-    def match_prefix(
-        self, tokens: Sequence[int] | NDArray[np.integer], namespace: Hashable = None
-    ) -> PrefixMatch:
+    def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
 
         Splits a node when the match ends inside it, so that it ends at a node. Takes no references:
@@ -123,12 +122,7 @@ class RadixTree:
         """
         return self._walk(self._root(namespace), self._key(tokens))
 
-    def insert(
-        self,
-        tokens: Sequence[int] | NDArray[np.integer],
-        blocks: Sequence[int] | NDArray[np.integer],
-        namespace: Hashable = None,
-    ) -> PrefixMatch:
+    def insert(self, tokens: Integers, blocks: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
 
         What is cached already keeps the blocks it has; the tree adds a reference to each of the
@@ -154,22 +148,51 @@ class RadixTree:
             If `tokens` are not 32-bit integers in one dimension, there are too few blocks, or one
             of those to be added is unknown or free. Nothing is cached then.
         """
+        return self.extend(self._root(namespace), tokens, blocks)
+
+    def extend(self, node: RadixNode, tokens: Integers, blocks: Integers) -> PrefixMatch:
+        """Cache the whole blocks of `tokens` as what follows a match, at the cost of these alone.
+
+        What is before them counts as used when the node is unlocked.
+
+        Parameters
+        ----------
+        node : RadixNode
+            Where the tokens before these end: locked, or the match of nothing.
+        tokens, blocks : sequence of int
+            As for `insert`, without those before.
+
+        Returns
+        -------
+        PrefixMatch
+            The whole blocks of `tokens` as the tree has them now. They are not the caller's if
+            the same tokens were cached before.
+
+        Raises
+        ------
+        ValueError
+            As for `insert`, or if the node is not locked. Nothing is cached then.
+        """
+        if node.parent is None:
+            node = self._root(node.namespace)
+        elif not node.locks:
+            raise ValueError("expected a locked node, got one that may have been evicted")
         key = self._key(tokens)
         count = len(key) // self._width
         if len(blocks) < count:
             raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
-        match = self._walk(self._root(namespace), key)
+        match = self._walk(node, key)
         cached, node = match
         if len(cached) == count:
             return match
         added = blocks[len(cached) : count]
         if not isinstance(added, list) or {*map(type, added)} != {int}:
             added = integers(added, "blocks").tolist()
-        leaf = RadixNode(key[len(cached) * self._width :], added, node, namespace)
+        leaf = RadixNode(key[len(cached) * self._width :], added, node, node.namespace)
         leaf.used = node.used
         self.pool.retain(added)
         if node.parent is None:
-            self._roots[namespace] = node
+            self._roots[node.namespace] = node
         node.children[leaf.key[: self._width]] = leaf
         self._num_blocks += len(added)
         self._wait(leaf)
@@ -206,6 +229,8 @@ class RadixTree:
                 break
             self._num_locked -= len(up.blocks)
             self._wait(up)
+            if up.parent:
+                up.parent.used = max(up.parent.used, up.used)
             up = up.parent
 
     def evict(self, num_blocks: int) -> int:
@@ -282,7 +307,7 @@ class RadixTree:
             for first, child in node.children.items():
                 assert child.parent is node, "a child of another"
                 assert child.key.startswith(first), "a child under another's tokens"
-                assert child.used <= node.used, "used later than its parent"
+                assert node.locks or child.used <= node.used, "used later than its parent"
             assert self._roots[node.namespace].namespace is node.namespace, "in a wrong namespace"
             seen += node.blocks
             locked += len(node.blocks) if node.locks else 0
@@ -304,14 +329,12 @@ class RadixTree:
             stack += node.children.values()
             yield node
 
-    def _key(self, tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
+    def _key(self, tokens: Integers) -> bytes:
         """Return the tokens' whole blocks as bytes."""
         array = np.asarray(tokens)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError(
-                f"expected tokens to be integers in one dimension, "
-                f"got {array.dtype} in {array.ndim}"
-            )
+            got = f"{array.dtype} in {array.ndim}"
+            raise ValueError(f"expected tokens to be integers in one dimension, got {got}")
         ids = array.astype(_TOKEN, copy=False)
         if array.dtype != _TOKEN and not np.array_equal(ids, array):
             raise ValueError("expected token ids to fit in 32 bits")
