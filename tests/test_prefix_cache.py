@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from interrupts import interrupted
 
 from pagedkv import BlockPool, BlockTable, PrefixMatch, RadixTree, reserve
 
@@ -385,6 +386,47 @@ def test_what_a_sequence_went_on_from_was_used_as_lately():
     radix.check_invariants()
     assert radix.evict(1) == 1
     assert radix.match_prefix([2, 2]).blocks == []
+
+
+def busy():
+    """Return a tree of 7 blocks, the first 2 of them locked, a match's end, and 2 blocks more."""
+    radix = tree(num_blocks=12)
+    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
+    cache(radix, [1, 1, 2, 2, 5, 5])
+    cache(radix, [6, 6, 7, 7], "alice")
+    end = radix.match_prefix([1, 1, 2, 2]).node
+    radix.lock(end)
+    return radix, end, radix.pool.allocate(2)
+
+
+@pytest.mark.parametrize(
+    ("operation", "blocks"),
+    [
+        (lambda radix, end, new: radix.match_prefix([1, 1, 2, 2, 3, 3]), {7}),
+        (lambda radix, end, new: radix.insert([8, 8, 9, 9], new), {7, 9}),
+        (lambda radix, end, new: radix.insert([8, 8], new, "bob"), {7, 8}),
+        (lambda radix, end, new: radix.insert([6, 6, 8, 8], new, "alice"), {7, 8}),
+        (lambda radix, end, new: radix.extend(end, [8, 8, 9, 9], new), {7, 9}),
+        (lambda radix, end, new: radix.evict(4), {7, 5, 4, 3}),
+        (lambda radix, end, new: radix.evict_from("alice", 2), {7, 5}),
+        (lambda radix, end, new: radix.lock(radix.match_prefix([6, 6], "alice").node), {7}),
+        (lambda radix, end, new: radix.unlock(end), {7}),
+    ],
+)
+def test_an_interrupt_between_two_lines_loses_no_block(operation, blocks):
+    seen = set()
+    for (radix, _, new), _ in interrupted(busy, lambda state: operation(*state)):
+        radix.check_invariants()
+        radix.pool.check_invariants()
+        seen.add(radix.num_blocks)
+        radix.pool.release(new)
+        assert radix.pool.num_free == 12 - radix.num_blocks
+        # What an interrupt of lock and unlock leaves locked is not lost, and all else is evicted.
+        evictable = radix.num_evictable
+        assert radix.evict(12) == evictable
+        radix.check_invariants()
+        assert radix.pool.num_free == 12 - radix.num_blocks
+    assert seen == blocks
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2**31, 2.0, None])

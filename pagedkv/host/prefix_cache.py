@@ -35,6 +35,9 @@ class RadixNode:
         self.queued = False  # whether it waits in line to be evicted
 
 
+_Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
+
+
 class PrefixMatch(NamedTuple):
     """A cached prefix.
 
@@ -78,9 +81,10 @@ class RadixTree:
         self._num_blocks = 0
         self._num_locked = 0
         self._clock = itertools.count(1)
-        # Leaves without locks, least recently used first; each at most once. An entry may be out of
-        # date and is then put right when its turn comes.
-        self._line: list[tuple[int, int, RadixNode]] = []
+        # Leaves, least recently used first. An entry may be out of date, and is then put right when
+        # its turn comes.
+        self._line: list[_Entry] = []
+        self._aside: list[_Entry] = []  # what the last eviction left out, in no order
         self._serial = itertools.count()
 
     @property
@@ -190,12 +194,16 @@ class RadixTree:
             added = integers(added, "blocks").tolist()
         leaf = RadixNode(key[len(cached) * self._width :], added, node, node.namespace)
         leaf.used = node.used
-        self.pool.retain(added)
-        if node.parent is None:
-            self._roots[node.namespace] = node
-        node.children[leaf.key[: self._width]] = leaf
-        self._num_blocks += len(added)
-        self._wait(leaf)
+        total = self._num_blocks
+        try:
+            self._wait(leaf)
+            self._num_blocks = total + len(added)
+            self._attach(leaf)
+            self.pool.retain(added)  # last, since it is all or nothing
+        except BaseException:
+            self._detach(leaf)
+            self._num_blocks, leaf.blocks = total, []
+            raise
         return PrefixMatch(cached + added, leaf)
 
     def lock(self, node: RadixNode) -> None:
@@ -207,10 +215,9 @@ class RadixTree:
         path = [node]
         while not path[-1].locks and path[-1].parent:
             path.append(path[-1].parent)
-        for up in reversed(path):
-            if not up.locks:
-                self._num_locked += len(up.blocks)
-            up.locks += 1
+        for up in reversed(path):  # so that what an interrupt leaves locked is too much
+            size = 0 if up.locks else len(up.blocks)
+            up.locks, self._num_locked = up.locks + 1, self._num_locked + size
 
     def unlock(self, node: RadixNode) -> None:
         """Undo one `lock`.
@@ -224,13 +231,13 @@ class RadixTree:
             raise ValueError("expected a locked node, got one without locks")
         up: RadixNode | None = node
         while up is not None:
-            up.locks -= 1
-            if up.locks:
+            if up.locks > 1:
+                up.locks -= 1
                 break
-            self._num_locked -= len(up.blocks)
-            self._wait(up)
             if up.parent:
                 up.parent.used = max(up.parent.used, up.used)
+                self._wait(up)
+            up.locks, self._num_locked = 0, self._num_locked - len(up.blocks)
             up = up.parent
 
     def evict(self, num_blocks: int) -> int:
@@ -249,61 +256,30 @@ class RadixTree:
         int
             Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
         """
-        freed = 0
-        while freed < num_blocks and self._line:
-            used, _, node = heapq.heappop(self._line)
-            node.queued = False
-            if node.children or node.locks:
-                continue  # comes back when that has changed
-            try:
-                if node.used == used:
-                    freed += self._trim(node, num_blocks - freed)
-            finally:
-                self._wait(node if node.blocks else node.parent)
-        return freed
+        if self._aside:
+            self._arrange(self._line + self._aside, [])
+        return self._evict(num_blocks)
 
     def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
-        """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends.
-
-        Parameters
-        ----------
-        namespace : hashable
-            Whose prefixes.
-        num_blocks : int
-            Blocks to free.
-
-        Returns
-        -------
-        int
-            Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
-        """
-        line, self._line = self._line, []
-        try:
-            for entry in line:
-                if entry[2].namespace == namespace:
-                    heapq.heappush(self._line, entry)
-            return self.evict(num_blocks)
-        finally:
-            self._line += [entry for entry in line if entry[2].namespace != namespace]
-            heapq.heapify(self._line)
+        """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends."""
+        line = self._line + self._aside
+        theirs = [entry for entry in line if entry[2].namespace == namespace]
+        self._arrange(theirs, [entry for entry in line if entry[2].namespace != namespace])
+        return self._evict(num_blocks)
 
     def check_invariants(self) -> None:
-        """Check the tree's structure, locks, references and order; for tests, linear time.
-
-        Raises
-        ------
-        AssertionError
-            If something is broken.
-        """
+        """Raise AssertionError if something is broken; for tests, linear time."""
         seen: list[int] = []
         locked = 0
+        # Its parent comes after a node that is wholly evicted.
+        line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
         for node in self._below(*self._roots.values()):
             assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
             assert bool(node.blocks) == (node.parent is not None), "an empty node"
             assert node.locks >= sum(child.locks > 0 for child in node.children.values())
             evictable = node.parent is not None and not node.children and not node.locks
-            assert not evictable or node.queued, "a leaf is not in line"
+            assert not evictable or id(node) in line, "a leaf is not in line"
             for first, child in node.children.items():
                 assert child.parent is node, "a child of another"
                 assert child.key.startswith(first), "a child under another's tokens"
@@ -314,8 +290,25 @@ class RadixTree:
         assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
         assert locked == self._num_locked, "locked blocks are miscounted"
         assert all(self.pool.reference_count(block) > 0 for block in seen), "a free block"
-        line = [id(node) for _, _, node in self._line]
-        assert len(line) == len(set(line)), "a node is in line twice"
+
+    def _arrange(self, line: list[_Entry], aside: list[_Entry]) -> None:
+        """Let `line` be evicted in its order, and nothing of `aside`."""
+        heapq.heapify(line)
+        self._line, self._aside = line, aside
+
+    def _evict(self, num_blocks: int) -> int:
+        freed = 0
+        while self._line and (freed < num_blocks or not self._line[0][2].blocks):
+            used, _, node = self._line[0]
+            if node.children or node.locks or not node.blocks:
+                if node.parent and not node.blocks:
+                    self._wait(node.parent)
+                heapq.heappop(self._line)[2].queued = False
+            elif node.used != used:
+                heapq.heapreplace(self._line, (node.used, next(self._serial), node))
+            else:
+                freed += self._trim(node, num_blocks - freed)
+        return freed
 
     def _root(self, namespace: Hashable) -> RadixNode:
         """Return where a namespace begins: in the tree, or a new one if nothing is cached."""
@@ -359,41 +352,54 @@ class RadixTree:
         if key.startswith(run, start):
             return len(run)
         count = min(len(run), len(key) - start) // _TOKEN.itemsize
-        here, there = np.frombuffer(run, _TOKEN, count), np.frombuffer(key, _TOKEN, count, start)
-        differ = here != there
+        differ = np.frombuffer(run, _TOKEN, count) != np.frombuffer(key, _TOKEN, count, start)
         same = int(differ.argmax()) if differ.any() else count
         return same // self.block_size * self._width
 
     def _split(self, node: RadixNode, at: int) -> RadixNode:
         """Put the first `at` bytes of a node into a new one above it, and return that."""
         assert node.parent is not None
-        blocks = node.blocks[: at // self._width]
-        upper = RadixNode(node.key[:at], blocks, node.parent, node.namespace)
+        width, blocks = self._width, at // self._width
+        first, key = node.key[:width], node.key[at:]
+        upper = RadixNode(node.key[:at], node.blocks[:blocks], node.parent, node.namespace)
         upper.locks, upper.used = int(node.locks > 0), node.used
-        node.parent.children[node.key[: self._width]] = upper
-        node.key, node.blocks, node.parent = node.key[at:], node.blocks[at // self._width :], upper
-        upper.children[node.key[: self._width]] = node
+        upper.children[key[:width]] = node
+        rest = node.blocks[blocks:]
+        node.parent.children[first], node.key, node.blocks, node.parent = upper, key, rest, upper
         return upper
 
-    def _wait(self, node: RadixNode | None) -> None:
-        """Put a node in line if it may be evicted and is not there yet."""
-        if node and node.parent and not (node.queued or node.children or node.locks):
-            node.queued = True
+    def _wait(self, node: RadixNode) -> None:
+        """Put a node in line to be evicted if it is a leaf and not there yet."""
+        if node.parent and not (node.queued or node.children):
             heapq.heappush(self._line, (node.used, next(self._serial), node))
+            node.queued = True
+
+    def _attach(self, leaf: RadixNode) -> None:
+        assert leaf.parent is not None
+        leaf.parent.children[leaf.key[: self._width]] = leaf
+        if leaf.parent.parent is None:
+            self._roots[leaf.namespace] = leaf.parent
+
+    def _detach(self, leaf: RadixNode) -> None:
+        assert leaf.parent is not None
+        leaf.parent.children.pop(leaf.key[: self._width], None)
+        if leaf.parent.parent is None and not leaf.parent.children:
+            self._roots.pop(leaf.namespace, None)
 
     def _trim(self, node: RadixNode, wanted: int) -> int:
         """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
-        assert node.parent is not None
         kept = max(len(node.blocks) - wanted, 0)
-        dropped = node.blocks[kept:]
-        if kept == 0:
-            del node.parent.children[node.key[: self._width]]
-            if node.parent.parent is None and not node.parent.children:
-                del self._roots[node.namespace]
-        self._num_blocks -= len(dropped)
-        del node.blocks[kept:]
+        dropped, total, free = node.blocks[kept:], self._num_blocks, self.pool.num_free
+        try:
+            self._num_blocks = total - len(dropped)
+            del node.blocks[kept:]
+            if not kept:
+                self._detach(node)
+            self.pool.release(dropped)  # last, since it is all or nothing
+        except BaseException:
+            self._num_blocks, node.blocks[kept:] = total, dropped
+            self._attach(node)
+            raise
         if len(node.key) > 2 * kept * self._width:  # seldom: the cost of a copy is by what goes
             node.key = node.key[: kept * self._width]
-        free = self.pool.num_free
-        self.pool.release(dropped)
         return self.pool.num_free - free
