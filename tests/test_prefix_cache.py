@@ -388,6 +388,20 @@ def test_what_a_sequence_went_on_from_was_used_as_lately():
     assert radix.match_prefix([2, 2]).blocks == []
 
 
+@pytest.mark.parametrize("count", [2.5, 1.0, np.float32(1)])
+def test_only_whole_blocks_are_evicted(count):
+    radix = tree()
+    cache(radix, [1, 1, 2, 2])
+    for evict in (radix.evict, lambda count: radix.evict_from(None, count)):
+        with pytest.raises(ValueError, match="expected num_blocks to be an integer"):
+            evict(count)
+        assert evict(-1) == 0
+        assert evict(np.uint8(0)) == 0
+    assert radix.num_blocks == 2
+    assert radix.evict(np.uint8(1)) == 1
+    radix.check_invariants()
+
+
 def busy():
     """Return a tree of 7 blocks, the first 2 of them locked, a match's end, and 2 blocks more."""
     radix = tree(num_blocks=12)

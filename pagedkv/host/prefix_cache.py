@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.limits import integers, positive_int32
+from pagedkv.limits import count_of, integers, positive_int32
 
 Integers = Sequence[int] | NDArray[np.integer]
 _TOKEN = np.dtype(np.int32)
@@ -249,12 +249,17 @@ class RadixTree:
         Parameters
         ----------
         num_blocks : int
-            Blocks to free.
+            Blocks to free; none if it is negative.
 
         Returns
         -------
         int
             Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
+
+        Raises
+        ------
+        ValueError
+            If `num_blocks` is not an integer. Nothing has changed then.
         """
         if self._aside:
             self._arrange(self._line + self._aside, [])
@@ -297,7 +302,7 @@ class RadixTree:
         self._line, self._aside = line, aside
 
     def _evict(self, num_blocks: int) -> int:
-        freed = 0
+        num_blocks, freed = count_of(max(num_blocks, 0), "num_blocks"), 0
         while self._line and (freed < num_blocks or not self._line[0][2].blocks):
             used, _, node = self._line[0]
             if node.children or node.locks or not node.blocks:
