@@ -1,6 +1,7 @@
 """The radix tree: literal blocks, order of eviction, namespaces, and a machine against a dict."""
 
 from array import array
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -402,6 +403,56 @@ def test_only_whole_blocks_are_evicted(count):
     radix.check_invariants()
 
 
+def test_a_reset_forgets_what_is_not_locked_and_matches_nothing_of_the_rest():
+    radix = tree()
+    cache(radix, [1, 1, 2, 2, 3, 3])
+    cache(radix, [4, 4], "alice")
+    match = radix.match_prefix([1, 1, 2, 2])
+    radix.lock(match.node)
+    radix.lock(match.node)
+    radix.pool.retain(match.blocks)
+    assert radix.reset() == 2
+    radix.check_invariants()
+    assert (radix.num_blocks, radix.num_evictable, radix.pool.num_free) == (0, 0, 30)
+    assert radix.match_prefix([1, 1, 2, 2]).blocks == []
+    assert radix.match_prefix([4, 4], "alice").blocks == []
+    # Another run of the same tokens, beside what the sequence holds.
+    (block,) = radix.pool.allocate(1)
+    assert radix.extend(match.node, [3, 3], [block]) == ([], match.node)
+    again = radix.insert([1, 1, 3, 3], [block, *radix.pool.allocate(1)])
+    assert radix.match_prefix([1, 1, 2, 2]).blocks == again.blocks[:1] == [block]
+    assert radix.evict(9) == 0  # the caller holds both
+    assert radix.num_blocks == 0
+    radix.unlock(match.node)
+    assert [radix.pool.reference_count(b) for b in match.blocks] == [2, 2]
+    radix.unlock(match.node)
+    assert [radix.pool.reference_count(b) for b in match.blocks] == [1, 1]
+    radix.pool.release(match.blocks)
+    with pytest.raises(ValueError, match="expected a locked node"):
+        radix.unlock(match.node)
+    radix.lock(match.node)  # a match that has gone keeps nothing
+    radix.unlock(match.node)
+    assert radix.pool.num_free == 30
+    radix.check_invariants()
+    radix.pool.check_invariants()
+
+
+def test_a_sequence_without_a_match_goes_on_after_a_reset():
+    radix = tree()
+    nothing = radix.match_prefix([1, 1]).node
+    radix.lock(nothing)
+    cache(radix, [2, 2])
+    assert radix.reset() == 1
+    match = radix.extend(nothing, [1, 1], radix.pool.allocate(1))
+    radix.lock(match.node)
+    radix.unlock(nothing)
+    assert radix.match_prefix([1, 1]).blocks == match.blocks
+    radix.check_invariants()
+    assert (radix.evict(1), radix.reset(), radix.reset()) == (0, 0, 0)
+    radix.unlock(match.node)
+    assert radix.pool.reference_count(match.blocks[0]) == 1
+
+
 def busy():
     """Return a tree of 7 blocks, the first 2 of them locked, a match's end, and 2 blocks more."""
     radix = tree(num_blocks=12)
@@ -443,6 +494,21 @@ def test_an_interrupt_between_two_lines_loses_no_block(operation, blocks):
     assert seen == blocks
 
 
+def test_an_interrupted_reset_loses_no_block():
+    def reset(state):
+        state[0].reset()
+        state[0].unlock(state[1])
+
+    for (radix, end, new), done in interrupted(busy, reset):
+        radix.check_invariants()
+        assert not done or radix.num_blocks == 0
+        with suppress(ValueError):  # unlocked already
+            radix.unlock(end)
+        radix.evict(12)
+        radix.pool.release(new)
+        assert radix.pool.num_free == 12
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 2**31, 2.0, None])
 def test_block_size_refused(block_size):
     with pytest.raises(ValueError, match="expected block_size"):
@@ -461,6 +527,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.radix = RadixTree(self.pool, 2)
         self.known = {}  # (namespace, tokens of whole blocks) -> last block
         self.held = []  # (match, tokens, namespace)
+        self.old = []  # matches from before a reset that are still held
 
     def prefixes(self, tokens):
         return [tuple(tokens[:end]) for end in range(2, len(tokens) + 1, 2)]
@@ -539,6 +606,23 @@ class TreeMachine(RuleBasedStateMachine):
         self.radix.unlock(match.node)
         self.pool.release(match.blocks)
 
+    @precondition(lambda self: self.old)
+    @rule(data=st.data())
+    def let_go_of_what_is_forgotten(self, data):
+        match = self.old.pop(data.draw(st.integers(0, len(self.old) - 1)))
+        if match.blocks:
+            assert self.radix.extend(match.node, [0, 0], match.blocks) == ([], match.node)
+        self.radix.unlock(match.node)
+        self.pool.release(match.blocks)
+
+    @rule()
+    def reset(self):
+        evictable, free = self.radix.num_evictable, self.pool.num_free
+        assert self.radix.reset() == evictable == self.pool.num_free - free
+        self.known = {}
+        self.old += [match for match, _, _ in self.held]
+        self.held = []
+
     @rule(count=st.integers(0, 12))
     def evict(self, count):
         evictable, free = self.radix.num_evictable, self.pool.num_free
@@ -568,6 +652,10 @@ class TreeMachine(RuleBasedStateMachine):
             assert self.expected(tokens, namespace)[: len(match.blocks)] == match.blocks
             for block in match.blocks:
                 held[block] += 1
+        for block in (block for match in self.old for block in match.blocks):
+            held[block] += 1
+        for block in {block for match in self.old for block in match.blocks}:
+            held[block] += 1  # the tree's, until nobody has it locked
         assert held == [self.pool.reference_count(block) for block in range(12)]
 
 

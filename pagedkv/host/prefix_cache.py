@@ -17,18 +17,23 @@ Integers = Sequence[int] | NDArray[np.integer]
 _TOKEN = np.dtype(np.int32)
 
 
+class _Origin(NamedTuple):
+    namespace: Hashable
+    resets: int  # of the tree, before this was cached
+
+
 class RadixNode:
     """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
 
-    __slots__ = ("blocks", "children", "key", "locks", "namespace", "parent", "queued", "used")
+    __slots__ = ("blocks", "children", "key", "locks", "origin", "parent", "queued", "used")
 
     def __init__(
-        self, key: bytes, blocks: list[int], parent: RadixNode | None, namespace: Hashable
+        self, key: bytes, blocks: list[int], parent: RadixNode | None, origin: _Origin
     ) -> None:
         self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
         self.blocks = blocks
         self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
-        self.namespace = namespace
+        self.origin = origin
         self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
         self.locks = 0  # locks on this run, and one more for each child that has some
         self.used = 0  # when it was last looked up
@@ -80,6 +85,7 @@ class RadixTree:
         self._roots: dict[Hashable, RadixNode] = {}
         self._num_blocks = 0
         self._num_locked = 0
+        self._resets = 0
         self._clock = itertools.count(1)
         # Leaves, least recently used first. An entry may be out of date, and is then put right when
         # its turn comes.
@@ -178,9 +184,11 @@ class RadixTree:
             As for `insert`, or if the node is not locked. Nothing is cached then.
         """
         if node.parent is None:
-            node = self._root(node.namespace)
+            node = self._root(node.origin.namespace)
         elif not node.locks:
             raise ValueError("expected a locked node, got one that may have been evicted")
+        elif node.origin.resets != self._resets:
+            return PrefixMatch([], node)
         key = self._key(tokens)
         count = len(key) // self._width
         if len(blocks) < count:
@@ -192,7 +200,7 @@ class RadixTree:
         added = blocks[len(cached) : count]
         if not isinstance(added, list) or {*map(type, added)} != {int}:
             added = integers(added, "blocks").tolist()
-        leaf = RadixNode(key[len(cached) * self._width :], added, node, node.namespace)
+        leaf = RadixNode(key[len(cached) * self._width :], added, node, node.origin)
         leaf.used = node.used
         total = self._num_blocks
         try:
@@ -234,10 +242,14 @@ class RadixTree:
             if up.locks > 1:
                 up.locks -= 1
                 break
-            if up.parent:
-                up.parent.used = max(up.parent.used, up.used)
-                self._wait(up)
-            up.locks, self._num_locked = 0, self._num_locked - len(up.blocks)
+            if up.origin.resets != self._resets:
+                self._let_go(up)
+                up.locks = 0
+            else:
+                if up.parent:
+                    up.parent.used = max(up.parent.used, up.used)
+                    self._wait(up)
+                up.locks, self._num_locked = 0, self._num_locked - len(up.blocks)
             up = up.parent
 
     def evict(self, num_blocks: int) -> int:
@@ -268,9 +280,24 @@ class RadixTree:
     def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
         """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends."""
         line = self._line + self._aside
-        theirs = [entry for entry in line if entry[2].namespace == namespace]
-        self._arrange(theirs, [entry for entry in line if entry[2].namespace != namespace])
+        theirs = [entry for entry in line if entry[2].origin.namespace == namespace]
+        self._arrange(theirs, [entry for entry in line if entry[2].origin.namespace != namespace])
         return self._evict(num_blocks)
+
+    def reset(self) -> int:
+        """Forget all prefixes: after new weights, say, K and V of the old ones are wrong.
+
+        What is locked is no longer matched or counted, and is let go when it is unlocked: sequences
+        that hold it go on, but `extend` caches nothing for them.
+
+        Returns
+        -------
+        int
+            Blocks that became free.
+        """
+        freed = self.evict(self.num_evictable)
+        self._roots, self._num_blocks, self._num_locked, self._resets = {}, 0, 0, self._resets + 1
+        return freed
 
     def check_invariants(self) -> None:
         """Raise AssertionError if something is broken; for tests, linear time."""
@@ -289,7 +316,7 @@ class RadixTree:
                 assert child.parent is node, "a child of another"
                 assert child.key.startswith(first), "a child under another's tokens"
                 assert node.locks or child.used <= node.used, "used later than its parent"
-            assert self._roots[node.namespace].namespace is node.namespace, "in a wrong namespace"
+            assert self._roots[node.origin.namespace].origin is node.origin, "in a wrong namespace"
             seen += node.blocks
             locked += len(node.blocks) if node.locks else 0
         assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
@@ -317,7 +344,9 @@ class RadixTree:
 
     def _root(self, namespace: Hashable) -> RadixNode:
         """Return where a namespace begins: in the tree, or a new one if nothing is cached."""
-        return self._roots.get(namespace) or RadixNode(b"", [], None, namespace)
+        if root := self._roots.get(namespace):
+            return root
+        return RadixNode(b"", [], None, _Origin(namespace, self._resets))
 
     def _below(self, *nodes: RadixNode) -> Iterator[RadixNode]:
         """Go through the nodes and all below them."""
@@ -366,7 +395,7 @@ class RadixTree:
         assert node.parent is not None
         width, blocks = self._width, at // self._width
         first, key = node.key[:width], node.key[at:]
-        upper = RadixNode(node.key[:at], node.blocks[:blocks], node.parent, node.namespace)
+        upper = RadixNode(node.key[:at], node.blocks[:blocks], node.parent, node.origin)
         upper.locks, upper.used = int(node.locks > 0), node.used
         upper.children[key[:width]] = node
         rest = node.blocks[blocks:]
@@ -383,13 +412,23 @@ class RadixTree:
         assert leaf.parent is not None
         leaf.parent.children[leaf.key[: self._width]] = leaf
         if leaf.parent.parent is None:
-            self._roots[leaf.namespace] = leaf.parent
+            self._roots[leaf.origin.namespace] = leaf.parent
 
     def _detach(self, leaf: RadixNode) -> None:
         assert leaf.parent is not None
         leaf.parent.children.pop(leaf.key[: self._width], None)
         if leaf.parent.parent is None and not leaf.parent.children:
-            self._roots.pop(leaf.namespace, None)
+            self._roots.pop(leaf.origin.namespace, None)
+
+    def _let_go(self, node: RadixNode) -> None:
+        """Give back the blocks of a node that is forgotten."""
+        blocks = node.blocks
+        try:
+            node.blocks = []
+            self.pool.release(blocks)
+        except BaseException:
+            node.blocks = blocks
+            raise
 
     def _trim(self, node: RadixNode, wanted: int) -> int:
         """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
