@@ -21,7 +21,8 @@ from pagedkv.errors import (
 )
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, Reservation, blocks_needed, reserve
-from pagedkv.host.prefix_cache import PrefixMatch, RadixNode, RadixTree
+from pagedkv.host.prefix_cache import PrefixMatch, RadixTree
+from pagedkv.host.radix_node import RadixNode
 from pagedkv.host.scheduler import ScheduledStep, Scheduler
 from pagedkv.host.stats import Stats, render_prometheus
 

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.host.block_pool import BlockPool
+from pagedkv.host.radix_node import TOKEN, Origin, RadixNode
 from pagedkv.limits import count_of, integers, positive_int32
 
 Integers = Sequence[int] | NDArray[np.integer]
-_TOKEN = np.dtype(np.int32)
-
-
-class _Origin(NamedTuple):
-    namespace: Hashable
-    resets: int  # of the tree, before this was cached
-
-
-class RadixNode:
-    """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
-
-    __slots__ = ("blocks", "children", "key", "locks", "origin", "parent", "queued", "used")
-
-    def __init__(
-        self, key: bytes, blocks: list[int], parent: RadixNode | None, origin: _Origin
-    ) -> None:
-        self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
-        self.blocks = blocks
-        self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
-        self.origin = origin
-        self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
-        self.locks = 0  # locks on this run, and one more for each child that has some
-        self.used = 0  # when it was last looked up
-        self.queued = False  # whether it waits in line to be evicted
 
 
 _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
@@ -81,7 +58,7 @@ class RadixTree:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
-        self._width = self.block_size * _TOKEN.itemsize  # bytes of a block's tokens
+        self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
         self._num_blocks = 0
         self._num_locked = 0
@@ -105,7 +82,7 @@ class RadixTree:
 
     def num_blocks_of(self, namespace: Hashable) -> int:
         """Return how many blocks of a namespace are in the tree; counts its runs."""
-        return sum(len(node.blocks) for node in self._below(self._root(namespace)))
+        return sum(len(node.blocks) for node in self._root(namespace).below())
 
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
@@ -306,7 +283,7 @@ class RadixTree:
         # Its parent comes after a node that is wholly evicted.
         line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
-        for node in self._below(*self._roots.values()):
+        for node in itertools.chain(*(root.below() for root in self._roots.values())):
             assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
             assert bool(node.blocks) == (node.parent is not None), "an empty node"
             assert node.locks >= sum(child.locks > 0 for child in node.children.values())
@@ -346,15 +323,7 @@ class RadixTree:
         """Return where a namespace begins: in the tree, or a new one if nothing is cached."""
         if root := self._roots.get(namespace):
             return root
-        return RadixNode(b"", [], None, _Origin(namespace, self._resets))
-
-    def _below(self, *nodes: RadixNode) -> Iterator[RadixNode]:
-        """Go through the nodes and all below them."""
-        stack = [*nodes]
-        while stack:
-            node = stack.pop()
-            stack += node.children.values()
-            yield node
+        return RadixNode(b"", [], None, Origin(namespace, self._resets))
 
     def _key(self, tokens: Integers) -> bytes:
         """Return the tokens' whole blocks as bytes."""
@@ -362,8 +331,8 @@ class RadixTree:
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             got = f"{array.dtype} in {array.ndim}"
             raise ValueError(f"expected tokens to be integers in one dimension, got {got}")
-        ids = array.astype(_TOKEN, copy=False)
-        if array.dtype != _TOKEN and not np.array_equal(ids, array):
+        ids = array.astype(TOKEN, copy=False)
+        if array.dtype != TOKEN and not np.array_equal(ids, array):
             raise ValueError("expected token ids to fit in 32 bits")
         return ids[: ids.size // self.block_size * self.block_size].tobytes()
 
@@ -373,34 +342,13 @@ class RadixTree:
         blocks: list[int] = []
         node.used = now
         while child := node.children.get(key[position : position + self._width]):
-            common = self._common_bytes(child.key, key, position)
+            common = child.common_bytes(key, position, self._width)
             whole = common >= len(child.blocks) * self._width
-            node = child if whole else self._split(child, common)
+            node = child if whole else child.split(common, self._width)
             node.used = now
             position += len(node.blocks) * self._width
             blocks += node.blocks
         return PrefixMatch(blocks, node)
-
-    def _common_bytes(self, run: bytes, key: bytes, start: int) -> int:
-        """How much of `run` lies in `key` at `start`, in whole blocks."""
-        if key.startswith(run, start):
-            return len(run)
-        count = min(len(run), len(key) - start) // _TOKEN.itemsize
-        differ = np.frombuffer(run, _TOKEN, count) != np.frombuffer(key, _TOKEN, count, start)
-        same = int(differ.argmax()) if differ.any() else count
-        return same // self.block_size * self._width
-
-    def _split(self, node: RadixNode, at: int) -> RadixNode:
-        """Put the first `at` bytes of a node into a new one above it, and return that."""
-        assert node.parent is not None
-        width, blocks = self._width, at // self._width
-        first, key = node.key[:width], node.key[at:]
-        upper = RadixNode(node.key[:at], node.blocks[:blocks], node.parent, node.origin)
-        upper.locks, upper.used = int(node.locks > 0), node.used
-        upper.children[key[:width]] = node
-        rest = node.blocks[blocks:]
-        node.parent.children[first], node.key, node.blocks, node.parent = upper, key, rest, upper
-        return upper
 
     def _wait(self, node: RadixNode) -> None:
         """Put a node in line to be evicted if it is a leaf and not there yet."""

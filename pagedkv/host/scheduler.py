@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed, reserve
-from pagedkv.host.prefix_cache import PrefixMatch, RadixNode, RadixTree
+from pagedkv.host.prefix_cache import PrefixMatch, RadixTree
+from pagedkv.host.radix_node import RadixNode
 from pagedkv.host.stats import Stats
 
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1  # token ids

@@ -1,0 +1,67 @@
+"""A run of blocks in the tree of cached prefixes: its tokens and its place. Host only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+TOKEN = np.dtype(np.int32)
+
+
+class Origin(NamedTuple):
+    """What a node has in common with all that hangs together with it."""
+
+    namespace: Hashable
+    resets: int  # of the tree, before this was cached
+
+
+class RadixNode:
+    """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
+
+    __slots__ = ("blocks", "children", "key", "locks", "origin", "parent", "queued", "used")
+
+    def __init__(
+        self, key: bytes, blocks: list[int], parent: RadixNode | None, origin: Origin
+    ) -> None:
+        self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
+        self.blocks = blocks
+        self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
+        self.origin = origin
+        self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
+        self.locks = 0  # locks on this run, and one more for each child that has some
+        self.used = 0  # when it was last looked up
+        self.queued = False  # whether it waits in line to be evicted
+
+    def below(self) -> Iterator[RadixNode]:
+        """Go through the node and all below it."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            yield node
+
+    def common_bytes(self, key: bytes, start: int, width: int) -> int:
+        """How much of the run lies in `key` at `start`, in whole blocks of `width` bytes."""
+        if key.startswith(self.key, start):
+            return len(self.key)
+        count = min(len(self.key), len(key) - start) // TOKEN.itemsize
+        differ = np.frombuffer(self.key, TOKEN, count) != np.frombuffer(key, TOKEN, count, start)
+        same = int(differ.argmax()) if differ.any() else count
+        return same * TOKEN.itemsize // width * width
+
+    def split(self, at: int, width: int) -> RadixNode:
+        """Put the first `at` bytes into a new node above this one, and return that.
+
+        This node goes on ending where it ended, with the locks that were on that end.
+        """
+        assert self.parent is not None
+        first, key, blocks = self.key[:width], self.key[at:], at // width
+        upper = RadixNode(self.key[:at], self.blocks[:blocks], self.parent, self.origin)
+        upper.locks, upper.used = int(self.locks > 0), self.used
+        upper.children[key[:width]] = self
+        rest = self.blocks[blocks:]
+        # One statement: nothing is there twice or not at all.
+        self.parent.children[first], self.key, self.blocks, self.parent = upper, key, rest, upper
+        return upper
