@@ -453,6 +453,74 @@ def test_a_sequence_without_a_match_goes_on_after_a_reset():
     assert radix.pool.reference_count(match.blocks[0]) == 1
 
 
+def test_events_tell_a_router_what_can_be_matched():
+    events = []
+    radix = RadixTree(BlockPool(32), 2, on_event=events.append)
+
+    def told():
+        """Return what was told since the last time, tokens as a list."""
+        found = [
+            (kind, whose, blocks, parent, tokens if tokens is None else tokens.tolist())
+            for kind, whose, blocks, parent, tokens in events
+        ]
+        events.clear()
+        return found
+
+    cache(radix, [1, 1, 2, 2, 3], "alice")
+    assert told() == [("stored", "alice", (0, 1), None, [1, 1, 2, 2])]
+    cache(radix, [1, 1, 2, 2], "alice")
+    radix.lock(radix.match_prefix([1, 1], "alice").node)  # splits
+    assert told() == []
+    cache(radix, [1, 1, 4, 4, 5, 5], "alice")
+    cache(radix, [6, 6])
+    (stored, other) = told()
+    assert stored == ("stored", "alice", (2, 4), 0, [4, 4, 5, 5])
+    assert other == ("stored", None, (3,), None, [6, 6])
+    assert radix.evict(2) == 2
+    assert told() == [
+        ("removed", "alice", (1,), None, None),
+        ("removed", "alice", (4,), None, None),
+    ]
+    assert radix.evict_from(None, 1) == 1
+    assert told() == [("removed", None, (3,), None, None)]
+    assert radix.reset() == 1
+    assert told() == [("removed", "alice", (2,), None, None), ("cleared", None, (), None, None)]
+    radix.on_event = None
+    cache(radix, [1, 1])
+    assert told() == []
+
+
+def test_a_listener_that_raises_finds_the_change_complete():
+    def listen(event):
+        radix.check_invariants()
+        radix.pool.check_invariants()
+        seen.append((event.kind, radix.num_blocks, radix.pool.num_free))
+        raise RuntimeError("nobody is there")
+
+    seen = []
+    radix = RadixTree(BlockPool(8), 2, listen)
+    blocks = radix.pool.allocate(3)
+    for call in (
+        lambda: radix.insert([1, 1, 2, 2], blocks),
+        lambda: radix.insert([3, 3], blocks[2:], "alice"),
+        lambda: radix.pool.release(blocks) or radix.evict(1),
+        lambda: radix.evict_from("alice", 5),
+        lambda: radix.evict(5),
+        lambda: radix.reset(),
+    ):
+        with pytest.raises(RuntimeError, match="nobody is there"):
+            call()
+        radix.check_invariants()
+    assert seen == [
+        ("stored", 2, 5),
+        ("stored", 3, 5),
+        ("removed", 2, 6),
+        ("removed", 1, 7),
+        ("removed", 0, 8),
+        ("cleared", 0, 8),
+    ]
+
+
 def busy():
     """Return a tree of 7 blocks, the first 2 of them locked, a match's end, and 2 blocks more."""
     radix = tree(num_blocks=12)
@@ -524,10 +592,25 @@ class TreeMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pool = BlockPool(12)
-        self.radix = RadixTree(self.pool, 2)
+        self.radix = RadixTree(self.pool, 2, self.listen)
+        self.mirror = {}  # what a router knows: block -> (namespace, its block before, tokens)
         self.known = {}  # (namespace, tokens of whole blocks) -> last block
         self.held = []  # (match, tokens, namespace)
         self.old = []  # matches from before a reset that are still held
+
+    def listen(self, event):
+        if event.kind == "cleared":
+            self.mirror = {}
+        elif event.kind == "removed":
+            for block in reversed(event.blocks):
+                del self.mirror[block]
+                assert block not in [parent for _, parent, _ in self.mirror.values()]
+        else:
+            before = event.parent
+            for block, tokens in zip(event.blocks, event.tokens.reshape(-1, 2), strict=True):
+                assert before is None or before in self.mirror
+                self.mirror[block] = (event.namespace, before, tuple(tokens))
+                before = block
 
     def prefixes(self, tokens):
         return [tuple(tokens[:end]) for end in range(2, len(tokens) + 1, 2)]
@@ -645,6 +728,10 @@ class TreeMachine(RuleBasedStateMachine):
         self.radix.check_invariants()
         self.pool.check_invariants()
         assert self.radix.num_blocks == len(self.known)
+        assert self.mirror == {
+            block: (namespace, self.known.get((namespace, prefix[:-2])), prefix[-2:])
+            for (namespace, prefix), block in self.known.items()
+        }
         held = [0] * 12
         for block in self.known.values():
             held[block] += 1

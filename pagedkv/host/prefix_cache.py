@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.host.radix_node import TOKEN, Origin, RadixNode
+from pagedkv.host.cache_event import CacheEvent, Listener
+from pagedkv.host.radix_node import TOKEN, Integers, Origin, RadixNode, whole_blocks
 from pagedkv.limits import count_of, integers, positive_int32
-
-Integers = Sequence[int] | NDArray[np.integer]
-
 
 _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
 
@@ -42,12 +39,19 @@ class RadixTree:
     to the blocks of its match and copies nothing. Tokens are compared exactly. Edges are runs of
     blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` a run.
 
+    One thread at a time may use a tree and its pool. An exception at any point, a KeyboardInterrupt
+    too, leaves it whole; if that comes in `lock` or `unlock`, runs may stay locked.
+
     Parameters
     ----------
     pool : BlockPool
         Whose blocks these are.
     block_size : int
         S, tokens in a block.
+    on_event : callable
+        Is called with a `CacheEvent` after each change, when that is complete, and may be set at
+        any time. It must not call the tree. What it raises passes to the caller: a call that
+        evicts ends there.
 
     Raises
     ------
@@ -55,8 +59,9 @@ class RadixTree:
         If `block_size` is not a positive integer.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, on_event: Listener | None = None) -> None:
         self.pool = pool
+        self.on_event = on_event
         self.block_size = positive_int32(block_size, "block_size")
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
@@ -81,7 +86,7 @@ class RadixTree:
         return self._num_blocks - self._num_locked
 
     def num_blocks_of(self, namespace: Hashable) -> int:
-        """Return how many blocks of a namespace are in the tree; counts its runs."""
+        """Return how many blocks of a namespace are in the tree, in time linear in its runs."""
         return sum(len(node.blocks) for node in self._root(namespace).below())
 
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
@@ -107,7 +112,7 @@ class RadixTree:
         ValueError
             If `tokens` are not 32-bit integers in one dimension.
         """
-        return self._walk(self._root(namespace), self._key(tokens))
+        return self._walk(self._root(namespace), whole_blocks(tokens, self.block_size))
 
     def insert(self, tokens: Integers, blocks: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
@@ -166,7 +171,7 @@ class RadixTree:
             raise ValueError("expected a locked node, got one that may have been evicted")
         elif node.origin.resets != self._resets:
             return PrefixMatch([], node)
-        key = self._key(tokens)
+        key = whole_blocks(tokens, self.block_size)
         count = len(key) // self._width
         if len(blocks) < count:
             raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
@@ -189,6 +194,9 @@ class RadixTree:
             self._detach(leaf)
             self._num_blocks, leaf.blocks = total, []
             raise
+        if self.on_event:
+            last, ids = node.blocks[-1] if node.blocks else None, np.frombuffer(leaf.key, TOKEN)
+            self.on_event(CacheEvent("stored", node.origin.namespace, tuple(added), last, ids))
         return PrefixMatch(cached + added, leaf)
 
     def lock(self, node: RadixNode) -> None:
@@ -274,6 +282,8 @@ class RadixTree:
         """
         freed = self.evict(self.num_evictable)
         self._roots, self._num_blocks, self._num_locked, self._resets = {}, 0, 0, self._resets + 1
+        if self.on_event:
+            self.on_event(CacheEvent("cleared"))
         return freed
 
     def check_invariants(self) -> None:
@@ -284,15 +294,9 @@ class RadixTree:
         line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
         for node in itertools.chain(*(root.below() for root in self._roots.values())):
-            assert len(node.key) >= len(node.blocks) * self._width, "blocks without tokens"
-            assert bool(node.blocks) == (node.parent is not None), "an empty node"
-            assert node.locks >= sum(child.locks > 0 for child in node.children.values())
+            node.check_invariants(self._width)
             evictable = node.parent is not None and not node.children and not node.locks
             assert not evictable or id(node) in line, "a leaf is not in line"
-            for first, child in node.children.items():
-                assert child.parent is node, "a child of another"
-                assert child.key.startswith(first), "a child under another's tokens"
-                assert node.locks or child.used <= node.used, "used later than its parent"
             assert self._roots[node.origin.namespace].origin is node.origin, "in a wrong namespace"
             seen += node.blocks
             locked += len(node.blocks) if node.locks else 0
@@ -324,17 +328,6 @@ class RadixTree:
         if root := self._roots.get(namespace):
             return root
         return RadixNode(b"", [], None, Origin(namespace, self._resets))
-
-    def _key(self, tokens: Integers) -> bytes:
-        """Return the tokens' whole blocks as bytes."""
-        array = np.asarray(tokens)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            got = f"{array.dtype} in {array.ndim}"
-            raise ValueError(f"expected tokens to be integers in one dimension, got {got}")
-        ids = array.astype(TOKEN, copy=False)
-        if array.dtype != TOKEN and not np.array_equal(ids, array):
-            raise ValueError("expected token ids to fit in 32 bits")
-        return ids[: ids.size // self.block_size * self.block_size].tobytes()
 
     def _walk(self, node: RadixNode, key: bytes) -> PrefixMatch:
         """Go down from `node` as far as `key` is cached, splitting the last node if need be."""
@@ -394,4 +387,7 @@ class RadixTree:
             raise
         if len(node.key) > 2 * kept * self._width:  # seldom: the cost of a copy is by what goes
             node.key = node.key[: kept * self._width]
-        return self.pool.num_free - free
+        freed = self.pool.num_free - free
+        if self.on_event:
+            self.on_event(CacheEvent("removed", node.origin.namespace, tuple(dropped)))
+        return freed

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+Integers = Sequence[int] | NDArray[np.integer]
 TOKEN = np.dtype(np.int32)
+
+
+def whole_blocks(tokens: Integers, block_size: int) -> bytes:
+    """Return the tokens' whole blocks as bytes; ValueError if they are not 32-bit integers."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        got = f"{array.dtype} in {array.ndim}"
+        raise ValueError(f"expected tokens to be integers in one dimension, got {got}")
+    ids = array.astype(TOKEN, copy=False)
+    if array.dtype != TOKEN and not np.array_equal(ids, array):
+        raise ValueError("expected token ids to fit in 32 bits")
+    return ids[: ids.size // block_size * block_size].tobytes()
 
 
 class Origin(NamedTuple):
@@ -41,6 +55,16 @@ class RadixNode:
             node = stack.pop()
             stack += node.children.values()
             yield node
+
+    def check_invariants(self, width: int) -> None:
+        """Raise AssertionError if the node, or what is right below it, is broken."""
+        assert len(self.key) >= len(self.blocks) * width, "blocks without tokens"
+        assert bool(self.blocks) == (self.parent is not None), "an empty node"
+        assert self.locks >= sum(child.locks > 0 for child in self.children.values())
+        for first, child in self.children.items():
+            assert child.parent is self, "a child of another"
+            assert child.key.startswith(first), "a child under another's tokens"
+            assert self.locks or child.used <= self.used, "used later than its parent"
 
     def common_bytes(self, key: bytes, start: int, width: int) -> int:
         """How much of the run lies in `key` at `start`, in whole blocks of `width` bytes."""
