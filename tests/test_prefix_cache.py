@@ -1,5 +1,6 @@
 """The radix tree: literal blocks, order of eviction, namespaces, and a machine against a dict."""
 
+import tracemalloc
 from array import array
 from contextlib import suppress
 
@@ -389,6 +390,26 @@ def test_what_a_sequence_went_on_from_was_used_as_lately():
     assert radix.match_prefix([2, 2]).blocks == []
 
 
+def test_what_is_evicted_takes_no_memory():
+    radix = tree(num_blocks=2**14)
+    blocks = radix.pool.allocate(2**14)
+    tracemalloc.start()
+    radix.insert(np.arange(2**15), blocks)
+    files = [tracemalloc.Filter(True, f"*{name}.py") for name in ("prefix_cache", "radix_node")]
+
+    def held():
+        stats = tracemalloc.take_snapshot().filter_traces(files).statistics("filename")
+        return sum(stat.size for stat in stats)
+
+    assert held() > 2**17  # 4 bytes a token, and the block ids
+    radix.pool.release(blocks)
+    for _ in range(2**14 - 1):
+        radix.evict(1)
+    assert radix.num_blocks == 1
+    assert held() < 2**12
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("count", [2.5, 1.0, np.float32(1)])
 def test_only_whole_blocks_are_evicted(count):
     radix = tree()
@@ -728,6 +749,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.radix.check_invariants()
         self.pool.check_invariants()
         assert self.radix.num_blocks == len(self.known)
+        locked = {block for match, _, _ in self.held for block in match.blocks}
+        assert self.radix.num_evictable == len(self.known) - len(locked)
         assert self.mirror == {
             block: (namespace, self.known.get((namespace, prefix[:-2])), prefix[-2:])
             for (namespace, prefix), block in self.known.items()

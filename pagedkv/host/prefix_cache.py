@@ -311,7 +311,7 @@ class RadixTree:
 
     def _evict(self, num_blocks: int) -> int:
         num_blocks, freed = count_of(max(num_blocks, 0), "num_blocks"), 0
-        while self._line and (freed < num_blocks or not self._line[0][2].blocks):
+        while freed < num_blocks and self._line:
             used, _, node = self._line[0]
             if node.children or node.locks or not node.blocks:
                 if node.parent and not node.blocks:
