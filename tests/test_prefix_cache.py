@@ -139,6 +139,22 @@ def test_the_least_recently_used_leaf_goes_first():
     radix.check_invariants()
 
 
+def test_what_was_used_at_once_goes_from_its_end():
+    radix = tree()
+    cache(radix, [1, 1, 2, 2])
+    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
+    cache(radix, [5, 5])
+    match = radix.match_prefix([1, 1, 2, 2, 3, 3])
+    assert match.blocks == [0, 1, 4]
+    gone = []
+    while radix.num_blocks:
+        held = {block for block in range(32) if radix.pool.reference_count(block)}
+        assert radix.evict(1) == 1
+        gone += held - {block for block in range(32) if radix.pool.reference_count(block)}
+    # [4, 4], [5, 5], and what the look-up used: its last block first, although it is three runs.
+    assert gone == [5, 3, 4, 1, 0]
+
+
 def test_an_inner_run_is_kept_until_its_children_are_gone():
     radix = tree()
     cache(radix, [1, 1, 2, 2])

@@ -92,7 +92,7 @@ class RadixTree:
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
 
-        Splits a node when the match ends inside it, so that it ends at a node. Takes no references:
+        A run in which the match ends is split, by `insert` and `extend` too. No reference is taken:
         add them (`BlockPool.retain`) and lock the node before anything is evicted.
 
         Parameters
@@ -240,8 +240,9 @@ class RadixTree:
     def evict(self, num_blocks: int) -> int:
         """Forget the least recently used prefixes, from their ends, until enough blocks are free.
 
-        A run is forgotten after all that goes on from it, and never while it is locked. Blocks that
-        a sequence still holds are forgotten in turn but do not count.
+        A run is forgotten after all that goes on from it, and never while it is locked. A look-up
+        or insertion uses all blocks on its way at once: they go from their end. Two ends never have
+        the same last use. Blocks that a sequence still holds are forgotten in turn, not counted.
 
         Parameters
         ----------
@@ -289,18 +290,21 @@ class RadixTree:
     def check_invariants(self) -> None:
         """Raise AssertionError if something is broken; for tests, linear time."""
         seen: list[int] = []
+        uses: list[int] = []
         locked = 0
         # Its parent comes after a node that is wholly evicted.
         line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
         for node in itertools.chain(*(root.below() for root in self._roots.values())):
             node.check_invariants(self._width)
-            evictable = node.parent is not None and not node.children and not node.locks
-            assert not evictable or id(node) in line, "a leaf is not in line"
+            if node.parent and not node.children and not node.locks:
+                assert id(node) in line, "a leaf is not in line"
+                uses.append(node.used)
             assert self._roots[node.origin.namespace].origin is node.origin, "in a wrong namespace"
             seen += node.blocks
             locked += len(node.blocks) if node.locks else 0
         assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
+        assert len(uses) == len(set(uses)), "two leaves were used last at once"
         assert locked == self._num_locked, "locked blocks are miscounted"
         assert all(self.pool.reference_count(block) > 0 for block in seen), "a free block"
 
