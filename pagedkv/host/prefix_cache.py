@@ -222,17 +222,19 @@ class RadixTree:
         """
         if node.locks < 1:
             raise ValueError("expected a locked node, got one without locks")
+        forgotten = node.origin.resets != self._resets
         up: RadixNode | None = node
         while up is not None:
             if up.locks > 1:
                 up.locks -= 1
                 break
-            if up.origin.resets != self._resets:
+            if forgotten:
                 self._let_go(up)
                 up.locks = 0
             else:
-                if up.parent:
-                    up.parent.used = max(up.parent.used, up.used)
+                if up.parent and up.parent.used < up.used:
+                    up.parent.used = up.used
+                if not up.children:
                     self._wait(up)
                 up.locks, self._num_locked = 0, self._num_locked - len(up.blocks)
             up = up.parent
@@ -335,15 +337,18 @@ class RadixTree:
 
     def _walk(self, node: RadixNode, key: bytes) -> PrefixMatch:
         """Go down from `node` as far as `key` is cached, splitting the last node if need be."""
-        position, now = 0, next(self._clock)
+        position, now, width = 0, next(self._clock), self._width
         blocks: list[int] = []
         node.used = now
-        while child := node.children.get(key[position : position + self._width]):
-            common = child.common_bytes(key, position, self._width)
-            whole = common >= len(child.blocks) * self._width
-            node = child if whole else child.split(common, self._width)
+        while child := node.children.get(key[position : position + width]):
+            size = len(child.blocks) * width
+            if not key.startswith(child.key, position):
+                common = child.common_bytes(key, position, width)
+                if common < size:
+                    child, size = child.split(common, width), common
+            node = child
             node.used = now
-            position += len(node.blocks) * self._width
+            position += size
             blocks += node.blocks
         return PrefixMatch(blocks, node)
 

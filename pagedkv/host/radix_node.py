@@ -68,8 +68,6 @@ class RadixNode:
 
     def common_bytes(self, key: bytes, start: int, width: int) -> int:
         """How much of the run lies in `key` at `start`, in whole blocks of `width` bytes."""
-        if key.startswith(self.key, start):
-            return len(self.key)
         count = min(len(self.key), len(key) - start) // TOKEN.itemsize
         differ = np.frombuffer(self.key, TOKEN, count) != np.frombuffer(key, TOKEN, count, start)
         same = int(differ.argmax()) if differ.any() else count
