@@ -65,12 +65,9 @@ class RadixTree:
         self.block_size = positive_int32(block_size, "block_size")
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
-        self._num_blocks = 0
-        self._num_locked = 0
-        self._resets = 0
+        self._num_blocks = self._num_locked = self._resets = 0
         self._clock = itertools.count(1)
-        # Leaves, least recently used first. An entry may be out of date, and is then put right when
-        # its turn comes.
+        # Leaves, least recently used first. What is out of date is put right when its turn comes.
         self._line: list[_Entry] = []
         self._aside: list[_Entry] = []  # what the last eviction left out, in no order
         self._serial = itertools.count()
