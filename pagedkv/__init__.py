@@ -20,10 +20,12 @@ from pagedkv.errors import (
     UnsupportedPathError,
 )
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.host.block_table import BlockTable, Reservation, blocks_needed, reserve
-from pagedkv.host.prefix_cache import PrefixMatch, RadixTree
-from pagedkv.host.radix_node import RadixNode
-from pagedkv.host.scheduler import ScheduledStep, Scheduler
+from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.host.prefix_cache import RadixTree
+from pagedkv.host.radix_node import PrefixMatch, RadixNode
+from pagedkv.host.reservation import Reservation, reserve
+from pagedkv.host.schedule import Schedule
+from pagedkv.host.scheduler import Scheduler
 from pagedkv.host.stats import Stats, render_prometheus
 
 __version__ = "0.1.0"
@@ -44,7 +46,7 @@ __all__ = [
     "RadixNode",
     "RadixTree",
     "Reservation",
-    "ScheduledStep",
+    "Schedule",
     "Scheduler",
     "SharedBlockError",
     "SlotMapping",

@@ -10,7 +10,17 @@ class UnsupportedPathError(PagedKVError, ValueError):
 
 
 class OutOfBlocksError(PagedKVError):
-    """More blocks are needed than the pool has free. Nothing has changed."""
+    """More blocks are needed than the pool has free. Nothing has changed.
+
+    Attributes
+    ----------
+    needed, free : int
+        Blocks.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"expected {needed} free blocks, {free} are left")
+        self.needed, self.free = needed, free
 
 
 class SharedBlockError(PagedKVError):

@@ -145,8 +145,8 @@ def test_out_of_blocks_leaves_the_table():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda table: table.append(-1), "a count to be an integer >= 0, got -1"),
-        (lambda table: table.append(1.5), r"a count to be an integer >= 0, got 1\.5"),
+        (lambda table: table.append(-1), "count to be an integer >= 0, got -1"),
+        (lambda table: table.append(1.5), r"count to be an integer >= 0, got 1\.5"),
         (lambda table: table.truncate(7), "0 to 6 tokens to keep, got 7"),
         (lambda table: table.truncate(-1), "0 to 6 tokens to keep, got -1"),
         (lambda table: table.slots(0, 7), "<= 6 tokens, got 0, 7"),

@@ -15,7 +15,7 @@ from pagedkv import (
 VOCABULARY, WIDTH, LAYERS = 50, 32, 2
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SCALE = HEAD_DIM**-0.5
-SIZES = {"block_size": 4, "num_blocks": 24}
+SIZES = {"block_size": 4, "num_blocks": 18}
 
 
 class Model:
@@ -67,12 +67,11 @@ def compute(model, cache, step):
     for count in sorted(set(step.counts), reverse=True):
         rows = [row for row, other in enumerate(step.counts) if other == count]
         new = np.concatenate([np.arange(ends[row] - count, ends[row]) for row in rows])
-        slots = SlotMapping.from_slots(step.slots[new], **SIZES)
-        batch = DecodeBatch.from_tables(
-            [step.block_tables[row] for row in rows],
-            [step.context_lens[row] for row in rows],
-            **SIZES,
-        )
+        tables = [step.tables[row] for row in rows]
+        lens = [table.num_tokens for table in tables]
+        slots = np.concatenate([t.slots(n - count) for t, n in zip(tables, lens, strict=True)])
+        slots = SlotMapping.from_slots(slots, **SIZES)
+        batch = DecodeBatch.from_tables([table.block_ids for table in tables], lens, **SIZES)
 
         def attend(layer, q, k, v, slots=slots, batch=batch):
             cache.write(layer, k, v, slots)

@@ -475,9 +475,9 @@ BAD_EXTENSIONS = {
     "no tables": (lambda table: ([], []), "one count per table, got 0 counts for 0 tables"),
     "counts": (lambda table: ([table], [1, 2]), "got 2 counts for 1 tables"),
     "twice": (lambda table: ([table, table], [1, 1]), "distinct tables, got one twice"),
-    "negative": (lambda table: ([table], [-1]), "a count to be an integer >= 0, got -1"),
+    "negative": (lambda table: ([table], [-1]), "count to be an integer >= 0, got -1"),
     "nothing": (lambda table: ([table], [0]), "slots to have at least one entry"),
-    "fraction": (lambda table: ([table], [1.5]), r"a count to be an integer >= 0, got 1\.5"),
+    "fraction": (lambda table: ([table], [1.5]), r"count to be an integer >= 0, got 1\.5"),
     "another pool": (
         lambda table: ([BlockTable(BlockPool(6), 4)], [1]),
         "expected tables of this cache",

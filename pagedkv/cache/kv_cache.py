@@ -12,7 +12,8 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import DTYPES
 from pagedkv.cache.step import SlotMapping, Step
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.host.block_table import BlockTable, reserve
+from pagedkv.host.block_table import BlockTable
+from pagedkv.host.reservation import reserve
 from pagedkv.limits import positive_int32
 
 

@@ -81,7 +81,7 @@ class BlockPool:
         counts, free = self._counts, self._free
         kept = len(free) - count
         if kept < 0:
-            raise OutOfBlocksError(f"expected {count} free blocks, {len(free)} are left")
+            raise OutOfBlocksError(count, len(free))
         ids = free[kept:]
         ids.reverse()
         try:
@@ -146,13 +146,7 @@ class BlockPool:
             raise
 
     def check_invariants(self) -> None:
-        """Check that every block is held or free, and free once; for tests, linear time.
-
-        Raises
-        ------
-        AssertionError
-            If the bookkeeping is broken.
-        """
+        """Raise AssertionError unless every block is held or free, once; for tests, linear time."""
         free = set(self._free)
         assert len(free) == self.num_free, "a block is free twice"
         for block_id, count in enumerate(self._counts):

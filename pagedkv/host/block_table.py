@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.errors import PagedKVError, SharedBlockError
+from pagedkv.errors import SharedBlockError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.limits import count_of, positive_int32
 
@@ -115,13 +114,13 @@ class BlockTable:
         ValueError
             If `count` is not an integer or is negative.
         """
-        tokens, ids = self.num_tokens, self._ids
-        if count.__class__ is not int or count < 0:
-            count = count_of(count, "count")
-        new = -(-(tokens + count) // self.block_size) - len(ids)
-        if count and tokens % self.block_size and self.pool.reference_count(ids[-1]) > 1:
-            return new + 1
-        return new
+        used = self.num_tokens % self.block_size  # of the last block, 0 if it is full
+        own = used and self.pool.reference_count(self._ids[-1]) == 1
+        if count == 1 and own:  # most calls
+            return 0
+        count = count_of(count, "count")
+        new = -(-(used + count) // self.block_size)
+        return new - bool(own or (used and not count))
 
     def append(self, count: int = 1) -> NDArray[np.int64]:
         """Make room for tokens at the end, with blocks from the pool as needed.
@@ -146,13 +145,15 @@ class BlockTable:
         ValueError
             If `count` is not an integer or is negative.
         """
-        with reserve([self], [count]) as reserved:
-            for block_id, _ in reserved.copies:
-                raise SharedBlockError(
-                    f"expected block {block_id} to be this sequence's own before it is written, "
-                    "others hold it"
-                )
-            return reserved.slots
+        count = count_of(count, "count")
+        start = self.num_tokens
+        if start % self.block_size and count and self.pool.reference_count(self._ids[-1]) > 1:
+            raise SharedBlockError(
+                f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
+                "others hold it"
+            )
+        self.grow(count, self.pool.allocate(self.missing_blocks(count)))
+        return self.slots(start)
 
     def adopt(self, block_ids: Sequence[int] | NDArray[np.integer], num_tokens: int) -> None:
         """Begin with tokens that others hold, a cached prefix: nothing is copied.
@@ -266,146 +267,13 @@ class BlockTable:
         (int, int) or None
             Which block is to be copied into which, if one is. The former is the caller's now.
         """
-        copied = None
-        if block_ids:
-            ids, stop = self._ids, blocks_needed(self.num_tokens + count, self.block_size)
-            if len(ids) + len(block_ids) > stop:
-                copied = ids[-1], block_ids[0]
-                ids = ids[:-1]
-            self._ids, self.num_tokens = ids + array("i", block_ids), self.num_tokens + count
-        else:
-            self.num_tokens += count
+        ids, copied = self._ids, None
+        stop = blocks_needed(self.num_tokens + count, self.block_size)
+        if len(ids) + len(block_ids) > stop:
+            copied = ids[-1], block_ids[0]
+            ids = ids[:-1]
+        self._ids, self.num_tokens = ids + array("i", block_ids), self.num_tokens + count
         return copied
-
-
-class Reservation:
-    """New tokens of several sequences, until `commit` or `undo`; made by `reserve`.
-
-    As a context manager it commits, or undoes if its body fails.
-
-    Attributes
-    ----------
-    copies : list of (int, int)
-        Blocks to copy before anything is written: from which id, to which id.
-    """
-
-    def __init__(self, tables: Sequence[BlockTable], counts: Sequence[int], needs: list[int]):
-        self.copies: list[tuple[int, int]] = []
-        self._tables, self._counts = tables, counts
-        self._pool = tables[0].pool
-        self._before = [table.state for table in tables]
-        self._blocks: list[int] = []
-        self._open = True
-        try:
-            self._blocks = self._pool.allocate(sum(needs))
-            blocks = iter(self._blocks)
-            for table, count, need in zip(tables, counts, needs, strict=True):
-                copied = table.grow(count, list(islice(blocks, need)))
-                if copied:
-                    self.copies.append(copied)
-        except BaseException:
-            self._restore()
-            raise
-
-    @property
-    def slots(self) -> NDArray[np.int64]:
-        """The slots of the new tokens, sequence by sequence, shape [sum(counts)]."""
-        slots: list[int] = []
-        for table, count in zip(self._tables, self._counts, strict=True):
-            end = table.num_tokens
-            if count == 1:  # most of them; an array each would take longer than all the rest
-                block_size = table.block_size
-                slots.append(int(table.block_ids[-1]) * block_size + (end - 1) % block_size)
-            else:
-                slots += table.slots(end - count).tolist()
-        return np.array(slots, dtype=np.int64)
-
-    def commit(self) -> None:
-        """Keep the tokens, and let go of the blocks that were copied.
-
-        Raises
-        ------
-        PagedKVError
-            If it was committed or undone before.
-        """
-        self._check_open()
-        try:
-            self._open = False
-            self._pool.release([source for source, _ in self.copies])
-        except BaseException:
-            self._restore()
-            raise
-
-    def undo(self) -> None:
-        """Leave tables and pool as they were before, the order of free blocks included.
-
-        Raises
-        ------
-        PagedKVError
-            If it was committed or undone before.
-        """
-        self._check_open()
-        self._restore()
-
-    def _restore(self) -> None:
-        for table, state in zip(self._tables, self._before, strict=True):
-            table.state = state
-        self._pool.release(self._blocks[::-1])
-        self._open = False
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.commit()
-        else:
-            self.undo()
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise PagedKVError("expected an open reservation, got one committed or undone")
-
-
-def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Reservation:
-    """Append to several sequences, all or nothing, with copy-on-write.
-
-    A sequence whose last block is partly filled and has other holders gets a block of its own in
-    its place, also when all holders are among the sequences: until the tokens are committed the
-    block must stay as it was. The tables are not to be changed before that.
-
-    Parameters
-    ----------
-    tables : sequence of BlockTable
-        Distinct sequences of one pool.
-    counts : sequence of int
-        New tokens of each, 0 or more.
-
-    Returns
-    -------
-    Reservation
-        The new tokens' slots, and the blocks to copy first; to be committed or undone.
-
-    Raises
-    ------
-    OutOfBlocksError
-        If the pool has too few free blocks for all of it. Nothing has changed then.
-    ValueError
-        If the tables are not distinct or not of one pool and block size, or the counts are not one
-        a table, not integers or negative. Nothing has changed then.
-    """
-    if not tables or len(tables) != len(counts):
-        raise ValueError(
-            f"expected one count per table, got {len(counts)} counts for {len(tables)} tables"
-        )
-    if len(set(map(id, tables))) < len(tables):
-        raise ValueError("expected distinct tables, got one twice")
-    pool, block_size = tables[0].pool, tables[0].block_size
-    if any(table.pool is not pool or table.block_size != block_size for table in tables):
-        raise ValueError("expected tables of one pool and block size")
-    counts = [count_of(count, "a count") for count in counts]
-    needs = [table.missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
-    return Reservation(tables, counts, needs)
 
 
 def _array(block_ids: Sequence[int] | NDArray[np.integer]) -> array[int]:

@@ -5,31 +5,22 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Hashable
-from typing import NamedTuple
 
 import numpy as np
 
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.cache_event import CacheEvent, Listener
-from pagedkv.host.radix_node import TOKEN, Integers, Origin, RadixNode, whole_blocks
+from pagedkv.host.radix_node import (
+    TOKEN,
+    Integers,
+    Origin,
+    PrefixMatch,
+    RadixNode,
+    whole_blocks,
+)
 from pagedkv.limits import count_of, integers, positive_int32
 
 _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
-
-
-class PrefixMatch(NamedTuple):
-    """A cached prefix.
-
-    Attributes
-    ----------
-    blocks : list of int
-        Its blocks, in the order of the tokens: the first len(blocks) * S of them.
-    node : RadixNode
-        Where it ends in the tree.
-    """
-
-    blocks: list[int]
-    node: RadixNode
 
 
 class RadixTree:
@@ -85,6 +76,11 @@ class RadixTree:
     def num_blocks_of(self, namespace: Hashable) -> int:
         """Return how many blocks of a namespace are in the tree, in time linear in its runs."""
         return sum(len(node.blocks) for node in self._root(namespace).below())
+
+    def blocks(self) -> list[int]:
+        """Return the blocks that can be matched, in no order, in linear time."""
+        nodes = itertools.chain(*(root.below() for root in self._roots.values()))
+        return [block for node in nodes for block in node.blocks]
 
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.

@@ -56,6 +56,15 @@ class RadixNode:
             stack += node.children.values()
             yield node
 
+    def up_to(self) -> list[int]:
+        """Return the blocks from the beginning of the prompt to the end of the run."""
+        runs: list[list[int]] = []
+        node: RadixNode | None = self
+        while node is not None:
+            runs.append(node.blocks)
+            node = node.parent
+        return [block for run in reversed(runs) for block in run]
+
     def check_invariants(self, width: int) -> None:
         """Raise AssertionError if the node, or what is right below it, is broken."""
         assert len(self.key) >= len(self.blocks) * width, "blocks without tokens"
@@ -87,3 +96,18 @@ class RadixNode:
         # One statement: nothing is there twice or not at all.
         self.parent.children[first], self.key, self.blocks, self.parent = upper, key, rest, upper
         return upper
+
+
+class PrefixMatch(NamedTuple):
+    """A cached prefix.
+
+    Attributes
+    ----------
+    blocks : list of int
+        Its blocks, in the order of the tokens: the first len(blocks) * S of them.
+    node : RadixNode
+        Where it ends in the tree.
+    """
+
+    blocks: list[int]
+    node: RadixNode

@@ -1,0 +1,71 @@
+"""A request while it is scheduled. Host only."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from pagedkv.host.block_table import BlockTable
+from pagedkv.host.radix_node import RadixNode
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request and how far it has come.
+
+    Attributes
+    ----------
+    request_id : hashable
+        Its name.
+    tokens : array of int32
+        The prompt and what was generated.
+    prompt, limit : int
+        Tokens of the prompt, and those at which the request is finished.
+    order : tuple of int
+        The smallest comes first.
+    namespace, shares : hashable, bool
+        With whom it shares cached prefixes, if it does.
+    table : BlockTable
+        What of it is in blocks.
+    running : bool
+        Whether it runs; else it waits, and has no blocks.
+    prefilling : bool
+        Whether it runs and a token before the last is not in blocks yet.
+    node : RadixNode or None
+        Its prefix in the tree, locked; None if it waits or does not share.
+    shared : int
+        Blocks of the table up to `node`: the tree's.
+    dropped : bool
+        Whether its request has ended.
+    """
+
+    request_id: Hashable
+    tokens: array[int]
+    prompt: int
+    limit: int
+    order: tuple[int, int]
+    namespace: Hashable
+    shares: bool
+    table: BlockTable
+    running: bool = False
+    prefilling: bool = False
+    node: RadixNode | None = None
+    shared: int = 0
+    dropped: bool = False
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are not in blocks yet."""
+        return len(self.tokens) - self.table.num_tokens
+
+    def __lt__(self, other: Sequence) -> bool:
+        return self.order < other.order
+
+
+def token_ids(values: list[int]) -> array[int]:
+    """Return token ids as a sequence holds them; ValueError for what is no 32-bit integer."""
+    try:
+        return array("i", values)
+    except (TypeError, OverflowError):
+        raise ValueError(f"expected 32-bit token ids, got {values}") from None
