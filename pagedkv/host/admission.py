@@ -27,7 +27,7 @@ class Admission:
     """
 
     def __init__(
-        self, pool: BlockPool, prefixes: Prefixes, max_running: int, watermark: int
+        self, pool: BlockPool, prefixes: Prefixes, max_running: int, watermark: int | None
     ) -> None:
         self._pool = pool
         self._prefixes = prefixes
@@ -111,7 +111,10 @@ class Admission:
         blocks = match.blocks if match else []
         cached = len(blocks) * tree.block_size
         needed = blocks_needed(len(sequence.tokens) - cached, tree.block_size)
-        spare = self._watermark if self.running else 0
+        spare = 0
+        if self.running:
+            half = -(-len(self.running) // 2)  # each will need a block within S steps
+            spare = half if self._watermark is None else self._watermark
         try:
             # Before anything is evicted: it must not lose its own prefix to the rest of itself.
             if match:

@@ -63,9 +63,9 @@ class Scheduler:
         Most tokens computed in a step.
     max_running : int
         Most sequences running at a time.
-    watermark : int
-        Blocks that an admission leaves for those that are running, so that they need not be
-        preempted at once.
+    watermark : int, optional
+        Blocks that an admission leaves for those that run, so that they need not be preempted at
+        once; by default one for every two of them (docs/adr/0006).
     block_bytes : int
         Bytes of a block in all layers, for `stats`.
     on_event : callable
@@ -84,7 +84,7 @@ class Scheduler:
         *,
         max_tokens: int = 2048,
         max_running: int = 256,
-        watermark: int = 0,
+        watermark: int | None = None,
         block_bytes: int = 0,
         on_event: Listener | None = None,
     ) -> None:
@@ -94,7 +94,7 @@ class Scheduler:
         self.block_size = positive_int32(block_size, "block_size")
         self.max_tokens = positive_int32(max_tokens, "max_tokens")
         self.max_running = positive_int32(max_running, "max_running")
-        self.watermark = count_of(watermark, "watermark")
+        self.watermark = watermark if watermark is None else count_of(watermark, "watermark")
         self.block_bytes = count_of(block_bytes, "block_bytes")
         self._lock = threading.RLock()
         self._sequences: dict[Hashable, Sequence] = {}  # all that are waiting or running
