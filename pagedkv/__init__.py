@@ -11,6 +11,7 @@ from pagedkv.attention.calls import (
 from pagedkv.attention.gather import append_block, gather_blocks, gather_rows
 from pagedkv.attention.inputs import Layout
 from pagedkv.attention.paths import DECODE_PATHS, DecodePath
+from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.kv_cache import MemoryUsage, PagedKVCache
 from pagedkv.cache.step import SlotMapping, Step
 from pagedkv.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "Reservation",
     "Schedule",
     "Scheduler",
+    "ScoreOptions",
     "SharedBlockError",
     "SlotMapping",
     "Stats",

@@ -33,6 +33,17 @@ def positive_int32(value: int, name: str) -> int:
     return number
 
 
+def id_below(limit: int, value: int, name: str) -> int:
+    """Return an id in [0, limit) as an int; ValueError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < limit:
+        raise ValueError(f"expected {name} in [0, {limit}), got {value}")
+    return number
+
+
 def integers(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.int64]:
     """Return `values` as a one-dimensional int64 array, refusing anything but integers."""
     array = np.asarray(values)

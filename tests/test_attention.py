@@ -1,6 +1,8 @@
+import gc
 import itertools
 import math
 import re
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,13 +16,16 @@ from pagedkv import (
     DECODE_PATHS,
     DecodeBatch,
     Layout,
+    ScoreOptions,
     UnsupportedPathError,
     contiguous_attention,
     decode_attention,
     explain,
     paged_attention,
 )
-from pagedkv.attention.paths import Call, choose
+from pagedkv.attention import plan
+from pagedkv.attention.inputs import Call
+from pagedkv.attention.paths import choose
 
 README = Path(__file__).parents[1] / "README.md"
 ON_CPU = mx.default_device().type == mx.cpu
@@ -60,12 +65,14 @@ HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (6, 1)}
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
 
-def on_device(options):
-    """Options with their arrays put on the device."""
-    return {
-        name: mx.array(value.astype(np.float32)) if isinstance(value, np.ndarray) else value
-        for name, value in options.items()
-    }
+def score_options(options):
+    """ScoreOptions of a dict, its arrays put on the device."""
+    return ScoreOptions(
+        **{
+            name: mx.array(value.astype(np.float32)) if isinstance(value, np.ndarray) else value
+            for name, value in options.items()
+        }
+    )
 
 
 def layout_of(path):
@@ -112,7 +119,7 @@ class Case:
             self.batch(),
             scale=self.scale,
             path=path,
-            **on_device(options),
+            scores=score_options(options),
         )
 
     def expected(self, **options):
@@ -203,9 +210,13 @@ def test_a_path_refuses_options_it_does_not_know(path):
 
 
 BAD_OPTIONS = {
-    "window of none": ({"window": 0}, "window to be a positive int, got 0"),
-    "fractional window": ({"window": 1.5}, "window to be a positive int, got 1.5"),
-    "negative softcap": ({"softcap": -1.0}, "positive finite softcap, got -1.0"),
+    "window of none": ({"window": 0}, r"window in \[1, 2147483647\], got 0"),
+    "fractional window": ({"window": 1.5}, "window to be an integer, got 1.5"),
+    "window in words": ({"window": "all"}, "window to be an integer, got 'all'"),
+    "window beyond 32 bits": ({"window": 2**31}, r"window in \[1, 2147483647\]"),
+    "negative softcap": ({"softcap": -1.0}, "positive softcap, got -1.0"),
+    "infinite softcap": ({"softcap": math.inf}, "finite softcap, got inf"),
+    "softcap in words": ({"softcap": "30"}, "finite softcap, got 30"),
     "sinks of another shape": ({"sinks": np.ones(7)}, r"sinks of shape \(8,\), got \(7,\)"),
     "slopes in two dimensions": (
         {"alibi_slopes": np.ones((8, 1))},
@@ -222,10 +233,19 @@ def test_bad_options(name):
 
 
 def test_integer_sinks():
-    case = Case([20])
-    arguments = case.queries, case.keys, case.values, case.batch()
     with pytest.raises(ValueError, match=r"sinks of a floating dtype, got .*int32"):
-        decode_attention(*arguments, scale=1.0, sinks=mx.zeros(8, dtype=mx.int32))
+        ScoreOptions(sinks=mx.zeros(8, dtype=mx.int32))
+
+
+def test_numpy_scalars_are_numbers():
+    case = Case([20, 33])
+    numbers = {"window": 7, "softcap": 3.0}
+    scalars = {"window": np.int64(7), "softcap": np.float32(3)}
+    expected = case.attend("auto", **numbers)
+    case.scale = np.float64(case.scale)
+    assert mx.array_equal(case.attend("auto", **scalars), expected).item()
+    case.scale = np.float32(0.25)
+    assert_close(case.attend("auto"), case.expected(), mx.float32)
 
 
 def explained(path="auto", **changes):
@@ -263,19 +283,16 @@ def test_fused_needs_a_gpu():
         explained("fused")
 
 
-GPU = mx.Device(mx.gpu, 0)
-
-
-def call(device=GPU, tokens=10**6, head_dim=128, query_len=1, dtype=mx.float16, options=()):
+def call(device=mx.gpu, head_dim=128, query_len=1, dtype=mx.float16, options=()):
     queries, keys = (1, 8, query_len, head_dim), (64, 32, 2, head_dim)
-    return Call(device, tokens, queries, keys, dtype, options)
+    used = tuple((option, "any") for option in options)
+    return Call(device, "auto", 1.0, queries, keys, keys, dtype, dtype, dtype, used)
 
 
 @pytest.mark.parametrize(
     ("metal", "asked", "expected"),
     [
         (False, call(), "fused"),
-        (False, call(tokens=1), "fused"),
         (False, call(query_len=8, options=("softcap",)), "fused"),
         (False, call(query_len=9), "gather_rows"),
         (False, call(head_dim=72), "gather_rows"),
@@ -283,23 +300,60 @@ def call(device=GPU, tokens=10**6, head_dim=128, query_len=1, dtype=mx.float16, 
         (False, call(head_dim=72, options=("softcap",)), "gather_rows_grouped"),
         (True, call(), "gather_rows"),
         (True, call(options=("alibi_slopes",)), "gather_rows_grouped"),
-        (False, call(device=mx.Device(mx.cpu, 0)), "gather_rows_grouped"),
+        (False, call(device=mx.cpu), "gather_rows_grouped"),
     ],
 )
 def test_auto_is_the_first_path_of_the_table_that_can(metal, asked, expected, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
-    assert choose(asked) == expected
+    assert choose(asked, tokens=1) == choose(asked, tokens=10**6) == expected
 
 
-def test_checks_are_made_once_a_step(monkeypatch):
+def test_a_plan_is_made_once_for_a_kind_of_call(monkeypatch):
+    made = []
+    original = plan._make_plan
+    monkeypatch.setattr(plan, "_make_plan", lambda *args: made.append(1) or original(*args))
     case = Case([20, 33])
     arguments = case.queries, case.keys, case.values, case.batch()
     first = decode_attention(*arguments, scale=case.scale)
-    monkeypatch.setattr("pagedkv.attention.calls._check", None)
     again = decode_attention(*arguments, scale=case.scale)
     assert mx.array_equal(first, again).item()
-    with pytest.raises(TypeError):
-        decode_attention(*arguments, scale=case.scale, window=3)
+    assert len(made) == 1
+    options = [ScoreOptions(sinks=mx.full(8, float(layer))) for layer in range(2)]
+    outputs = [decode_attention(*arguments, scale=case.scale, scores=o) for o in options]
+    assert len(made) == 2  # layers' own arrays are of a kind
+    assert not mx.array_equal(*outputs).item()
+    for changes in ({"scale": 0.3}, {"scores": ScoreOptions(window=3)}, {"path": "gather_rows"}):
+        decode_attention(*arguments, **{"scale": case.scale, **changes})
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_batch_goes_with_its_last_holder(path):
+    """What a plan keeps of it must not keep it: a batch of 16 times 32k tokens has 16 MiB."""
+    case = Case([5, 33])
+    layout, batch = layout_of(path), case.batch()
+    keys, values = in_layout(case.keys, layout), in_layout(case.values, layout)
+    alive = weakref.ref(batch)
+    options = ScoreOptions(window=9) if path in ("auto", "gather_rows") else ScoreOptions()
+    gc.disable()
+    try:
+        mx.eval(
+            decode_attention(
+                case.queries, keys, values, batch, scale=1.0, path=path, scores=options
+            )
+        )
+        del batch
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("path", paths(["auto", "gather_rows", "fused"]))
+def test_paths_that_follow_rows_make_no_mask_of_blocks(path):
+    case = Case([5, 33])
+    batch = case.batch()
+    decode_attention(case.queries, case.keys, case.values, batch, scale=1.0, path=path)
+    assert "mask" not in vars(batch)
 
 
 @pytest.mark.parametrize("path", CAUSAL_PATHS)

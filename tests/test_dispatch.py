@@ -3,8 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS
-from pagedkv.attention.paths import Call, choose
+from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
+from pagedkv.attention.inputs import Call
+from pagedkv.attention.paths import choose
 from website.report import HEADLINE, load
 
 # Machine -> its device, the commit that measured every path, and what `auto` was there.
@@ -25,14 +26,12 @@ def test_no_path_beats_auto_by_more_than_5_percent(machine, monkeypatch):
     compared = 0
     for cell, auto in table[HEADLINE].items():
         batch, context, block_size = (int(x) for x in cell)
-        call = Call(
-            mx.Device(device),
-            batch * context,
-            (batch, QUERY_HEADS, 1, HEAD_DIM),
-            (2 * batch * context // block_size, block_size, KV_HEADS, HEAD_DIM),
-            DTYPE,
+        queries = batch, QUERY_HEADS, 1, HEAD_DIM
+        pool = 2 * batch * context // block_size, block_size, KV_HEADS, HEAD_DIM
+        call = Call(device, "auto", SCALE, queries, pool, pool, DTYPE, DTYPE, DTYPE)
+        assert choose(call, batch * context) == path, (
+            "the table was changed: measure it and record the results"
         )
-        assert choose(call) == path, "the table was changed: measure it and record the results"
         for name in OTHERS:
             other = table.get(f"overhead.{name}.ratio_vs_contiguous", {}).get(cell)
             if auto.known and other is not None and other.known:

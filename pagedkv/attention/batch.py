@@ -1,11 +1,11 @@
-"""What one step reads, its block tables: checked on the host, put on the device."""
+"""What attention reads, block tables: checked on the host, put on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from pagedkv.limits import INT32_MAX, integers, positive_int32
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
-    """The block tables of one decode step, checked on the host and put on the device once.
+    """The block tables that are attended over, checked on the host and put on the device once.
 
-    Built once a step and shared by every layer, like the plan of FlashInfer's plan/run split.
+    Made once a step and shared by every layer. It keeps what attention derives from it: indices,
+    masks, and a plan for each kind of call.
 
     Attributes
     ----------
@@ -27,30 +30,20 @@ class DecodeBatch:
         shorter rows repeat their own first block.
     context_lens : mx.array
         Tokens to attend over, shape [B], int32.
-    mask : mx.array or None
-        True where a gathered position belongs to the sequence, shape [B, 1, 1, M * S], bool;
-        None when every context fills its M blocks exactly and there is nothing to mask.
     block_size : int
         S, tokens in a block.
     num_blocks : int
         N, blocks in the pool that the ids index.
     lens : ndarray
         The context lengths on the host, shape [B], int64.
-    plans : dict
-        What attention has found out about this step and need not do again for every layer.
     """
 
     block_tables: mx.array
     context_lens: mx.array
-    mask: mx.array | None
     block_size: int
     num_blocks: int
     lens: NDArray[np.int64]
-    plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
-    _rows: dict[int, mx.array] = field(default_factory=dict, init=False, repr=False)
-    _masks: dict[tuple[int, int | None], mx.array] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_tables(
@@ -78,7 +71,7 @@ class DecodeBatch:
         Returns
         -------
         DecodeBatch
-            The step's tables.
+            The tables.
 
         Raises
         ------
@@ -123,18 +116,24 @@ class DecodeBatch:
 
         columns = np.arange(needed.max())
         padded = ids[starts[:, None] + np.where(columns < needed[:, None], columns, 0)]
-        positions = len(columns) * block_size
-        mask = None
-        if lens.min() < positions:
-            mask = mx.array(np.arange(positions) < lens[:, None])[:, None, None, :]
         return cls(
             block_tables=mx.array(padded.astype(np.int32)),
             context_lens=mx.array(lens.astype(np.int32)),
-            mask=mask,
             block_size=block_size,
             num_blocks=num_blocks,
             lens=lens,
         )
+
+    def once(self, what: Hashable, make: Callable[..., T], *arguments: Any) -> T:
+        """Return what `make` returned when this batch was first asked for `what`.
+
+        Layers of one step ask for the same. What is made must not hold the batch: it would keep
+        its memory until Python's garbage collector comes.
+        """
+        made: T | None = self._made.get(what)
+        if made is None:
+            made = self._made[what] = make(*arguments)
+        return made
 
     @cached_property
     def shortest(self) -> int:
@@ -145,6 +144,17 @@ class DecodeBatch:
     def longest(self) -> int:
         """The largest context length, in tokens."""
         return int(self.lens.max())
+
+    @cached_property
+    def mask(self) -> mx.array | None:
+        """True where a gathered position belongs to the sequence, shape [B, 1, 1, M * S], bool.
+
+        None when every context fills its M blocks exactly and there is nothing to mask.
+        """
+        positions = self.block_tables.shape[1] * self.block_size
+        if self.shortest == positions:
+            return None
+        return (mx.arange(positions) < self.context_lens[:, None])[:, None, None, :]
 
     def rows(self, kv_heads: int) -> mx.array:
         """Return where each position of each head lies in a block-major pool.
@@ -164,7 +174,8 @@ class DecodeBatch:
             context length repeat the sequence's own first position, so that whatever its blocks
             held before is never read.
         """
-        if kv_heads not in self._rows:
+
+        def make() -> mx.array:
             in_int32 = self.num_blocks * self.block_size * kv_heads <= INT32_MAX
             dtype = mx.int32 if in_int32 else mx.int64
             positions = mx.arange(self.longest)
@@ -173,8 +184,9 @@ class DecodeBatch:
             if self.shortest < self.longest:
                 slots = mx.where(positions < self.context_lens[:, None], slots, slots[:, :1])
             heads = mx.arange(kv_heads, dtype=dtype)[:, None]
-            self._rows[kv_heads] = slots[:, None, :] * kv_heads + heads
-        return self._rows[kv_heads]
+            return slots[:, None, :] * kv_heads + heads
+
+        return self.once(("rows", kv_heads), make)
 
     def distances(self, query_len: int = 1) -> mx.array:
         """Return how far each position lies behind each of the last `query_len` tokens.
@@ -187,11 +199,15 @@ class DecodeBatch:
         Returns
         -------
         mx.array
-            Position less the query's own, int32, shape [B, 1, 1, Q, `longest`]; positive where
-            the position comes after it.
+            Position less the query's own, int32, shape [B, 1, Q, `longest`]; positive where the
+            position comes after it. Kept and shared, as `rows`.
         """
-        own = self.context_lens[:, None] + (mx.arange(query_len) - query_len)
-        return mx.arange(self.longest) - own[:, None, None, :, None]
+
+        def make() -> mx.array:
+            own = self.context_lens[:, None] + (mx.arange(query_len) - query_len)
+            return mx.arange(self.longest) - own[:, None, :, None]
+
+        return self.once(("distances", query_len), make)
 
     def causal_mask(self, query_len: int = 1, window: int | None = None) -> mx.array | None:
         """Return which positions each of the last `query_len` tokens of a sequence may see.
@@ -207,14 +223,15 @@ class DecodeBatch:
         -------
         mx.array or None
             True where query i may see a position, bool, shape [B, 1, Q, `longest`]; None when it
-            would be True everywhere.
+            would be True everywhere. Kept and shared, as `rows`.
         """
+
+        def make() -> mx.array:
+            behind = self.distances(query_len)
+            mask = behind <= 0
+            return mask if window is None else mask & (behind > -window)
+
         everything = window is None or window >= self.longest
         if query_len == 1 and everything and self.shortest == self.longest:
             return None
-        key = (query_len, window)
-        if key not in self._masks:
-            behind = self.distances(query_len)[:, 0]
-            mask = behind <= 0
-            self._masks[key] = mask if window is None else mask & (behind > -window)
-        return self._masks[key]
+        return self.once(("mask", query_len, window), make)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.scores import Scores
+from pagedkv.attention.scores import ScoreOptions
 from pagedkv.limits import INT32_MAX
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -71,10 +71,8 @@ def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
     queries, keys : tuple of int
         Shapes [B, Hq, Q, D] and [N, S, Hkv, D].
     """
-    _, heads, query_len, head_dim = queries
+    _, heads, query_len, _ = queries
     num_blocks, block_size, kv_heads, _ = keys
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} (it takes {', '.join(map(str, HEAD_DIMS))})"
     if query_len > MOST_QUERIES:
         return f"{query_len} query tokens (it takes up to {MOST_QUERIES})"
     if heads // kv_heads > MOST_QUERY_HEADS:
@@ -183,7 +181,7 @@ def make_plan(
     keys: tuple[int, ...],
     dtype: mx.Dtype,
     scale: float,
-    scores: Scores,
+    scores: ScoreOptions,
     tuning: Tuning | None = None,
 ) -> Plan:
     """Cut a step into work items and choose the kernels that run it.
@@ -200,7 +198,7 @@ def make_plan(
         Of queries, K and V.
     scale : float
         Factor on the scores.
-    scores : Scores
+    scores : ScoreOptions
         What else happens to them.
     tuning : Tuning, optional
         Instead of the backend's own.

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import Layout, check_pool, check_rank
+from pagedkv.limits import id_below
 
 
 def gather_blocks(
@@ -22,7 +23,7 @@ def gather_blocks(
     pool : mx.array
         K or V pool in `layout`.
     batch : DecodeBatch
-        The step's tables.
+        Block tables and context lengths.
     layout : Layout
         Order of the pool's dimensions.
 
@@ -39,8 +40,8 @@ def gather_blocks(
         If the pool does not have the number of blocks and block size the tables were made for.
     """
     layout = Layout(layout)
-    check_pool("pool", pool, batch, layout)
-    return take_blocks(pool, batch, layout)
+    check_pool("pool", pool.shape, batch, layout)
+    return take_blocks(pool, batch.block_tables, layout)
 
 
 def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
@@ -51,7 +52,7 @@ def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
     pool : mx.array
         K or V pool, [N, S, Hkv, D].
     batch : DecodeBatch
-        The step's tables.
+        Block tables and context lengths.
 
     Returns
     -------
@@ -64,8 +65,8 @@ def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
     ValueError
         If the pool does not have the number of blocks and block size the tables were made for.
     """
-    check_pool("pool", pool, batch, Layout.BLOCK_MAJOR)
-    return take_rows(pool, batch)
+    _, _, kv_heads, _ = check_pool("pool", pool.shape, batch, Layout.BLOCK_MAJOR)
+    return take_rows(pool, batch.rows(kv_heads))
 
 
 def append_block(
@@ -97,31 +98,29 @@ def append_block(
         If shape, dtype or id do not fit the pool.
     """
     layout = Layout(layout)
-    check_rank("pool", pool)
+    check_rank("pool", pool.shape)
     axis = 0 if layout is Layout.BLOCK_MAJOR else 1
     expected = (*pool.shape[:axis], *pool.shape[axis + 1 :])
     if block.shape != expected:
         raise ValueError(f"expected a block of shape {expected}, got {block.shape}")
     if block.dtype != pool.dtype:
         raise ValueError(f"expected a block of dtype {pool.dtype}, got {block.dtype}")
-    if not isinstance(block_id, int) or not 0 <= block_id < pool.shape[axis]:
-        raise ValueError(f"expected a block id in [0, {pool.shape[axis]}), got {block_id}")
+    block_id = id_below(pool.shape[axis], block_id, "a block id")
     return mx.slice_update(pool, mx.expand_dims(block, axis), mx.array([block_id]), axes=[axis])
 
 
-def take_blocks(pool: mx.array, batch: DecodeBatch, layout: Layout) -> mx.array:
+def take_blocks(pool: mx.array, block_tables: mx.array, layout: Layout) -> mx.array:
     """Do what `gather_blocks` says, without its checks."""
-    rows, blocks = batch.block_tables.shape
-    _, block_size, kv_heads, head_dim = layout.dims(pool)
+    rows, blocks = block_tables.shape
+    _, block_size, kv_heads, head_dim = layout.dims(pool.shape)
     positions = blocks * block_size
     if layout is Layout.BLOCK_MAJOR:
-        taken = mx.take(pool, batch.block_tables, axis=0)
+        taken = mx.take(pool, block_tables, axis=0)
         return taken.reshape(rows, positions, kv_heads, head_dim).transpose(0, 2, 1, 3)
-    taken = mx.take(pool, batch.block_tables, axis=1)
+    taken = mx.take(pool, block_tables, axis=1)
     return taken.reshape(kv_heads, rows, positions, head_dim).transpose(1, 0, 2, 3)
 
 
-def take_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
-    """Do what `gather_rows` says, without its checks."""
-    _, _, kv_heads, head_dim = pool.shape
-    return mx.take(pool.reshape(-1, head_dim), batch.rows(kv_heads), axis=0)
+def take_rows(pool: mx.array, rows: mx.array) -> mx.array:
+    """Do what `gather_rows` says, without its checks, by `DecodeBatch.rows`."""
+    return mx.take(pool.reshape(-1, pool.shape[3]), rows, axis=0)

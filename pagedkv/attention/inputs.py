@@ -1,8 +1,11 @@
-"""What attention takes: dtypes, layouts of pools, shapes."""
+"""What attention takes: dtypes, layouts of pools, numbers and shapes that fit together."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from enum import Enum
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -10,6 +13,8 @@ from pagedkv.attention.batch import DecodeBatch
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 """What pools and queries may hold."""
+
+Shape = tuple[int, ...]
 
 
 class Layout(Enum):
@@ -21,30 +26,97 @@ class Layout(Enum):
     HEAD_MAJOR = "head_major"
     """[Hkv, N, S, D]: each head has a pool of its own. A measured alternative."""
 
-    def dims(self, pool: mx.array) -> tuple[int, int, int, int]:
-        """Return (N, S, Hkv, D) of a four-dimensional pool."""
+    def dims(self, pool: Shape) -> tuple[int, int, int, int]:
+        """Return (N, S, Hkv, D) of a pool's four dimensions."""
         if self is Layout.BLOCK_MAJOR:
-            num_blocks, block_size, kv_heads, head_dim = pool.shape
+            num_blocks, block_size, kv_heads, head_dim = pool
         else:
-            kv_heads, num_blocks, block_size, head_dim = pool.shape
+            kv_heads, num_blocks, block_size, head_dim = pool
         return num_blocks, block_size, kv_heads, head_dim
 
 
-def check_rank(name: str, array: mx.array) -> None:
-    """Raise ValueError unless an array has four dimensions."""
-    if array.ndim != 4:
-        raise ValueError(f"expected {name} with 4 dimensions, got shape {array.shape}")
+class Call(NamedTuple):
+    """What tells apart calls that need a plan each.
+
+    Attributes
+    ----------
+    device : mx.DeviceType
+        Where it runs.
+    path : str
+        The path asked for.
+    scale : float
+        Factor on the scores.
+    queries, keys, values : tuple of int
+        Shapes [B, Hq, Q, D] and, of the pools, [N, S, Hkv, D] or as the path's layout has it.
+    dtype, keys_dtype, values_dtype : mx.Dtype
+        Of queries, K and V.
+    options : tuple
+        `ScoreOptions.kind`.
+    """
+
+    device: mx.DeviceType
+    path: str
+    scale: float
+    queries: Shape
+    keys: Shape
+    values: Shape
+    dtype: mx.Dtype
+    keys_dtype: mx.Dtype
+    values_dtype: mx.Dtype
+    options: tuple[tuple[str, Hashable], ...] = ()
+
+
+def finite(value: float, name: str) -> float:
+    """Return a finite number as a float; ValueError for anything else."""
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except TypeError:
+        pass
+    raise ValueError(f"expected a finite {name}, got {value}")
+
+
+def check_rank(name: str, shape: Shape) -> None:
+    """Raise ValueError unless there are four dimensions."""
+    if len(shape) != 4:
+        raise ValueError(f"expected {name} with 4 dimensions, got shape {shape}")
 
 
 def check_pool(
-    name: str, pool: mx.array, batch: DecodeBatch, layout: Layout
+    name: str, shape: Shape, batch: DecodeBatch, layout: Layout
 ) -> tuple[int, int, int, int]:
     """Return (N, S, Hkv, D) of a pool that fits the batch; ValueError if it does not."""
-    check_rank(name, pool)
-    dims = layout.dims(pool)
+    check_rank(name, shape)
+    dims = layout.dims(shape)
     if dims[:2] != (batch.num_blocks, batch.block_size):
         raise ValueError(
             f"expected {name} in {layout.value} layout with {batch.num_blocks} blocks of "
-            f"{batch.block_size} tokens, got shape {pool.shape}"
+            f"{batch.block_size} tokens, got shape {shape}"
         )
     return dims
+
+
+def check_one_token(queries: mx.array) -> None:
+    """Raise ValueError unless queries have one token a sequence."""
+    if queries.ndim != 4 or queries.shape[2] != 1:
+        raise ValueError(f"expected queries of shape [B, Hq, 1, D], got {queries.shape}")
+
+
+def check_heads(call: Call, *, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError unless queries, K and V have heads and dtypes that fit together."""
+    queries, keys = call.queries, call.keys
+    if call.values != keys:
+        raise ValueError(f"expected values of shape {keys}, got {call.values}")
+    if len(queries) != 4 or queries[3] != head_dim:
+        raise ValueError(f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries}")
+    if 0 in keys:
+        raise ValueError(f"expected keys without empty dimensions, got shape {keys}")
+    if queries[1] == 0 or queries[1] % kv_heads:
+        raise ValueError(
+            f"expected query heads to be a multiple of {kv_heads} KV heads, got {queries[1]}"
+        )
+    if not call.dtype == call.keys_dtype == call.values_dtype:
+        raise ValueError(
+            f"expected one dtype, got {call.dtype}, {call.keys_dtype} and {call.values_dtype} "
+            f"for queries, keys and values"
+        )

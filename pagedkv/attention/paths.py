@@ -10,44 +10,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from pagedkv.attention import fused
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.gather import take_blocks, take_rows
-from pagedkv.attention.inputs import DTYPES, Layout
-from pagedkv.attention.scores import Scores
-
-Shape = tuple[int, ...]
-Gather = tuple[DecodeBatch, float]  # what a gather needs of a step: the batch and the scale
-
-
-@dataclass(frozen=True)
-class Call:
-    """What decides which paths can run a call, and which one is best.
-
-    Attributes
-    ----------
-    device : mx.Device
-        Where it would run.
-    tokens : int
-        Sequences of the batch times its longest context length.
-    queries, keys : tuple of int
-        Shapes [B, Hq, Q, D] and, of the pool, [N, S, Hkv, D].
-    dtype : mx.Dtype
-        Of queries, K and V.
-    options : tuple of str
-        Options of `Scores` that are set.
-    """
-
-    device: mx.Device
-    tokens: int
-    queries: Shape
-    keys: Shape
-    dtype: mx.Dtype
-    options: tuple[str, ...] = ()
+from pagedkv.attention.inputs import DTYPES, Call, Layout, Shape
+from pagedkv.attention.scores import ScoreOptions
 
 
 @dataclass(frozen=True)
@@ -59,107 +30,100 @@ class DecodePath:
     layout : Layout
         The pool layout it reads.
     attend : callable
-        (queries, keys, values, plan, scores) -> output, arguments already checked.
+        (queries, keys, values, prepared, scores) -> output, arguments already checked.
     prepare : callable
-        (batch, call, scale, scores) -> the plan that `attend` takes for every layer of a step.
+        (batch, call, scores) -> what `attend` takes for every layer; it must not hold the batch.
     supports : callable
         (device, dtype, head_dim) -> whether it can run.
     causal : bool
         Whether it takes several query tokens a sequence, each seeing those before it.
     options : frozenset of str
-        The options of `Scores` that it knows.
+        The options of `ScoreOptions` that it knows.
     refusal : callable
         (queries, keys) -> why it cannot take these shapes, or None.
     """
 
     layout: Layout
-    attend: Callable[[mx.array, mx.array, mx.array, Any, Scores], mx.array]
-    prepare: Callable[[DecodeBatch, Call, float, Scores], Any]
+    attend: Callable[[mx.array, mx.array, mx.array, Any, ScoreOptions], mx.array]
+    prepare: Callable[[DecodeBatch, Call, ScoreOptions], Any]
     supports: Callable[[mx.Device, mx.Dtype, int], bool]
     causal: bool = False
     options: frozenset[str] = frozenset()
     refusal: Callable[[Shape, Shape], str | None] = lambda queries, keys: None
 
 
+class Blocks(NamedTuple):
+    """What a gather of blocks takes from a batch."""
+
+    scale: float
+    block_tables: mx.array  # [B, M]
+    mask: mx.array | None  # [B, 1, 1, M * S]
+
+
+class Rows(NamedTuple):
+    """What a gather of rows takes from a batch."""
+
+    scale: float
+    rows: mx.array  # [B, Hkv, L]
+    mask: mx.array | None  # [B, 1, Q, L]
+    distances: mx.array | None  # [B, 1, Q, L]
+
+
 def _gather_then_sdpa(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    step: Gather,
-    layout: Layout,
+    queries: mx.array, keys: mx.array, values: mx.array, blocks: Blocks, layout: Layout
 ) -> mx.array:
-    batch, scale = step
-    keys, values = take_blocks(keys, batch, layout), take_blocks(values, batch, layout)
-    if batch.mask is not None:
+    scale, tables, mask = blocks
+    keys, values = take_blocks(keys, tables, layout), take_blocks(values, tables, layout)
+    if mask is not None:
         # A weight of zero does not silence a stale NaN, so positions past the context are zeroed.
-        keep = batch.mask.swapaxes(2, 3)
+        keep = mask.swapaxes(2, 3)
         zero = mx.zeros((), dtype=keys.dtype)
         keys, values = mx.where(keep, keys, zero), mx.where(keep, values, zero)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=batch.mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def _gather_block_major(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    step: Gather,
-    scores: Scores,
+    queries: mx.array, keys: mx.array, values: mx.array, blocks: Blocks, scores: ScoreOptions
 ) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, step, Layout.BLOCK_MAJOR)
+    return _gather_then_sdpa(queries, keys, values, blocks, Layout.BLOCK_MAJOR)
 
 
 def _gather_head_major(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    step: Gather,
-    scores: Scores,
+    queries: mx.array, keys: mx.array, values: mx.array, blocks: Blocks, scores: ScoreOptions
 ) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, step, Layout.HEAD_MAJOR)
+    return _gather_then_sdpa(queries, keys, values, blocks, Layout.HEAD_MAJOR)
 
 
 def _gather_rows(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    step: Gather,
-    scores: Scores,
+    queries: mx.array, keys: mx.array, values: mx.array, gather: Rows, scores: ScoreOptions
 ) -> mx.array:
-    batch, scale = step
     sinks = scores.sinks
     return mx.fast.scaled_dot_product_attention(
         queries,
-        take_rows(keys, batch),
-        take_rows(values, batch),
-        scale=scale,
-        mask=batch.causal_mask(queries.shape[2], scores.window),
+        take_rows(keys, gather.rows),
+        take_rows(values, gather.rows),
+        scale=gather.scale,
+        mask=gather.mask,
         sinks=None if sinks is None else sinks.astype(queries.dtype),
     )
 
 
 def _gather_rows_grouped(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    step: Gather,
-    scores: Scores,
+    queries: mx.array, keys: mx.array, values: mx.array, gather: Rows, scores: ScoreOptions
 ) -> mx.array:
     """All query heads of a KV head in one matrix product; K and V are read once for them."""
-    batch, scale = step
-    rows, heads, query_len, head_dim = queries.shape
+    scale, rows, mask, distances = gather
+    batch, heads, query_len, head_dim = queries.shape
     kv_heads = keys.shape[2]
-    grouped = (queries * scale).reshape(rows, kv_heads, -1, head_dim)  # [B, Hkv, G * Q, D]
-    logits = grouped @ take_rows(keys, batch).swapaxes(2, 3)
-    by_query = (rows, kv_heads, heads // kv_heads, query_len, logits.shape[-1])
+    grouped = (queries * scale).reshape(batch, kv_heads, -1, head_dim)  # [B, Hkv, G * Q, D]
+    logits = grouped @ take_rows(keys, rows).swapaxes(2, 3)
+    by_query = (batch, kv_heads, heads // kv_heads, query_len, logits.shape[-1])
     if scores.softcap is not None:
         logits = scores.softcap * mx.tanh(logits / scores.softcap)
-    if scores.alibi_slopes is not None:
+    if distances is not None and scores.alibi_slopes is not None:
         slopes = scores.alibi_slopes.reshape(kv_heads, -1, 1, 1)
-        logits = (logits.reshape(by_query) + slopes * batch.distances(query_len)).astype(
-            queries.dtype
-        )
-        logits = logits.reshape(*by_query[:2], -1, by_query[-1])
-    mask = batch.causal_mask(query_len, scores.window)
+        logits = logits.reshape(by_query) + slopes * distances[:, :, None]
+        logits = logits.astype(queries.dtype).reshape(*by_query[:2], -1, by_query[-1])
     if mask is not None:
         masked = mx.where(
             mask[:, :, None], logits.reshape(by_query), mx.array(-mx.inf, logits.dtype)
@@ -172,24 +136,34 @@ def _gather_rows_grouped(
         sinks = mx.broadcast_to(sinks, (*by_query[:-1], 1)).reshape(*logits.shape[:-1], 1)
         joined = mx.concatenate([logits, sinks], axis=-1)
         weights = mx.softmax(joined, axis=-1, precise=True)[..., :-1]
-    out = weights @ take_rows(values, batch)
-    return out.reshape(rows, heads, query_len, head_dim)
+    out = weights @ take_rows(values, rows)
+    return out.reshape(batch, heads, query_len, head_dim)
 
 
 def _fused(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: fused.Plan, scores: Scores
+    queries: mx.array, keys: mx.array, values: mx.array, plan: fused.Plan, scores: ScoreOptions
 ) -> mx.array:
     """Read K and V where they lie; see `pagedkv.attention.fused`."""
     return plan.attend(queries, keys, values, scores.alibi_slopes, scores.sinks)
 
 
-def _plan_gather(batch: DecodeBatch, call: Call, scale: float, scores: Scores) -> Gather:
-    return batch, scale
+def _prepare_blocks(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Blocks:
+    return Blocks(call.scale, batch.block_tables, batch.mask)
 
 
-def _plan_fused(batch: DecodeBatch, call: Call, scale: float, scores: Scores) -> fused.Plan:
-    backend = backend_of(call.device)
-    return fused.make_plan(batch, backend, call.queries, call.keys, call.dtype, scale, scores)
+def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Rows:
+    query_len, kv_heads = call.queries[2], call.keys[2]
+    return Rows(
+        call.scale,
+        batch.rows(kv_heads),
+        batch.causal_mask(query_len, scores.window),
+        None if scores.alibi_slopes is None else batch.distances(query_len),
+    )
+
+
+def _prepare_fused(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> fused.Plan:
+    backend, shapes = backend_of(mx.Device(call.device)), (call.queries, call.keys)
+    return fused.make_plan(batch, backend, *shapes, call.dtype, call.scale, scores)
 
 
 def _any_head_dim(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
@@ -205,15 +179,15 @@ EVERY_OPTION = frozenset({"window", "softcap", "sinks", "alibi_slopes"})
 DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
     {
         "gather_block_major": DecodePath(
-            Layout.BLOCK_MAJOR, _gather_block_major, _plan_gather, _any_head_dim
+            Layout.BLOCK_MAJOR, _gather_block_major, _prepare_blocks, _any_head_dim
         ),
         "gather_head_major": DecodePath(
-            Layout.HEAD_MAJOR, _gather_head_major, _plan_gather, _any_head_dim
+            Layout.HEAD_MAJOR, _gather_head_major, _prepare_blocks, _any_head_dim
         ),
         "gather_rows": DecodePath(
             Layout.BLOCK_MAJOR,
             _gather_rows,
-            _plan_gather,
+            _prepare_rows,
             _any_head_dim,
             causal=True,
             options=frozenset({"window", "sinks"}),
@@ -221,7 +195,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
         "gather_rows_grouped": DecodePath(
             Layout.BLOCK_MAJOR,
             _gather_rows_grouped,
-            _plan_gather,
+            _prepare_rows,
             _any_head_dim,
             causal=True,
             options=EVERY_OPTION,
@@ -229,7 +203,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
         "fused": DecodePath(
             Layout.BLOCK_MAJOR,
             _fused,
-            _plan_fused,
+            _prepare_fused,
             _fused_supports,
             causal=True,
             options=EVERY_OPTION,
@@ -271,21 +245,24 @@ def backend_of(device: mx.Device) -> str:
 
 def refusal(name: str, call: Call) -> str | None:
     """Return why the path called `name` cannot run a call, or None if it can."""
-    path = DECODE_PATHS[name]
+    path, device = DECODE_PATHS[name], mx.Device(call.device)
     query_len, head_dim = call.queries[2:]
-    if not path.supports(call.device, call.dtype, head_dim):
-        return f"does not support {call.dtype} with head dim {head_dim} on {call.device}"
+    if not path.supports(device, call.dtype, head_dim):
+        return f"does not support {call.dtype} with head dim {head_dim} on {device}"
     if query_len > 1 and not path.causal:
         return f"takes one query token, got {query_len}"
-    unknown = [option for option in call.options if option not in path.options]
+    unknown = [option for option, _ in call.options if option not in path.options]
     if unknown:
         return f"does not know {', '.join(unknown)}"
     reason = path.refusal(call.queries, call.keys)
     return f"does not support {reason}" if reason else None
 
 
-def choose(call: Call) -> str:
-    """Return the name of the path behind ``"auto"``."""
-    fitting = [name for limit, name in AUTO[backend_of(call.device)] if call.tokens <= limit]
+def choose(call: Call, tokens: int) -> str:
+    """Return the name of the path behind ``"auto"``, for so many tokens in the batch.
+
+    Tokens are counted as sequences times the longest context.
+    """
+    fitting = [name for limit, name in AUTO[backend_of(mx.Device(call.device))] if tokens <= limit]
     # If none can run it, the caller hears what the last one, which can do most, has against it.
     return next((name for name in fitting if refusal(name, call) is None), fitting[-1])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from pagedkv.attention.inputs import finite
+from pagedkv.limits import positive_int32
+
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class ScoreOptions:
     """Options of a layer's scores; the default changes nothing.
 
     Attributes
@@ -24,47 +26,50 @@ class Scores:
     alibi_slopes : mx.array or None
         For each query head, what a score loses for every token of distance, shape [Hq] (Press et
         al., 2022).
+    kind : tuple
+        What tells apart options that need a plan each: values of numbers, forms of arrays.
+
+    Raises
+    ------
+    ValueError
+        If `window` is not a positive 32-bit integer, `softcap` not a positive finite number, or an
+        array not of a floating dtype.
     """
 
     window: int | None = None
     softcap: float | None = None
     sinks: mx.array | None = None
     alibi_slopes: mx.array | None = None
+    kind: tuple[tuple[str, Hashable], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kind: list[tuple[str, Hashable]] = []
+        if self.window is not None:
+            object.__setattr__(self, "window", positive_int32(self.window, "window"))
+            kind.append(("window", self.window))
+        if self.softcap is not None:
+            object.__setattr__(self, "softcap", finite(self.softcap, "softcap"))
+            if self.softcap <= 0:
+                raise ValueError(f"expected a positive softcap, got {self.softcap}")
+            kind.append(("softcap", self.softcap))
+        for name in ("sinks", "alibi_slopes"):
+            array = getattr(self, name)
+            if array is not None:
+                if not mx.issubdtype(array.dtype, mx.floating):
+                    raise ValueError(f"expected {name} of a floating dtype, got {array.dtype}")
+                kind.append((name, (array.shape, array.dtype)))
+        object.__setattr__(self, "kind", tuple(kind))
 
     def used(self) -> tuple[str, ...]:
         """Return the names of the options that are set."""
-        options = {
-            "window": self.window,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "alibi_slopes": self.alibi_slopes,
-        }
-        return tuple(name for name, value in options.items() if value is not None)
+        return tuple(name for name, _ in self.kind)
 
-    def kind(self) -> Hashable:
-        """Return what tells apart calls that have to be checked or planned separately."""
-        sinks, slopes = self.sinks, self.alibi_slopes
-        return (
-            self.window,
-            self.softcap,
-            None if sinks is None else (sinks.shape, sinks.dtype),
-            None if slopes is None else (slopes.shape, slopes.dtype),
-        )
-
-    def check(self, heads: int) -> None:
-        """Raise ValueError unless the options are well formed for so many query heads."""
-        window, softcap = self.window, self.softcap
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"expected window to be a positive int, got {window}")
-        if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-            raise ValueError(f"expected a positive finite softcap, got {softcap}")
-        for name, array in (("sinks", self.sinks), ("alibi_slopes", self.alibi_slopes)):
-            if array is None:
-                continue
-            if array.shape != (heads,):
+    def check_heads(self, heads: int) -> None:
+        """Raise ValueError unless the arrays have an entry for each of so many query heads."""
+        for name in ("sinks", "alibi_slopes"):
+            array = getattr(self, name)
+            if array is not None and array.shape != (heads,):
                 raise ValueError(f"expected {name} of shape ({heads},), got {array.shape}")
-            if not mx.issubdtype(array.dtype, mx.floating):
-                raise ValueError(f"expected {name} of a floating dtype, got {array.dtype}")
 
 
-PLAIN = Scores()
+PLAIN = ScoreOptions()

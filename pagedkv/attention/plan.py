@@ -1,0 +1,113 @@
+"""What attention finds out about a batch, once for all calls of a kind: a path and its inputs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import Call, Layout, check_heads, check_pool, finite
+from pagedkv.attention.paths import DECODE_PATHS, DecodePath, choose, refusal
+from pagedkv.attention.scores import ScoreOptions
+from pagedkv.errors import UnsupportedPathError
+
+FORCE = "PAGEDKV_DECODE_PATH"  # environment variable: what "auto" is
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """How a batch is attended over by calls of one kind: checked, chosen, prepared.
+
+    Attributes
+    ----------
+    call : Call
+        The kind of call.
+    name : str
+        The path's key of `DECODE_PATHS`.
+    path : DecodePath
+        The path that runs.
+    prepared : object
+        What the path made of the batch. It holds arrays of the batch, never the batch.
+    """
+
+    call: Call
+    name: str
+    path: DecodePath
+    prepared: Any
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scores: ScoreOptions
+    ) -> mx.array:
+        """Attend in one layer, with arguments of this kind."""
+        return self.path.attend(queries, keys, values, self.prepared, scores)
+
+
+def plan_for(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    batch: DecodeBatch,
+    scale: float,
+    path: str,
+    scores: ScoreOptions,
+) -> AttentionPlan:
+    """Return the batch's plan for such a call, made when the first one comes.
+
+    Parameters
+    ----------
+    queries, keys, values, batch, scale, path, scores
+        As for `paged_attention`.
+
+    Returns
+    -------
+    AttentionPlan
+        The same for every layer whose arguments are of the same kind.
+
+    Raises
+    ------
+    ValueError, UnsupportedPathError
+        As `paged_attention`. Nothing has been computed then.
+    """
+    kind = (  # of call; in the order of `Call`, which would take longer to make than to look up
+        mx.default_device().type,
+        path,
+        scale,
+        queries.shape,
+        keys.shape,
+        values.shape,
+        queries.dtype,
+        keys.dtype,
+        values.dtype,
+        scores.kind,
+    )
+    return batch.once(kind, _make_plan, batch, kind, scores)
+
+
+def _make_plan(batch: DecodeBatch, kind: tuple[Any, ...], scores: ScoreOptions) -> AttentionPlan:
+    call = Call(*kind)
+    path = call.path
+    if path == "auto":
+        path = os.environ.get(FORCE) or "auto"
+    if path != "auto" and path not in DECODE_PATHS:
+        known = ", ".join(["auto", *DECODE_PATHS])
+        raise ValueError(f"expected path to be one of {known}, got {path!r}")
+    layout = Layout.BLOCK_MAJOR if path == "auto" else DECODE_PATHS[path].layout
+    _, _, kv_heads, head_dim = check_pool("keys", call.keys, batch, layout)
+    check_heads(call, kv_heads=kv_heads, head_dim=head_dim)
+    call = call._replace(scale=finite(call.scale, "scale"))
+    sequences, heads, query_len, _ = call.queries
+    scores.check_heads(heads)
+    if sequences != len(batch.lens):
+        raise ValueError(f"expected queries of batch {len(batch.lens)}, got {sequences}")
+    if not 1 <= query_len <= batch.shortest:
+        raise ValueError(
+            f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
+        )
+    name = choose(call, sequences * batch.longest) if path == "auto" else path
+    if reason := refusal(name, call):
+        raise UnsupportedPathError(f"path {name!r} {reason}")
+    chosen = DECODE_PATHS[name]
+    return AttentionPlan(call, name, chosen, chosen.prepare(batch, call, scores))
