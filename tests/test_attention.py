@@ -195,6 +195,42 @@ def test_options(name, query_len, dtype, path):
     assert_close(case.attend(path, **OPTIONS[name]), case.expected(**OPTIONS[name]), dtype)
 
 
+@pytest.mark.parametrize("path", paths(["auto", "fused"]))
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_slopes_of_half_precision_reach_across_a_long_context(dtype, path):
+    """A float16 slope times a distance past 65,504 tokens is not a float16."""
+    case = Case([70_000], heads=(4, 1), head_dim=64, block_size=32, dtype=dtype)
+    slopes = np.array([2.0**-8, 2.0**-16, 2.0**-17, 0.0])
+    out = decode_attention(
+        *(case.queries, case.keys, case.values, case.batch()),
+        scale=case.scale,
+        path=path,
+        scores=ScoreOptions(alibi_slopes=mx.array(slopes).astype(dtype)),
+    )
+    assert_close(out, case.expected(alibi_slopes=slopes), dtype)
+
+
+@pytest.mark.parametrize("path", paths(["auto", "fused"]))
+@pytest.mark.parametrize("factor", [2_000, 20_000])
+def test_scores_beyond_what_float16_holds(factor, path):
+    case = Case([5, 33, 100], query_len=2, dtype=mx.float16)
+    case.queries = mx.clip(case.queries, -2, 2) * factor
+    case.keys = case.keys * 10
+    keys = case.keys.astype(mx.float32).transpose(2, 3, 0, 1).reshape(2, 64, -1)
+    grouped = case.queries.astype(mx.float32).reshape(3, 2, -1, 64)
+    highest = mx.abs(grouped @ keys).max().item() * case.scale
+    assert 2**16 < highest < 2**20
+    assert_close(case.attend(path), case.expected(), mx.float16)
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1e-1])
+def test_small_queries_keep_their_digits(factor):
+    """Queries are made smaller before the product: scores that matter must not lose by it."""
+    case = Case([5, 33, 100], dtype=mx.float16)
+    case.queries, case.keys = case.queries * factor, case.keys / factor
+    assert_close(case.attend("auto"), case.expected(), mx.float16)
+
+
 @pytest.mark.parametrize("name", ["window", "sinks"])
 def test_rows_know_what_sdpa_knows(name):
     case = Case([5, 33, 100], query_len=2)

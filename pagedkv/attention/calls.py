@@ -115,6 +115,9 @@ def paged_attention(
 ) -> mx.array:
     """Attend with the last Q tokens of each sequence, causally: a prefill chunk, a verification.
 
+    float16 scores, before a soft cap, hold up to 2**20 in `gather_rows_grouped`, and up to 65,504
+    where a gather calls MLX's SDPA on a CPU; the fused kernels keep them in float32.
+
     Parameters
     ----------
     queries : mx.array

@@ -67,6 +67,7 @@ class Rows(NamedTuple):
     rows: mx.array  # [B, Hkv, L]
     mask: mx.array | None  # [B, 1, Q, L]
     distances: mx.array | None  # [B, 1, Q, L]
+    headroom: mx.array  # HEADROOM, float32
 
 
 def _gather_then_sdpa(
@@ -108,35 +109,38 @@ def _gather_rows(
     )
 
 
+# A float16 product of queries and K ends at 65,504. Queries this much smaller leave room for scores
+# up to 2**20. More would cost digits where K is many thousand times as large as the queries.
+HEADROOM = 2.0**4
+
+
 def _gather_rows_grouped(
     queries: mx.array, keys: mx.array, values: mx.array, gather: Rows, scores: ScoreOptions
 ) -> mx.array:
     """All query heads of a KV head in one matrix product; K and V are read once for them."""
-    scale, rows, mask, distances = gather
+    scale, rows, mask, distances, headroom = gather
     batch, heads, query_len, head_dim = queries.shape
     kv_heads = keys.shape[2]
-    grouped = (queries * scale).reshape(batch, kv_heads, -1, head_dim)  # [B, Hkv, G * Q, D]
-    logits = grouped @ take_rows(keys, rows).swapaxes(2, 3)
+    grouped = (queries * (scale / HEADROOM)).reshape(batch, kv_heads, -1, head_dim)
+    logits = grouped @ take_rows(keys, rows).swapaxes(2, 3)  # [B, Hkv, G * Q, L]
+    logits = logits * headroom  # in float32 from here, which is no slower
     by_query = (batch, kv_heads, heads // kv_heads, query_len, logits.shape[-1])
     if scores.softcap is not None:
         logits = scores.softcap * mx.tanh(logits / scores.softcap)
     if distances is not None and scores.alibi_slopes is not None:
-        slopes = scores.alibi_slopes.reshape(kv_heads, -1, 1, 1)
+        slopes = scores.alibi_slopes.astype(mx.float32).reshape(kv_heads, -1, 1, 1)
         logits = logits.reshape(by_query) + slopes * distances[:, :, None]
-        logits = logits.astype(queries.dtype).reshape(*by_query[:2], -1, by_query[-1])
+        logits = logits.reshape(*by_query[:2], -1, by_query[-1])
     if mask is not None:
-        masked = mx.where(
-            mask[:, :, None], logits.reshape(by_query), mx.array(-mx.inf, logits.dtype)
-        )
+        masked = mx.where(mask[:, :, None], logits.reshape(by_query), -mx.inf)
         logits = masked.reshape(logits.shape)
     if scores.sinks is None:
-        weights = mx.softmax(logits, axis=-1, precise=True)
+        weights = mx.softmax(logits, axis=-1)
     else:
-        sinks = scores.sinks.astype(logits.dtype).reshape(1, kv_heads, -1, 1, 1)
+        sinks = scores.sinks.astype(mx.float32).reshape(1, kv_heads, -1, 1, 1)
         sinks = mx.broadcast_to(sinks, (*by_query[:-1], 1)).reshape(*logits.shape[:-1], 1)
-        joined = mx.concatenate([logits, sinks], axis=-1)
-        weights = mx.softmax(joined, axis=-1, precise=True)[..., :-1]
-    out = weights @ take_rows(values, rows)
+        weights = mx.softmax(mx.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
+    out = weights.astype(queries.dtype) @ take_rows(values, rows)
     return out.reshape(batch, heads, query_len, head_dim)
 
 
@@ -158,6 +162,7 @@ def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Rows:
         batch.rows(kv_heads),
         batch.causal_mask(query_len, scores.window),
         None if scores.alibi_slopes is None else batch.distances(query_len),
+        mx.array(HEADROOM),
     )
 
 
