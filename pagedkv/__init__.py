@@ -13,7 +13,8 @@ from pagedkv.attention.inputs import Layout
 from pagedkv.attention.paths import DECODE_PATHS, DecodePath
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.kv_cache import MemoryUsage, PagedKVCache
-from pagedkv.cache.step import SlotMapping, Step
+from pagedkv.cache.slots import SlotMapping
+from pagedkv.cache.step import Step
 from pagedkv.errors import (
     OutOfBlocksError,
     PagedKVError,

@@ -1,4 +1,4 @@
-"""Pools: what is written where, in place, and at what cost in memory."""
+"""The cache: sequences that grow, share blocks and copy them when they write; all or nothing."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,17 +11,11 @@ from reference import attend_one
 from pagedkv import (
     BlockPool,
     BlockTable,
-    DecodeBatch,
-    MemoryUsage,
     OutOfBlocksError,
     PagedKVCache,
     SlotMapping,
     blocks_needed,
-    decode_attention,
-    paged_attention,
 )
-
-MIB = 2**20
 
 
 def cache(**changes):
@@ -30,186 +24,8 @@ def cache(**changes):
     return PagedKVCache(**{**sizes, "dtype": mx.float32, **changes})
 
 
-def slots(*numbers):
-    return SlotMapping.from_slots(numbers, block_size=4, num_blocks=6)
-
-
 def tokens(rng, batch, length, kv_heads=2, head_dim=8):
     return mx.array(rng.standard_normal((batch, kv_heads, length, head_dim)).astype(np.float32))
-
-
-def contents(paged):
-    return [np.array(pool) for pool in (*paged.keys, *paged.values)]
-
-
-def test_a_write_lands_in_its_slots_and_nowhere_else():
-    rng = np.random.default_rng(1)
-    paged = cache()
-    keys, values = tokens(rng, 2, 3), tokens(rng, 2, 3)
-    paged.write(1, keys, values, slots(9, 10, 11, 20, 0, 23))
-    # slot 9 is block 2, offset 1; a sequence's tokens are together
-    expected = np.zeros((6, 4, 2, 8), np.float32)
-    for position, (block, offset) in enumerate([(2, 1), (2, 2), (2, 3)]):
-        expected[block, offset] = np.array(keys)[0, :, position]
-    for position, (block, offset) in enumerate([(5, 0), (0, 0), (5, 3)]):
-        expected[block, offset] = np.array(keys)[1, :, position]
-    assert np.array_equal(np.array(paged.keys[1]), expected)
-    assert np.array_equal(np.array(paged.values[1])[2, 3], np.array(values)[0, :, 2])
-    assert not np.array(paged.keys[0]).any()
-    assert not np.array(paged.values[0]).any()
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-def test_what_is_stored_is_bit_identical(dtype):
-    rng = np.random.default_rng(2)
-    paged = cache(dtype=dtype)
-    keys, values = tokens(rng, 1, 2).astype(dtype), tokens(rng, 1, 2).astype(dtype)
-    paged.write(0, keys, values, slots(7, 13))
-    assert paged.keys[0].dtype == dtype
-    for pool, new in ((paged.keys[0], keys), (paged.values[0], values)):
-        stored = mx.stack([pool[1, 3], pool[3, 1]], axis=1)
-        assert mx.array_equal(stored, new[0]).item()
-
-
-def test_writes_follow_each_other():
-    rng = np.random.default_rng(3)
-    paged = cache()
-    model = np.zeros((24, 2, 8), np.float32)
-    for _ in range(20):
-        chosen = rng.permutation(24)[: rng.integers(1, 24)]
-        new = tokens(rng, 1, len(chosen))
-        paged.write(0, new, new + 1, slots(*chosen))
-        model[chosen] = np.array(new)[0].swapaxes(0, 1)
-        if rng.random() < 0.5:
-            mx.async_eval(paged.keys[0])
-    assert np.array_equal(np.array(paged.keys[0]).reshape(24, 2, 8), model)
-
-
-BAD_WRITES = {
-    "layer": ({"layer": 2}, r"layer in \[0, 2\), got 2"),
-    "negative layer": ({"layer": -1}, r"layer in \[0, 2\), got -1"),
-    "KV heads": ({"keys": mx.ones((1, 3, 2, 8))}, r"\[B, 2, L, 8\], got \(1, 3, 2, 8\)"),
-    "head dim": ({"keys": mx.ones((1, 2, 2, 4))}, r"\[B, 2, L, 8\], got \(1, 2, 2, 4\)"),
-    "rank": ({"keys": mx.ones((2, 2, 8))}, r"\[B, 2, L, 8\], got \(2, 2, 8\)"),
-    "too many tokens": ({"keys": mx.ones((2, 2, 2, 8))}, "2 tokens, one a slot, got 2 sequences"),
-    "values differ": ({"values": mx.ones((2, 2, 1, 8))}, r"values of shape \(1, 2, 2, 8\)"),
-    "dtype of keys": ({"keys": mx.ones((1, 2, 2, 8), mx.float16)}, "float32, got keys of .*16"),
-    "dtype of values": ({"values": mx.ones((1, 2, 2, 8), mx.int32)}, "values of .*int32"),
-    "another pool's slots": (
-        {"slots": SlotMapping.from_slots([1, 2], block_size=4, num_blocks=5)},
-        "slots of 6 blocks of 4 tokens, got 5 of 4",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_WRITES)
-def test_a_refused_write_changes_nothing(name):
-    changes, message = BAD_WRITES[name]
-    rng = np.random.default_rng(4)
-    paged = cache()
-    paged.write(0, tokens(rng, 1, 3), tokens(rng, 1, 3), slots(1, 2, 3))
-    before = contents(paged)
-    good = {"layer": 0, "keys": mx.ones((1, 2, 2, 8)), "values": mx.ones((1, 2, 2, 8))}
-    with pytest.raises(ValueError, match=message):
-        paged.write(**{**good, "slots": slots(1, 2), **changes})
-    for old, new in zip(before, contents(paged), strict=True):
-        assert np.array_equal(old, new)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_layers": 0}, r"num_layers in \[1, 2147483647\], got 0"),
-        ({"num_blocks": 0}, r"num_blocks in \[1, 2147483647\], got 0"),
-        ({"block_size": -4}, r"block_size in \[1, 2147483647\], got -4"),
-        ({"kv_heads": 0}, r"kv_heads in \[1, 2147483647\], got 0"),
-        ({"head_dim": 0}, r"head_dim in \[1, 2147483647\], got 0"),
-        ({"num_blocks": 6.5}, r"num_blocks to be an integer, got 6\.5"),
-        ({"dtype": mx.int8}, "float16, bfloat16 or float32, got .*int8"),
-        ({"num_blocks": 2**26, "block_size": 32}, r"block_size in .* got 2147483648"),
-    ],
-)
-def test_a_cache_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
-        cache(**changes)
-
-
-def test_memory_usage_counts_blocks_and_bytes():
-    paged = cache(dtype=mx.float16)
-    block = 2 * 2 * 4 * 2 * 8 * 2  # K and V, layers, S, Hkv, D, bytes
-    assert paged.memory_usage() == MemoryUsage(6, 0, block)
-    held = paged.pool.allocate(4)
-    paged.pool.release(held[:1])
-    usage = paged.memory_usage()
-    assert (usage.allocated_blocks, usage.live_blocks, usage.free_blocks) == (6, 3, 3)
-    assert (usage.live_bytes, usage.free_bytes) == (3 * block, 3 * block)
-    assert usage.allocated_bytes == sum(pool.nbytes for pool in (*paged.keys, *paged.values))
-
-
-@pytest.mark.parametrize("steps", ["eager", "evaluated", "pipelined"])
-def test_a_write_does_not_copy_the_pool(steps):
-    """One token a step into two layers with pools of 256 MiB each."""
-    num_blocks, block_size = 8192, 16
-    paged = PagedKVCache(
-        num_layers=2, num_blocks=num_blocks, block_size=block_size, kv_heads=8, head_dim=128
-    )
-    assert paged.keys[0].nbytes == 256 * MIB
-    table = list(range(num_blocks - 1, num_blocks - 5, -1))
-    mx.random.seed(0)
-    queries = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
-    new = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
-    mx.eval(queries, new)
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    for position in range(40):
-        slot = table[position // block_size] * block_size + position % block_size
-        step = SlotMapping.from_slots([slot], block_size=block_size, num_blocks=num_blocks)
-        batch = DecodeBatch.from_tables(
-            [table], [position + 1], block_size=block_size, num_blocks=num_blocks
-        )
-        out = queries
-        for layer in range(2):
-            paged.write(layer, new, new, step)
-            if steps == "eager":
-                mx.eval(paged.keys[layer], paged.values[layer])
-                continue
-            out = decode_attention(
-                out, paged.keys[layer], paged.values[layer], batch, scale=128**-0.5
-            )
-        if steps == "evaluated":
-            mx.eval(out)
-        elif steps == "pipelined":
-            mx.async_eval(out)
-    mx.eval(paged.keys, paged.values)
-    mx.synchronize()
-    assert mx.get_peak_memory() - before < 8 * MIB
-    stored = paged.keys[1][mx.array(table)].reshape(-1, 8, 128)[:40]
-    assert mx.array_equal(stored, mx.broadcast_to(new[0, :, 0], stored.shape)).item()
-
-
-def test_copy_on_write_does_not_copy_the_pool():
-    """A block of two layers with pools of 256 MiB each, a decode step in flight."""
-    paged = PagedKVCache(num_layers=2, num_blocks=8192, block_size=16, kv_heads=8, head_dim=128)
-    mx.random.seed(0)
-    queries = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
-    table = paged.new_table()
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    for number in range(16):
-        with paged.extend([table], [1]) as step:
-            assert len(step.copies) == (number > 0)
-            out = queries
-            for layer in range(2):
-                paged.write(layer, out, out, step.slots)
-                pools = paged.keys[layer], paged.values[layer]
-                out = decode_attention(out, *pools, step.batch, scale=128**-0.5)
-            del pools
-            mx.async_eval(out)
-        table = table.fork()  # the first holder stays
-    mx.synchronize()
-    assert mx.get_peak_memory() - before < 8 * MIB
 
 
 def fill(paged, step, *new):
@@ -232,6 +48,27 @@ def stored(paged, table, layer=1):
     slots = table.slots()
     pools = paged.keys[layer], paged.values[layer]
     return [np.array(pool).reshape(-1, *pool.shape[2:])[slots] for pool in pools]
+
+
+def test_copy_on_write_does_not_copy_the_pool():
+    """A block of two layers with pools of 256 MiB each, a decode step in flight."""
+    paged = PagedKVCache(num_layers=2, num_blocks=8192, block_size=16, kv_heads=8, head_dim=128)
+    mx.random.seed(0)
+    queries = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
+    table = paged.new_table()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for number in range(16):
+        with paged.extend([table], [1]) as step:
+            assert len(step.copies) == (number > 0)
+            out = queries
+            for layer in range(2):
+                out = step.attend(layer, out, out, out, scale=128**-0.5)
+            mx.async_eval(out)
+        table = table.fork()  # the first holder stays
+    mx.synchronize()
+    assert mx.get_peak_memory() - before < 8 * 2**20
 
 
 def test_a_prompt_is_one_scatter_per_pool_and_starts_anywhere():
@@ -285,35 +122,6 @@ def test_a_shared_partial_block_is_copied_alone_and_once():
     # Now the block is the parent's own.
     _, step = extend(paged, rng, [parent], [1])
     assert (step.copies, parent.block_ids.tolist()) == ([], [0, 1])
-
-
-@pytest.mark.parametrize(
-    ("copies", "message"),
-    [
-        ([(0, 6)], r"block ids in \[0, 6\), got 6"),
-        ([(-1, 2)], r"block ids in \[0, 6\), got -1"),
-        ([(0, 2), (1, 2)], "each target once"),
-        ([(0, 1), (1, 2)], "no source among them"),
-    ],
-)
-def test_copies_refused(copies, message):
-    rng = np.random.default_rng(18)
-    paged = cache()
-    extend(paged, rng, [paged.new_table()], [20])
-    before = contents(paged)
-    with pytest.raises(ValueError, match=message):
-        paged.copy_blocks(copies)
-    assert all(np.array_equal(a, b) for a, b in zip(before, contents(paged), strict=True))
-
-
-def test_copies_of_blocks():
-    rng = np.random.default_rng(19)
-    paged = cache()
-    extend(paged, rng, [paged.new_table()], [20])
-    before = contents(paged)
-    paged.copy_blocks([(3, 5), (3, 0), (1, 2)])
-    for old, new in zip(before, contents(paged), strict=True):
-        assert np.array_equal(new, old[[3, 1, 1, 3, 4, 3]])
 
 
 def test_holders_written_together_each_get_a_copy():
@@ -532,10 +340,7 @@ def test_decode_with_forks_and_frees_equals_dense_attention(dtype):
         keys, values = (tokens(rng, batch, query_len).astype(dtype) for _ in "kv")
         queries = mx.array(rng.standard_normal((batch, 4, query_len, 8))).astype(dtype)
         with paged.extend(tables, [query_len] * batch) as step:
-            paged.write(0, keys, values, step.slots)
-            out = paged_attention(
-                queries, paged.keys[0], paged.values[0], step.batch, scale=8**-0.5
-            )
+            out = step.attend(0, queries, keys, values, scale=8**-0.5)
             mx.async_eval(out)
         dense = [np.array(x.astype(mx.float32)).swapaxes(1, 2) for x in (keys, values)]
         alive = [

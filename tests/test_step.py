@@ -1,118 +1,141 @@
+"""A step: one verb a layer, and how it ends."""
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from reference import paged_attention as reference_attention
+from test_kv_cache import cache, extend, state, stored, tokens
 
-from pagedkv import DecodeBatch, SlotMapping, blocks_needed
+from pagedkv import PagedKVError, ScoreOptions
 
-
-def test_full_blocks_have_no_mask():
-    batch = DecodeBatch.from_tables([[7, 2], [0, 5]], [8, 8], block_size=4, num_blocks=8)
-    assert batch.block_tables.tolist() == [[7, 2], [0, 5]]
-    assert batch.context_lens.tolist() == [8, 8]
-    assert batch.mask is None
-    assert (batch.block_size, batch.num_blocks) == (4, 8)
+SCALE = 8**-0.5
 
 
-def test_ragged_rows_repeat_their_own_first_block():
-    batch = DecodeBatch.from_tables([[3], [6, 1, 4]], [2, 9], block_size=4, num_blocks=7)
-    assert batch.block_tables.tolist() == [[3, 3, 3], [6, 1, 4]]
-    assert batch.mask.shape == (2, 1, 1, 12)
-    assert batch.mask[0, 0, 0].tolist() == [True] * 2 + [False] * 10
-    assert batch.mask[1, 0, 0].tolist() == [True] * 9 + [False] * 3
+def inputs(rng, batch, count):
+    """Queries of 4 heads, K and V of 2, of as many tokens."""
+    return [tokens(rng, batch, count, heads) for heads in (4, 2, 2)]
 
 
-def test_blocks_past_the_context_are_left_out():
-    batch = DecodeBatch.from_tables([[3, 2, 1]], [4], block_size=4, num_blocks=4)
-    assert batch.block_tables.tolist() == [[3]]
-    assert batch.mask is None
-
-
-def test_numpy_rows_and_lengths():
-    tables = np.array([[1, 0], [2, 3]], dtype=np.uint16)
-    batch = DecodeBatch.from_tables(tables, np.array([3, 4]), block_size=2, num_blocks=4)
-    assert batch.block_tables.tolist() == [[1, 0], [2, 3]]
+@pytest.mark.parametrize("count", [1, 3])
+def test_attend_writes_and_attends_causally(count):
+    rng = np.random.default_rng(31)
+    paged = cache(num_blocks=12)
+    tables = [paged.new_table() for _ in range(3)]
+    extend(paged, rng, tables, [2, 5, 9])
+    queries, keys, values = inputs(rng, 3, count)
+    with paged.extend(tables, [count] * 3) as step:
+        out = step.attend(1, queries, keys, values, scale=SCALE, scores=ScoreOptions(window=4))
+    for b, table in enumerate(tables):
+        for new, pool in zip((keys, values), stored(paged, table), strict=True):
+            assert np.array_equal(np.array(new[b]).swapaxes(0, 1), pool[-count:])
+    expected = reference_attention(
+        queries,
+        paged.keys[1],
+        paged.values[1],
+        [table.block_ids.tolist() for table in tables],
+        [table.num_tokens for table in tables],
+        SCALE,
+        window=4,
+    )
+    assert np.allclose(np.array(out), expected, rtol=1e-4, atol=1e-6)
 
 
 BAD = {
-    "empty batch": ([], [], 4, 8, "empty batch"),
-    "fewer lengths than tables": ([[1], [2]], [3], 4, 8, "one context length per block table"),
-    "zero context": ([[1], [2]], [3, 0], 4, 8, "context lengths >= 1, got 0 in row 1"),
-    "negative context": ([[1]], [-3], 4, 8, "context lengths >= 1, got -3"),
-    "table too short": ([[1]], [5], 4, 8, "at least 2 blocks for 5 tokens in row 0, got 1"),
-    "empty table": ([[]], [1], 4, 8, "block table 0 to have at least one entry"),
-    "id too large": ([[1], [8]], [1, 1], 4, 8, r"block ids in \[0, 8\), got 8 in row 1"),
-    "negative id": ([[-1]], [1], 4, 8, r"block ids in \[0, 8\), got -1"),
-    "bad id past the context": ([[1, 99]], [1], 4, 8, "got 99"),
-    "float ids": ([[1.0]], [1], 4, 8, "to hold integers, got float64"),
-    "float lengths": ([[1]], [1.5], 4, 8, "context_lens to hold integers"),
-    "bool ids": ([[True]], [1], 4, 8, "to hold integers, got bool"),
-    "nested table": ([[[1]]], [1], 4, 8, "one-dimensional"),
-    "zero block size": ([[1]], [1], 0, 8, r"block_size in \[1, .*\], got 0"),
-    "float block size": ([[1]], [1], 4.0, 8, r"block_size to be an integer, got 4\.0"),
-    "no blocks": ([[0]], [1], 4, 0, r"num_blocks in \[1, .*\], got 0"),
-    "NaN blocks": ([[0]], [1], 4, float("nan"), "num_blocks to be an integer, got nan"),
-    "ids beyond 32 bits": ([[0]], [1], 4, 2**31, "num_blocks in .*, got 2147483648"),
-    "a context beyond memory": ([[0]], [10**15], 4, 8, "at least 250000000000000 blocks"),
+    "layer": ({"layer": 2}, r"layer in \[0, 2\), got 2"),
+    "fractional layer": ({"layer": 0.5}, r"layer in \[0, 2\), got 0.5"),
+    "queries of one token": (
+        {"queries": mx.ones((2, 4, 1, 8))},
+        r"queries of shape \[2, H, 3, D\], got \(2, 4, 1, 8\)",
+    ),
+    "sequences side by side": (
+        {"keys": mx.ones((1, 2, 6, 8)), "values": mx.ones((1, 2, 6, 8))},
+        r"keys of shape \[2, H, 3, D\], got \(1, 2, 6, 8\)",
+    ),
+    "query heads": ({"queries": mx.ones((2, 3, 3, 8))}, "multiple of 2 KV heads, got 3"),
+    "values": ({"values": mx.ones((2, 2, 3, 4))}, "values of shape"),
+    "dtype of keys": ({"keys": mx.ones((2, 2, 3, 8), mx.float16)}, "float32, got keys of .*16"),
+    "dtype of queries": ({"queries": mx.ones((2, 4, 3, 8), mx.float16)}, "expected one dtype"),
+    "scale": ({"scale": float("nan")}, "finite scale, got nan"),
+    "path": ({"path": "gather"}, "path to be one of"),
+    "path of another layout": ({"path": "gather_head_major"}, "head_major layout"),
+    "sinks": ({"scores": ScoreOptions(sinks=mx.ones(3))}, r"sinks of shape \(4,\)"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_tables_are_refused_before_anything_reaches_the_device(name, monkeypatch):
-    monkeypatch.setattr(mx, "array", None)
-    tables, lens, block_size, num_blocks, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        DecodeBatch.from_tables(tables, lens, block_size=block_size, num_blocks=num_blocks)
+def test_a_refused_layer_changes_nothing(name):
+    changes, message = BAD[name]
+    rng = np.random.default_rng(32)
+    paged = cache()
+    tables = [paged.new_table(), paged.new_table()]
+    extend(paged, rng, tables, [1, 2])
+    queries, keys, values = inputs(rng, 2, 3)
+    good = {"layer": 1, "queries": queries, "keys": keys, "values": values, "scale": SCALE}
+    with paged.extend(tables, [3, 3]) as step:
+        before = [np.array(pool) for pool in (*paged.keys, *paged.values)]
+        with pytest.raises(ValueError, match=message):
+            step.attend(**{**good, **changes})
+        after = [np.array(pool) for pool in (*paged.keys, *paged.values)]
+        assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+        step.attend(**good)
 
 
-@settings(deadline=None)  # the first call of MLX takes long
-@given(st.data())
-def test_every_position_maps_to_its_block(data):
-    block_size = data.draw(st.integers(1, 9))
-    num_blocks = data.draw(st.integers(1, 40))
-    lens = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
-    tables = [
-        data.draw(
-            st.lists(
-                st.integers(0, num_blocks - 1),
-                min_size=blocks_needed(length, block_size),
-                max_size=blocks_needed(length, block_size) + 3,
-            )
-        )
-        for length in lens
-    ]
-    batch = DecodeBatch.from_tables(tables, lens, block_size=block_size, num_blocks=num_blocks)
-    rows = batch.block_tables.tolist()
-    width = len(rows[0]) * block_size
-    assert len(rows[0]) == max(blocks_needed(length, block_size) for length in lens)
-    for b, length in enumerate(lens):
-        assert all(rows[b][t // block_size] == tables[b][t // block_size] for t in range(length))
-        assert all(0 <= block < num_blocks for block in rows[b])
-        visible = [True] * width if batch.mask is None else batch.mask[b, 0, 0].tolist()
-        assert visible == [t < length for t in range(width)]
+def test_sequences_with_different_counts_are_not_attended_together():
+    rng = np.random.default_rng(33)
+    paged = cache()
+    with paged.extend([paged.new_table(), paged.new_table()], [3, 2]) as step:
+        with pytest.raises(ValueError, match=r"as many new tokens of each .* counts \[2, 3\]"):
+            step.attend(0, *inputs(rng, 2, 3), scale=SCALE)
+        paged.write(0, tokens(rng, 1, 5), tokens(rng, 1, 5), step.slots)
 
 
-def test_slots_keep_their_order():
-    mapping = SlotMapping.from_slots(np.array([9, 0, 11]), block_size=4, num_blocks=3)
-    assert mapping.slots.tolist() == [9, 0, 11]
-    assert (mapping.block_size, mapping.num_blocks) == (4, 3)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_numpy_counts_and_layers(dtype):
+    rng = np.random.default_rng(34)
+    paged = cache()
+    table = paged.new_table()
+    with paged.extend([table], np.array([3], dtype)) as step:
+        step.attend(dtype(1), *inputs(rng, 1, 3), scale=np.float32(SCALE))
+    assert table.num_tokens == 3
 
 
-@pytest.mark.parametrize(
-    ("slots", "block_size", "num_blocks", "message"),
-    [
-        ([], 4, 3, "slots to have at least one entry"),
-        ([0, 12], 4, 3, r"slots in \[0, 12\), got 12"),
-        ([5, -1], 4, 3, r"slots in \[0, 12\), got -1"),
-        ([5, 2, 7, 2], 4, 3, "each slot once, got 2 twice"),
-        ([[1, 2]], 4, 3, "slots to be one-dimensional"),
-        ([1.0], 4, 3, "slots to hold integers"),
-        ([1], 0, 3, "block_size in"),
-        ([1], 4, 1.5, "num_blocks to be an integer"),
-        ([1], 2**16, 2**15, r"num_blocks \* block_size in .* got 2147483648"),
-    ],
-)
-def test_slots_refused(slots, block_size, num_blocks, message):
-    with pytest.raises(ValueError, match=message):
-        SlotMapping.from_slots(slots, block_size=block_size, num_blocks=num_blocks)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_step_without_a_with_statement(end):
+    rng = np.random.default_rng(35)
+    paged = cache()
+    parent = paged.new_table()
+    extend(paged, rng, [parent], [6])
+    child = parent.fork()
+    before = state(paged, [parent, child])
+    step = paged.extend([child], [1])
+    out = step.attend(0, *inputs(rng, 1, 1), scale=SCALE)
+    getattr(step, end)()
+    mx.eval(out)
+    if end == "rollback":
+        assert state(paged, [parent, child]) == before
+    else:
+        assert child.num_tokens == 7
+        assert paged.pool.reference_count(1) == 1
+    over = {"commit": "committed", "rollback": "rolled back"}[end]
+    after = state(paged, [parent, child])
+    for again in (
+        step.commit,
+        step.rollback,
+        step.__enter__,
+        lambda: step.attend(0, *inputs(rng, 1, 1), scale=SCALE),
+    ):
+        with pytest.raises(PagedKVError, match=f"expected a step under way, this one was {over}"):
+            again()
+    assert state(paged, [parent, child]) == after
+    paged.pool.check_invariants()
+
+
+def test_a_step_may_end_inside_its_with_statement():
+    paged = cache()
+    table = paged.new_table()
+    with paged.extend([table], [3]) as step:
+        step.commit()
+    assert table.num_tokens == 3
+    with paged.extend([table], [3]) as step:
+        step.rollback()
+    assert table.num_tokens == 3

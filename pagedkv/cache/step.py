@@ -1,82 +1,27 @@
-"""What one step writes (slots) and reads (a batch), together."""
+"""A step: one forward pass over all layers for some sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.limits import integers, positive_int32
+from pagedkv.attention.plan import plan_for
+from pagedkv.attention.scores import PLAIN, ScoreOptions
+from pagedkv.cache.pools import Pools
+from pagedkv.cache.slots import SlotMapping
+from pagedkv.errors import PagedKVError
+from pagedkv.host.block_table import BlockTable
+from pagedkv.host.reservation import Reservation
+from pagedkv.limits import id_below
 
 
-@dataclass(frozen=True, eq=False)
-class SlotMapping:
-    """The slots that one step writes, checked on the host and put on the device once.
-
-    Built once a step and shared by every layer, as `DecodeBatch` is.
-
-    Attributes
-    ----------
-    slots : mx.array
-        slot = block_id * S + offset of each token, shape [T], int32.
-    block_size : int
-        S, tokens in a block.
-    num_blocks : int
-        N, blocks in the pool that the slots index.
-    """
-
-    slots: mx.array
-    block_size: int
-    num_blocks: int
-
-    @classmethod
-    def from_slots(
-        cls, slots: Sequence[int] | NDArray[np.integer], *, block_size: int, num_blocks: int
-    ) -> SlotMapping:
-        """Check host-side slots and place them on the default device.
-
-        Parameters
-        ----------
-        slots : sequence of int
-            One slot a token, in the order in which the tokens will be written; no slot twice.
-        block_size : int
-            Tokens in a block.
-        num_blocks : int
-            Blocks in the pool. MLX does not check bounds when it writes, so slots are checked here.
-
-        Returns
-        -------
-        SlotMapping
-            The step's slots.
-
-        Raises
-        ------
-        ValueError
-            If there is no slot, one is not in [0, num_blocks * block_size) or occurs twice, or
-            `block_size`, `num_blocks` or their product is not a positive 32-bit integer. Nothing
-            has reached the device then.
-        """
-        block_size = positive_int32(block_size, "block_size")
-        num_blocks = positive_int32(num_blocks, "num_blocks")
-        num_slots = positive_int32(num_blocks * block_size, "num_blocks * block_size")
-        array = integers(slots, "slots")
-        if array.min() < 0 or array.max() >= num_slots:
-            bad = array[(array < 0) | (array >= num_slots)][0]
-            raise ValueError(f"expected slots in [0, {num_slots}), got {bad}")
-        ordered = np.sort(array)
-        twice = ordered[1:] == ordered[:-1]
-        if twice.any():
-            raise ValueError(f"expected each slot once, got {ordered[1:][twice][0]} twice")
-        return cls(mx.array(array.astype(np.int32)), block_size, num_blocks)
-
-
-@dataclass(frozen=True, eq=False)
 class Step:
-    """One step of some sequences: where its new tokens go, and what their queries read.
+    """The new tokens of some sequences, on their way through the layers of a model.
 
     Attributes
     ----------
@@ -84,10 +29,148 @@ class Step:
         The slots of the new tokens, sequence by sequence.
     batch : DecodeBatch
         The sequences with their new tokens.
+    """
+
+    def __init__(
+        self,
+        pools: Pools,
+        tables: Sequence[BlockTable],
+        counts: Sequence[int],
+        slots: NDArray[np.int64],
+    ) -> None:
+        sizes = {"block_size": pools.block_size, "num_blocks": pools.num_blocks}
+        self.slots = SlotMapping.from_slots(slots, **sizes)
+        self.batch = DecodeBatch.from_tables(
+            [table.block_ids for table in tables], [table.num_tokens for table in tables], **sizes
+        )
+        self._pools = pools
+        self._counts = {int(count) for count in counts}
+        self._shape = len(tables), max(self._counts)
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        path: str = "auto",
+        scores: ScoreOptions = PLAIN,
+    ) -> mx.array:
+        """Write the new tokens' K and V into a layer's pools, and attend with the same tokens.
+
+        Each token sees those before it and itself. All sequences have Q new tokens; where their
+        counts differ, `PagedKVCache.write` takes K and V, and `paged_attention` some of them.
+
+        Parameters
+        ----------
+        layer : int
+            Which layer, from 0.
+        queries : mx.array
+            Shape [B, Hq, Q, D], dtype of the pools.
+        keys, values : mx.array
+            Shape [B, Hkv, Q, D], dtype of the pools; Hq is a multiple of Hkv.
+        scale, path, scores
+            As for `decode_attention`.
+
+        Returns
+        -------
+        mx.array
+            Shape [B, Hq, Q, D], dtype of `queries`; lazy.
+
+        Raises
+        ------
+        ValueError, UnsupportedPathError
+            If an argument does not fit, as `paged_attention` and `PagedKVCache.write` say, or the
+            sequences have different counts of new tokens. Nothing has changed then.
+        PagedKVError
+            If the step is over.
+        """
+        self._check_open()
+        pools, shape = self._pools, self._shape
+        if len(self._counts) > 1:
+            raise ValueError(
+                f"expected as many new tokens of each sequence, got counts {sorted(self._counts)}"
+            )
+        for name, array in (("queries", queries), ("keys", keys)):
+            if array.ndim != 4 or array.shape[::2] != shape:
+                raise ValueError(
+                    f"expected {name} of shape [{shape[0]}, H, {shape[1]}, D], got {array.shape}"
+                )
+        layer = id_below(len(pools.keys), layer, "a layer")
+        before = pools.keys[layer], pools.values[layer]
+        plan = plan_for(queries, *before, self.batch, scale, path, scores)
+        del before  # MLX writes in place only what nobody else holds
+        pools.write(layer, keys, values, self.slots)
+        return plan.attend(queries, pools.keys[layer], pools.values[layer], scores)
+
+    def _check_open(self) -> None:
+        """Raise PagedKVError if the step is over."""
+
+
+class Extension(Step):
+    """A step that takes its blocks itself: `commit` or `rollback` ends it, or a `with` statement.
+
+    Attributes
+    ----------
     copies : list of (int, int)
         Blocks that were copied because they were shared: from which id, to which id.
     """
 
-    slots: SlotMapping
-    batch: DecodeBatch
-    copies: list[tuple[int, int]]
+    def __init__(
+        self,
+        pools: Pools,
+        tables: Sequence[BlockTable],
+        counts: Sequence[int],
+        reservation: Reservation,
+    ) -> None:
+        super().__init__(pools, tables, counts, reservation.slots)
+        self.copies = reservation.copies
+        self._reservation = reservation
+        self._over = ""
+
+    def commit(self) -> None:
+        """Keep the new tokens.
+
+        Raises
+        ------
+        PagedKVError
+            If the step is over.
+        """
+        self._check_open()
+        self._reservation.commit()
+        self._over = "committed"
+
+    def rollback(self) -> None:
+        """Leave pool, tables, and K and V of every sequence as they were before the step.
+
+        Raises
+        ------
+        PagedKVError
+            If the step is over.
+        """
+        self._check_open()
+        self._reservation.undo()
+        self._over = "rolled back"
+
+    def __enter__(self) -> Extension:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._over:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise PagedKVError(f"expected a step under way, this one was {self._over}")
