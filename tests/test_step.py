@@ -7,6 +7,7 @@ from reference import paged_attention as reference_attention
 from test_kv_cache import cache, extend, state, stored, tokens
 
 from pagedkv import PagedKVError, ScoreOptions
+from pagedkv.cache import pools
 
 SCALE = 8**-0.5
 
@@ -139,3 +140,101 @@ def test_a_step_may_end_inside_its_with_statement():
     with paged.extend([table], [3]) as step:
         step.rollback()
     assert table.num_tokens == 3
+
+
+def singular(count):
+    """K or V of one sequence that cannot be computed, as MLX finds out when it evaluates them."""
+    return mx.linalg.inv(mx.zeros((1, 2, 8, 8)), stream=mx.cpu)[:, :, :count]
+
+
+@pytest.fixture(params=["waits", "runs ahead"])
+def host(request, monkeypatch):
+    """Whether a write waits for K and V, as on a CPU, or runs ahead of them, as on a GPU."""
+    monkeypatch.setattr(pools, "_waiting_is_free", lambda: request.param == "waits")
+    return request.param
+
+
+@pytest.mark.parametrize("bad", ["keys", "values"])
+@pytest.mark.parametrize("evaluated", ["layer", "output", "later"])
+def test_what_cannot_be_computed_takes_nothing_with_it(bad, evaluated, monkeypatch):
+    """The pools hold what others wrote, whenever the failure is noticed."""
+    monkeypatch.setattr(pools, "_waiting_is_free", lambda: True)
+    rng = np.random.default_rng(36)
+    paged = cache()
+    tables = [paged.new_table(), paged.new_table()]
+    extend(paged, rng, tables, [6, 3])
+    before = state(paged, tables)
+    queries, keys, values = inputs(rng, 1, 2)
+    keys, values = (singular(2), values) if bad == "keys" else (keys, singular(2))
+
+    def fail():
+        with paged.extend(tables[:1], [2]) as step:
+            step.attend(0, *inputs(rng, 1, 2), scale=SCALE)
+            out = step.attend(1, queries, keys, values, scale=SCALE)
+            if evaluated == "layer":
+                mx.eval(paged.keys[1], paged.values[1])
+            elif evaluated == "output":
+                mx.eval(out)
+        mx.eval(out)
+
+    with pytest.raises(RuntimeError, match="LU factorization failed"):
+        fail()
+    for _ in range(2):
+        assert state(paged, tables) == before
+    extend(paged, rng, tables, [2, 2])
+
+
+def test_a_query_that_cannot_be_computed_takes_nothing_with_it(host):
+    rng = np.random.default_rng(37)
+    paged = cache()
+    table = paged.new_table()
+    extend(paged, rng, [table], [3])
+    before = state(paged, [table])
+    _, keys, values = inputs(rng, 1, 2)
+    queries = mx.concatenate([singular(2), singular(2)], axis=1)
+    with (
+        pytest.raises(RuntimeError, match="LU factorization failed"),
+        paged.extend([table], [2]) as step,
+    ):
+        mx.eval(step.attend(0, queries, keys, values, scale=SCALE))
+    assert state(paged, [table]) == before
+
+
+def refuses_every_use(paged, table, step):
+    message = "a write failed when it was evaluated: make a new cache"
+    one = mx.ones((1, 2, 1, 8))
+    uses = [
+        lambda: paged.keys,
+        lambda: paged.values,
+        lambda: paged.extend([table], [1]),
+        lambda: paged.write(0, one, one, step.slots),
+        lambda: paged.copy_blocks([(0, 1)]),
+    ]
+    for use in uses:
+        with pytest.raises(PagedKVError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("noticed", ["rollback", "next step"])
+def test_a_lost_pool_is_refused_where_the_host_runs_ahead(noticed, monkeypatch):
+    """A failed write is part of the pool then: no later step may compute from it."""
+    monkeypatch.setattr(pools, "_waiting_is_free", lambda: False)
+    rng = np.random.default_rng(38)
+    paged = cache()
+    table = paged.new_table()
+    extend(paged, rng, [table], [6])
+    before = table.block_ids.tolist(), paged.pool.num_free
+    queries, keys, values = inputs(rng, 1, 1)
+    step = paged.extend([table], [1])
+    step.attend(0, queries, singular(1), values, scale=SCALE)
+    if noticed == "rollback":
+        with pytest.raises(PagedKVError, match=r"K and V are lost: .*LU factorization failed"):
+            step.rollback()
+        assert (table.block_ids.tolist(), paged.pool.num_free) == before
+        assert table.num_tokens == 6
+    else:
+        step.commit()
+        late = paged.extend([table], [1])
+        with pytest.raises(PagedKVError, match=r"K and V are lost: .*LU factorization failed"):
+            late.attend(0, queries, keys, values, scale=SCALE)
+    refuses_every_use(paged, table, step)

@@ -127,7 +127,10 @@ class PagedKVCache(Pools):
         ValueError
             If the tables are not distinct sequences of this cache, the counts are not one a table,
             negative or all 0, or a sequence stays empty. Nothing has changed then.
+        PagedKVError
+            If a pool is lost.
         """
+        self.check_whole()
         if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
             raise ValueError("expected tables of this cache")
         reservation = reserve(tables, counts)

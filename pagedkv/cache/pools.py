@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from pagedkv.attention.inputs import DTYPES
 from pagedkv.cache.slots import SlotMapping
+from pagedkv.errors import PagedKVError
 from pagedkv.limits import id_below, integers, positive_int32
 
 
@@ -18,6 +19,11 @@ class Pools:
     array that nobody else holds and no evaluation in flight reads; it copies all of it otherwise.
     So read `keys[layer]` anew each time instead of keeping it in a variable; the pools see to the
     rest.
+
+    A write that fails when it is evaluated must not take what other sequences have written with
+    it. On a CPU, K and V are evaluated before they are written. On a GPU that would keep the host
+    from running ahead: there, a pool whose write failed is found out before the next step's
+    writes and when a step is rolled back, and the pools are refused from then on.
 
     Parameters
     ----------
@@ -64,15 +70,18 @@ class Pools:
         self._values = [mx.zeros(shape, dtype) for _ in range(num_layers)]
         mx.eval(self._keys, self._values)
         self._written = [False] * num_layers  # since the last wait for work in flight
+        self._lost = False
 
     @property
     def keys(self) -> list[mx.array]:
         """K pools, one a layer, for `decode_attention`. A write replaces the entry."""
+        self.check_whole()
         return self._keys
 
     @property
     def values(self) -> list[mx.array]:
         """V pools, as `keys`."""
+        self.check_whole()
         return self._values
 
     @property
@@ -86,7 +95,7 @@ class Pools:
         return self._keys[0].shape[1]
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
-        """Write tokens into one layer's pools, in place and lazily.
+        """Write tokens into one layer's pools, in place; lazily on a GPU.
 
         Costs what the tokens cost, whatever the size of the pool. The second write of a layer waits
         for what is in flight on the default stream, once for all layers: a decode step still being
@@ -109,6 +118,10 @@ class Pools:
         ValueError
             If there is no such layer, or shapes, dtypes, or the pool the slots were made for do
             not fit. Nothing has changed then.
+        PagedKVError
+            If a pool is lost.
+        RuntimeError
+            On a CPU, if MLX cannot compute K or V. Nothing has changed then.
         """
         layer = id_below(len(self.keys), layer, "a layer")
         num_blocks, block_size, kv_heads, head_dim = self._keys[layer].shape
@@ -133,6 +146,8 @@ class Pools:
             raise ValueError(
                 f"expected {dtype}, got keys of {keys.dtype} and values of {values.dtype}"
             )
+        if _waiting_is_free():
+            mx.eval(keys, values)
         if self._written[layer]:
             self.wait()
         written = [
@@ -157,7 +172,10 @@ class Pools:
         ValueError
             If an id is not in the pool, or is written twice or both read and written. Nothing has
             changed then.
+        PagedKVError
+            If a pool is lost.
         """
+        self.check_whole()
         if not copies:
             return
         sources, targets = (integers(ids, "block ids") for ids in zip(*copies, strict=True))
@@ -174,10 +192,34 @@ class Pools:
         for pools, copied in zip((self._keys, self._values), blocks, strict=True):
             pools[:] = [_scatter(p, to, b) for p, b in zip(pools, copied, strict=True)]
 
+    def check_whole(self) -> None:
+        """Raise PagedKVError if a pool is lost."""
+        if self._lost:
+            raise PagedKVError(
+                "expected pools that hold what was written, but a write failed when it was "
+                "evaluated: make a new cache and compute its sequences again"
+            )
+
     def wait(self) -> None:
-        """Wait for what is in flight, so that it holds no pool."""
+        """Wait for what is in flight, so that it holds no pool.
+
+        Raises
+        ------
+        PagedKVError
+            If a write has failed; the pools are lost then.
+        """
+        try:
+            mx.eval(self._keys, self._values)
+        except Exception as error:
+            self._lost = True
+            raise PagedKVError(f"K and V are lost: a write failed with {error}") from error
         mx.synchronize()
         self._written = [False] * len(self._written)
+
+
+def _waiting_is_free() -> bool:
+    """Whether the host may wait for K and V: on a CPU it has nothing to run ahead of."""
+    return mx.default_device().type == mx.cpu
 
 
 def _scatter(pool: mx.array, indices: mx.array, rows: mx.array) -> mx.array:

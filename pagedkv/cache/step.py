@@ -85,7 +85,7 @@ class Step:
             If an argument does not fit, as `paged_attention` and `PagedKVCache.write` say, or the
             sequences have different counts of new tokens. Nothing has changed then.
         PagedKVError
-            If the step is over.
+            If the step is over, or a pool is lost.
         """
         self._check_open()
         pools, shape = self._pools, self._shape
@@ -148,11 +148,13 @@ class Extension(Step):
         Raises
         ------
         PagedKVError
-            If the step is over.
+            If the step is over; or if a write failed when it was evaluated and took a pool with
+            it. Pool and tables are as they were also then.
         """
         self._check_open()
         self._reservation.undo()
         self._over = "rolled back"
+        self._pools.wait()
 
     def __enter__(self) -> Extension:
         self._check_open()
