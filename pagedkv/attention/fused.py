@@ -1,4 +1,4 @@
-"""Fused paged attention: the plan of a step, made once on the host, and its launches, one a layer.
+"""Fused paged attention: a batch's plan, made once on the host, and its launches, one a layer.
 
 Split-KV flash decoding (Dao et al., Flash-Decoding, 2023) over block tables, with the work of a
 ragged batch cut into even items on the host as FlashInfer's plan does (Ye et al., 2025).
@@ -39,7 +39,7 @@ class Tuning:
     heavy_warps : int
         The same where a thread needs many registers: 8 query rows, or float32.
     groups : int
-        Thread groups that run at once. A step is cut into no more than these, if it can be.
+        Thread groups that run at once. A batch is cut into no more than these, if it can be.
     fewest : int
         Tokens worth a work item: one of fewer costs more to join than it saves.
     merge_warps : int
@@ -159,7 +159,7 @@ _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192,
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A step's launches: made once, and called for every layer with its queries, K and V.
+    """A batch's launches: made once, and called for every layer with its queries, K and V.
 
     Attributes
     ----------
@@ -184,12 +184,12 @@ def make_plan(
     scores: ScoreOptions,
     tuning: Tuning | None = None,
 ) -> Plan:
-    """Cut a step into work items and choose the kernels that run it.
+    """Cut a batch into work items and choose the kernels that run it.
 
     Parameters
     ----------
     batch : DecodeBatch
-        The step's tables.
+        The block tables.
     backend : str
         ``"cuda"`` or ``"metal"``.
     queries, keys : tuple of int
@@ -206,7 +206,7 @@ def make_plan(
     Returns
     -------
     Plan
-        The step's launches.
+        The launches.
     """
     tuning = tuning or TUNING[backend]
     rows_of_batch, heads, query_len, head_dim = queries

@@ -16,7 +16,8 @@ auto lse = partials + size_t(items) * ROWS * D;
 float highest = NOTHING;
 for (int item = first + lane; item < last; item += 32)
   highest = max(highest, lse[size_t(item) * ROWS + row]);
-UNROLL for (int step = 0; step < 5; ++step) highest = max(highest, lane_xor(highest, 1 << step));
+UNROLL for (int halving = 0; halving < 5; ++halving)
+  highest = max(highest, lane_xor(highest, 1 << halving));
 float sink = NOTHING;
 #if SINKS
 sink = float(sinks[row / Q]) * LOG2E;

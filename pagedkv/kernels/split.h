@@ -13,7 +13,7 @@ constexpr float LOG2E = 1.44269504f;
 // Finite stand-ins for -infinity: a maximum over nothing, and below it a score that never counts.
 constexpr float NOTHING = -1e30f, MASKED = -2e30f;
 constexpr int ROWS = G * Q;
-constexpr int TEAMS = 32 / LANES, PARTS = WARPS * TEAMS, STEP = PARTS * TOKENS;
+constexpr int TEAMS = 32 / LANES, PARTS = WARPS * TEAMS, TRIP = PARTS * TOKENS;
 constexpr int PER_TOKEN = LANES / TOKENS, COPIES = PER_TOKEN / R;  // seats of a token; of a score
 
 const int warp = thread_id / 32, lane = thread_id % 32;
@@ -53,7 +53,7 @@ float top = NOTHING, sum = 0.0f;
 int block = table[uint(min(start + part * TOKENS, end - 1)) / BLOCK_SIZE];  // of the coming trip
 #endif
 
-for (int trip = start; trip < end; trip += STEP) {  // the same trips for every lane
+for (int trip = start; trip < end; trip += TRIP) {  // the same trips for every lane
   const int base = trip + part * TOKENS;
   decltype(load(keys)) raw_key[TOKENS], raw_value[TOKENS];
   // Past the end the last token is read again, so that stale slots are never touched. K comes in an
@@ -62,7 +62,7 @@ for (int trip = start; trip < end; trip += STEP) {  // the same trips for every 
   const uint first = min(base, end - 1);
   const size_t row = size_t(block * BLOCK_SIZE + first % BLOCK_SIZE) * (HKV * D);
   const int last = max(end - 1 - base, 0);
-  block = table[uint(min(base + STEP, end - 1)) / BLOCK_SIZE];
+  block = table[uint(min(base + TRIP, end - 1)) / BLOCK_SIZE];
   UNROLL for (int t = 0; t < TOKENS; ++t)
     raw_key[t] = load(key_rows + row + min(t ^ own_token, last) * (HKV * D));
   UNROLL for (int t = 0; t < TOKENS; ++t)
@@ -88,8 +88,8 @@ for (int trip = start; trip < end; trip += STEP) {  // the same trips for every 
       scores[t * R + r] = dot;
     }
   }
-  UNROLL for (int step = 1; step <= LOG2_LANES; ++step) {
-    const int distance = LANES >> step, kept = TOKENS * R >> step;
+  UNROLL for (int halving = 1; halving <= LOG2_LANES; ++halving) {
+    const int distance = LANES >> halving, kept = TOKENS * R >> halving;
     UNROLL for (int j = 0; j < max(kept, 1); ++j) {
       if (kept >= R) {
         scores[j] += lane_xor(scores[j + kept], distance);
@@ -117,7 +117,8 @@ for (int trip = start; trip < end; trip += STEP) {  // the same trips for every 
   score = seen ? score : MASKED;
 
   float high = max(top, score);
-  UNROLL for (int step = 1; 1 << step <= TOKENS; ++step) high = max(high, lane_xor(high, LANES >> step));
+  UNROLL for (int halving = 1; 1 << halving <= TOKENS; ++halving)
+    high = max(high, lane_xor(high, LANES >> halving));
   if (warp_any(high > top)) {
     const float shrink = exp2_fast(top - high);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -139,7 +140,8 @@ for (int trip = start; trip < end; trip += STEP) {  // the same trips for every 
     }
   }
 }
-UNROLL for (int step = 1; 1 << step <= TOKENS; ++step) sum += lane_xor(sum, LANES >> step);
+UNROLL for (int halving = 1; 1 << halving <= TOKENS; ++halving)
+  sum += lane_xor(sum, LANES >> halving);
 
 SHARED float tops[R][PARTS], sums[R][PARTS], parts[PARTS][D];
 if (seat < PER_TOKEN && seat % COPIES == 0) {
