@@ -4,10 +4,10 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from cases import OPTIONS, Case, poison, score_options
 from emulator import COMPILER, Emulator, signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import OPTIONS, Case, poison, score_options
 
 from pagedkv import kernels
 from pagedkv.attention import fused

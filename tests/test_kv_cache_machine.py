@@ -1,0 +1,117 @@
+"""The cache against a NumPy array of what was written through each table."""
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from test_kv_cache import Fault, stored
+
+from pagedkv import OutOfBlocksError, PagedKVCache, blocks_needed
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Every table against a NumPy array of what was written through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.paged = PagedKVCache(
+            num_layers=1, num_blocks=9, block_size=3, kv_heads=1, head_dim=2, dtype=mx.float32
+        )
+        self.tables, self.models = [self.paged.new_table()], [np.zeros((0, 2), np.float32)]
+        self.next = 1.0
+
+    def draw(self, data, many=False):
+        index = st.integers(0, len(self.tables) - 1)
+        return data.draw(st.lists(index, min_size=1, unique=True) if many else index)
+
+    def new(self, count):
+        values = np.arange(2 * count, dtype=np.float32).reshape(count, 2) + self.next
+        self.next += 2 * count
+        return values
+
+    def blocks_for(self, chosen, counts):
+        """Blocks that an extension takes, counted the slow way."""
+        needed = 0
+        for which, count in zip(chosen, counts, strict=True):
+            length, ids = len(self.models[which]), self.tables[which].block_ids.tolist()
+            needed += blocks_needed(length + count, 3) - len(ids)
+            if count and length % 3:
+                needed += sum(ids[-1] in table.block_ids for table in self.tables) > 1
+        return needed
+
+    @rule(data=st.data(), fail=st.booleans())
+    def extend(self, data, fail):
+        chosen = self.draw(data, many=True)
+        counts = data.draw(
+            st.lists(st.integers(0, 5), min_size=len(chosen), max_size=len(chosen)).filter(any)
+        )
+        tables = [self.tables[which] for which in chosen]
+        empty = any(
+            len(self.models[which]) + count == 0
+            for which, count in zip(chosen, counts, strict=True)
+        )
+        new = self.new(sum(counts))
+        keys = mx.array(new)[None, None]
+        free, needed = self.paged.pool.num_free, self.blocks_for(chosen, counts)
+        try:
+            with self.paged.extend(tables, counts) as step:
+                self.paged.write(0, keys, -keys, step.slots)
+                assert self.paged.pool.num_free == free - needed
+                if fail:
+                    raise Fault
+        except OutOfBlocksError:
+            assert needed > free
+            return
+        except ValueError:
+            assert empty
+            return
+        except Fault:
+            return
+        assert not empty
+        for which, part in zip(chosen, np.split(new, np.cumsum(counts)[:-1]), strict=True):
+            self.models[which] = np.concatenate([self.models[which], part])
+
+    @precondition(lambda self: len(self.tables) < 6)
+    @rule(data=st.data())
+    def fork(self, data):
+        which = self.draw(data)
+        self.tables.append(self.tables[which].fork())
+        self.models.append(self.models[which])
+
+    @rule()
+    def start(self):
+        if len(self.tables) < 6:
+            self.tables.append(self.paged.new_table())
+            self.models.append(np.zeros((0, 2), np.float32))
+
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(data=st.data())
+    def free(self, data):
+        which = self.draw(data)
+        self.tables.pop(which).truncate(0)
+        self.models.pop(which)
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        which = self.draw(data)
+        kept = data.draw(st.integers(0, len(self.models[which])))
+        self.tables[which].truncate(kept)
+        self.models[which] = self.models[which][:kept]
+
+    @invariant()
+    def agrees(self):
+        pool = self.paged.pool
+        pool.check_invariants()
+        held = np.zeros(9, int)
+        for table, model in zip(self.tables, self.models, strict=True):
+            assert table.num_tokens == len(model)
+            np.add.at(held, table.block_ids, 1)
+            keys, values = stored(self.paged, table, layer=0)
+            assert np.array_equal(keys[:, 0], model)
+            assert np.array_equal(values[:, 0], -model)
+        assert held.tolist() == [pool.reference_count(block) for block in range(9)]
+
+
+CacheMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestCache = CacheMachine.TestCase
