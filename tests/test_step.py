@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from interrupts import interrupted
 from reference import paged_attention as reference_attention
 from test_kv_cache import cache, extend, state, stored, tokens
 
@@ -140,6 +141,45 @@ def test_a_step_may_end_inside_its_with_statement():
     with paged.extend([table], [3]) as step:
         step.rollback()
     assert table.num_tokens == 3
+
+
+def start():
+    """A cache with a fork that shares a partly filled block, and what must stay."""
+    rng = np.random.default_rng(39)
+    paged = cache()
+    parent = paged.new_table()
+    extend(paged, rng, [parent], [6])
+    tables = [parent, parent.fork()]
+    return paged, tables, state(paged, tables)
+
+
+def test_an_interrupted_extension_leaves_everything():
+    def operation(started):
+        paged, tables, _ = started
+        paged.extend(tables, [1, 3])
+
+    for (paged, tables, before), done in interrupted(start, operation):
+        assert done == (state(paged, tables) != before)
+        paged.pool.check_invariants()
+
+
+def test_an_interrupted_layer_can_be_rolled_back():
+    rng = np.random.default_rng(40)
+    new = inputs(rng, 2, 1)
+
+    def start_step():
+        paged, tables, before = start()
+        return paged, tables, before, paged.extend(tables, [1, 1])
+
+    def operation(started):
+        step = started[-1]
+        for layer in (0, 1, 0):
+            step.attend(layer, *new, scale=SCALE)
+
+    for (paged, tables, before, step), _ in interrupted(start_step, operation):
+        step.rollback()
+        assert state(paged, tables) == before
+        paged.pool.check_invariants()
 
 
 def singular(count):

@@ -133,11 +133,13 @@ class PagedKVCache(Pools):
         self.check_whole()
         if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
             raise ValueError("expected tables of this cache")
-        reservation = reserve(tables, counts)
+        reservation = None
         try:
+            reservation = reserve(tables, counts)
             step = Extension(self, tables, counts, reservation)
             self.copy_blocks(step.copies)
+            return step
         except BaseException:
-            reservation.undo()
+            if reservation:
+                reservation.undo()
             raise
-        return step
