@@ -1,5 +1,6 @@
 """The examples run as their docstrings say."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ def without_a_display():
     matplotlib.use("agg")
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["replay_trace.py", *arguments])
-    runpy.run_path(str(EXAMPLES / "replay_trace.py"), run_name="__main__")
+def run(monkeypatch, capsys, *arguments, script="replay_trace.py"):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -34,3 +35,11 @@ def test_replay_a_trace(monkeypatch, capsys, tmp_path):
 def test_a_tight_budget_preempts_and_finds_less(monkeypatch, capsys):
     out = run(monkeypatch, capsys, "--requests", "60", "--blocks", "120")
     assert "preemptions: 0," not in out
+
+
+def test_generate(monkeypatch, capsys):
+    out = run(monkeypatch, capsys, "--requests", "5", script="generate.py")
+    lines = [line.split(": ") for line in out.splitlines()]
+    assert [name for name, _ in lines] == [f"request {number}" for number in range(5)]
+    assert all(len(json.loads(tokens)) == 8 for _, tokens in lines)
+    assert run(monkeypatch, capsys, "--requests", "5", script="generate.py") == out

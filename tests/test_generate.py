@@ -4,84 +4,28 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pagedkv import (
-    DecodeBatch,
-    PagedKVCache,
-    Scheduler,
-    SlotMapping,
-    paged_attention,
-)
+from examples.generate import HEAD_DIM, KV_HEADS, LAYERS, VOCABULARY, Model, compute, generate
+from pagedkv import BlockPool, PagedKVCache, Scheduler
 
-VOCABULARY, WIDTH, LAYERS = 50, 32, 2
-QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-SCALE = HEAD_DIM**-0.5
-SIZES = {"block_size": 4, "num_blocks": 18}
+SIZES = {"block_size": 4, "num_blocks": 16}
 
 
-class Model:
-    """Embedding, attention layers with residuals, and the most likely next token."""
-
-    def __init__(self):
-        rng = np.random.default_rng(21)
-        self.embedding = mx.array(rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32))
-        heads = {"q": QUERY_HEADS, "k": KV_HEADS, "v": KV_HEADS}
-        self.weights = [
-            {
-                name: mx.array(rng.standard_normal((WIDTH, count * HEAD_DIM)).astype(np.float32))
-                for name, count in {**heads, "o": WIDTH // HEAD_DIM}.items()
-            }
-            for _ in range(LAYERS)
-        ]
-
-    def __call__(self, tokens, attend):
-        """Return the next token after each of [B, L]; attend(layer, q, k, v) -> [B, Hq, L, D]."""
-        x = self.embedding[mx.array(tokens)]
-        rows, length = tokens.shape
-        for layer, w in enumerate(self.weights):
-            normed = mx.fast.rms_norm(x, None, 1e-5) / WIDTH**0.5
-            q, k, v = (
-                (normed @ w[name]).reshape(rows, length, -1, HEAD_DIM).swapaxes(1, 2)
-                for name in "qkv"
-            )
-            out = attend(layer, q, k, v).swapaxes(1, 2).reshape(rows, length, -1)
-            x = x + out @ w["o"] / WIDTH**0.5
-        return np.array(mx.argmax(mx.fast.rms_norm(x, None, 1e-5) @ self.embedding.T, axis=-1))
+def new_cache():
+    return PagedKVCache(
+        num_layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=mx.float32, **SIZES
+    )
 
 
 def generate_dense(model, prompt, count):
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(model(np.array([tokens]), attend_dense)[0, -1]))
-    return tokens
+        logits = model(mx.array([tokens]), attend_dense)
+        tokens.append(mx.argmax(logits[0, -1]).item())
+    return tokens[len(prompt) :]
 
 
-def attend_dense(layer, q, k, v):
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask="causal")
-
-
-def compute(model, cache, step):
-    """Run the model over a step, sequences with the same number of new tokens together."""
-    cache.copy_blocks(step.copies)
-    ends = np.cumsum(step.counts)
-    sampled = {}
-    for count in sorted(set(step.counts), reverse=True):
-        rows = [row for row, other in enumerate(step.counts) if other == count]
-        new = np.concatenate([np.arange(ends[row] - count, ends[row]) for row in rows])
-        tables = [step.tables[row] for row in rows]
-        lens = [table.num_tokens for table in tables]
-        slots = np.concatenate([t.slots(n - count) for t, n in zip(tables, lens, strict=True)])
-        slots = SlotMapping.from_slots(slots, **SIZES)
-        batch = DecodeBatch.from_tables([table.block_ids for table in tables], lens, **SIZES)
-
-        def attend(layer, q, k, v, slots=slots, batch=batch):
-            cache.write(layer, k, v, slots)
-            return paged_attention(q, cache.keys[layer], cache.values[layer], batch, scale=SCALE)
-
-        following = model(step.tokens[new].reshape(len(rows), count), attend)[:, -1]
-        sampled |= {
-            step.request_ids[row]: int(token) for row, token in zip(rows, following, strict=True)
-        }
-    return {request_id: sampled[request_id] for request_id in step.samples}
+def attend_dense(layer, q, k, v, *, scale):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 @pytest.mark.parametrize("max_tokens", [7, 64])
@@ -93,21 +37,13 @@ def test_generation_under_pressure_equals_dense(max_tokens):
     for number in range(14):
         own = rng.integers(0, VOCABULARY, rng.integers(1, 12)).tolist()
         requests[number] = (shared + own if number % 3 else own), int(rng.integers(1, 16))
-    cache = PagedKVCache(
-        num_layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=mx.float32, **SIZES
+    cache = new_cache()
+    scheduler = Scheduler(
+        cache.pool, cache.block_size, max_tokens=max_tokens, max_running=6, watermark=0
     )
-    scheduler = Scheduler(cache.pool, cache.block_size, max_tokens=max_tokens, max_running=6)
-    generated = {}
     for number, (prompt, count) in requests.items():
         scheduler.add(number, prompt, count)
-        generated[number] = list(prompt)
-    done = set()
-    while len(done) < len(requests):
-        step = scheduler.schedule()
-        sampled = compute(model, cache, step)
-        for number, token in sampled.items():
-            generated[number].append(token)
-        done |= set(scheduler.update(sampled))
+    generated = generate(model, cache, scheduler, requests)
     for number, (prompt, count) in requests.items():
         assert generated[number] == generate_dense(model, prompt, count), number
     stats = scheduler.stats()
@@ -117,3 +53,55 @@ def test_generation_under_pressure_equals_dense(max_tokens):
     assert stats.blocks_live == 0
     assert len({token for tokens in generated.values() for token in tokens}) > 10
     assert cache.pool.num_free + stats.blocks_cached == SIZES["num_blocks"]
+
+
+def test_steps_are_the_sequences_that_compute_equally_many_tokens():
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size, max_tokens=8)
+    scheduler.add("a", [7], 3)
+    scheduler.add("b", [1, 2, 3], 3)
+    scheduler.add("c", range(10, 19), 3)
+    first = cache.steps(scheduler.schedule())
+    assert [step.request_ids for step in first] == [["c"], ["b"], ["a"]]
+    assert [step.tokens.tolist() for step in first] == [[[10, 11, 12, 13]], [[1, 2, 3]], [[7]]]
+    assert [step.sample_rows for step in first] == [[], [0], [0]]
+    scheduler.update({"a": 40, "b": 41})
+    second = cache.steps(scheduler.schedule())
+    assert [step.request_ids for step in second] == [["c"], ["a", "b"]]
+    assert [step.tokens.tolist() for step in second] == [[[14, 15, 16, 17, 18]], [[40], [41]]]
+    assert [step.sample_rows for step in second] == [[0], [0, 1]]
+    assert all(step.tokens.dtype == mx.int32 for step in second)
+    assert second[1].batch.context_lens.tolist() == [2, 4]
+    assert second[1].slots.slots.tolist() == [1, 7]
+
+
+def test_shared_blocks_are_copied_before_they_are_written():
+    cache, model = new_cache(), Model()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    prompt = [3, 1, 4, 1, 5]
+    scheduler.add("parent", prompt, 4)
+    tokens = {"parent": [], "child": []}
+
+    def run():
+        schedule = scheduler.schedule()
+        sampled = compute(model, cache, schedule)
+        scheduler.update(sampled)
+        for request_id, token in sampled.items():
+            tokens[request_id].append(token)
+        return schedule.copies
+
+    run()
+    scheduler.fork("parent", "child", 9)
+    assert len(run()) == 2  # the step that both write in
+    run()
+    assert tokens["parent"] == generate_dense(model, prompt, 3)
+    assert tokens["child"] == generate_dense(model, [*prompt, 9], 2)
+
+
+def test_a_schedule_of_another_pool_is_refused():
+    cache = new_cache()
+    scheduler = Scheduler(BlockPool(16), 4)
+    assert cache.steps(scheduler.schedule()) == []
+    scheduler.add("a", [7], 3)
+    with pytest.raises(ValueError, match="expected tables of this cache"):
+        cache.steps(scheduler.schedule())

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from pagedkv.cache.pools import Pools
-from pagedkv.cache.step import Extension
+from pagedkv.cache.step import Extension, ScheduledStep
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import reserve
+from pagedkv.host.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,7 @@ class PagedKVCache(Pools):
         PagedKVError
             If a pool is lost.
         """
-        self.check_whole()
-        if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
-            raise ValueError("expected tables of this cache")
+        self._check_tables(tables)
         reservation = None
         try:
             reservation = reserve(tables, counts)
@@ -143,3 +142,39 @@ class PagedKVCache(Pools):
             if reservation:
                 reservation.undo()
             raise
+
+    def steps(self, schedule: Schedule) -> list[ScheduledStep]:
+        """Make steps of a schedule: sequences that compute equally many tokens go together.
+
+        Blocks that the schedule shares and will write are copied first. `Step.attend` follows for
+        every layer of each step, then `Scheduler.update`, or `retract` if something failed.
+
+        Parameters
+        ----------
+        schedule : Schedule
+            What `Scheduler.schedule` returned last, of a scheduler with this cache's `pool`.
+
+        Returns
+        -------
+        list of ScheduledStep
+            Those with most tokens a sequence first; empty if the schedule is.
+
+        Raises
+        ------
+        ValueError
+            If the schedule is of another cache's blocks. Nothing has changed then.
+        PagedKVError
+            If a pool is lost.
+        """
+        self._check_tables(schedule.tables)
+        rows: dict[int, list[int]] = {}
+        for row, count in enumerate(schedule.counts):
+            rows.setdefault(count, []).append(row)
+        steps = [ScheduledStep(self, schedule, rows[count]) for count in sorted(rows)[::-1]]
+        self.copy_blocks(schedule.copies)
+        return steps
+
+    def _check_tables(self, tables: Sequence[BlockTable]) -> None:
+        self.check_whole()
+        if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
+            raise ValueError("expected tables of this cache")

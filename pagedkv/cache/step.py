@@ -17,6 +17,7 @@ from pagedkv.cache.slots import SlotMapping
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import Reservation
+from pagedkv.host.schedule import Schedule
 from pagedkv.limits import id_below
 
 
@@ -107,6 +108,34 @@ class Step:
 
     def _check_open(self) -> None:
         """Raise PagedKVError if the step is over."""
+
+
+class ScheduledStep(Step):
+    """The sequences of a schedule that compute equally many tokens.
+
+    Nothing of it is to be committed: `Scheduler.update` or `retract` ends the schedule.
+
+    Attributes
+    ----------
+    request_ids : list
+        Whose tokens, B of them.
+    tokens : mx.array
+        The tokens to compute, shape [B, Q], int32.
+    sample_rows : list of int
+        Which of the B sequences' next token follows from this step.
+    """
+
+    def __init__(self, pools: Pools, schedule: Schedule, rows: list[int]) -> None:
+        tables, count = [schedule.tables[row] for row in rows], schedule.counts[rows[0]]
+        slots = [table.slots(table.num_tokens - count) for table in tables]
+        super().__init__(pools, tables, [count] * len(rows), np.concatenate(slots))
+        self.request_ids = [schedule.request_ids[row] for row in rows]
+        ends = np.cumsum(schedule.counts)[rows]
+        self.tokens = mx.array(schedule.tokens[ends[:, None] + np.arange(-count, 0)])
+        samples = set(schedule.samples)
+        self.sample_rows = [
+            row for row, request_id in enumerate(self.request_ids) if request_id in samples
+        ]
 
 
 class Extension(Step):

@@ -1,0 +1,99 @@
+"""Generate text with a small model: many requests at once, over a paged cache.
+
+    python examples/generate.py --requests 8
+
+The model has two layers and random weights, so that nothing is downloaded and what it says means
+nothing. What is worth reading is `generate`: the scheduler chooses what to compute, the cache makes
+steps of it, and the model attends through them.
+"""
+
+import argparse
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv import PagedKVCache, Scheduler
+
+VOCABULARY, WIDTH, LAYERS = 50, 32, 2
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+SCALE = HEAD_DIM**-0.5
+
+
+class Model:
+    """Embedding, attention layers with residuals, logits."""
+
+    def __init__(self):
+        rng = np.random.default_rng(21)
+        self.embedding = mx.array(rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32))
+        heads = {"q": QUERY_HEADS, "k": KV_HEADS, "v": KV_HEADS}
+        self.weights = [
+            {
+                name: mx.array(rng.standard_normal((WIDTH, count * HEAD_DIM)).astype(np.float32))
+                for name, count in {**heads, "o": WIDTH // HEAD_DIM}.items()
+            }
+            for _ in range(LAYERS)
+        ]
+
+    def __call__(self, tokens, attend):
+        """Return logits [B, L, V] of tokens [B, L]; `attend` is `Step.attend` or its like."""
+        x = self.embedding[tokens]
+        rows, length = tokens.shape
+        for layer, w in enumerate(self.weights):
+            normed = mx.fast.rms_norm(x, None, 1e-5) / WIDTH**0.5
+            q, k, v = (
+                (normed @ w[name]).reshape(rows, length, -1, HEAD_DIM).swapaxes(1, 2)
+                for name in "qkv"
+            )
+            out = attend(layer, q, k, v, scale=SCALE).swapaxes(1, 2).reshape(rows, length, -1)
+            x = x + out @ w["o"] / WIDTH**0.5
+        return mx.fast.rms_norm(x, None, 1e-5) @ self.embedding.T
+
+
+def compute(model, cache, schedule):
+    """Return the most likely next token of each request in the schedule's `samples`."""
+    sampled = {}
+    for step in cache.steps(schedule):
+        logits = model(step.tokens, step.attend)
+        following = mx.argmax(logits[:, -1], axis=-1).tolist()
+        sampled |= {step.request_ids[row]: following[row] for row in step.sample_rows}
+    return sampled
+
+
+def generate(model, cache, scheduler, requests):
+    """Run requests to their end; return the new tokens of each."""
+    generated = {request_id: [] for request_id in requests}
+    running = set(requests)
+    while running:
+        sampled = compute(model, cache, scheduler.schedule())
+        for request_id, token in sampled.items():
+            generated[request_id].append(token)
+        running -= set(scheduler.update(sampled))
+    return generated
+
+
+def main():
+    """Parse the command line, generate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=24, help="of 4 tokens")
+    args = parser.parse_args()
+
+    cache = PagedKVCache(
+        num_layers=LAYERS,
+        num_blocks=args.blocks,
+        block_size=4,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=mx.float32,
+    )
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    rng = np.random.default_rng(22)
+    for number in range(args.requests):
+        scheduler.add(number, rng.integers(0, VOCABULARY, rng.integers(1, 24)), max_new_tokens=8)
+    generated = generate(Model(), cache, scheduler, range(args.requests))
+    for number, tokens in generated.items():
+        print(f"request {number}: {tokens}")
+
+
+if __name__ == "__main__":
+    main()
