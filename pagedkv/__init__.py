@@ -2,7 +2,6 @@
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.calls import (
-    Explanation,
     contiguous_attention,
     decode_attention,
     explain,
@@ -10,9 +9,9 @@ from pagedkv.attention.calls import (
 )
 from pagedkv.attention.gather import append_block, gather_blocks, gather_rows
 from pagedkv.attention.inputs import Layout
-from pagedkv.attention.paths import DECODE_PATHS, DecodePath
+from pagedkv.attention.paths import DECODE_PATHS
 from pagedkv.attention.scores import ScoreOptions
-from pagedkv.cache.kv_cache import MemoryUsage, PagedKVCache
+from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.cache.step import Step
 from pagedkv.errors import (
@@ -24,9 +23,6 @@ from pagedkv.errors import (
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
 from pagedkv.host.prefix_cache import RadixTree
-from pagedkv.host.radix_node import PrefixMatch, RadixNode
-from pagedkv.host.reservation import Reservation, reserve
-from pagedkv.host.schedule import Schedule
 from pagedkv.host.scheduler import Scheduler
 from pagedkv.host.stats import Stats, render_prometheus
 
@@ -37,18 +33,11 @@ __all__ = [
     "BlockPool",
     "BlockTable",
     "DecodeBatch",
-    "DecodePath",
-    "Explanation",
     "Layout",
-    "MemoryUsage",
     "OutOfBlocksError",
     "PagedKVCache",
     "PagedKVError",
-    "PrefixMatch",
-    "RadixNode",
     "RadixTree",
-    "Reservation",
-    "Schedule",
     "Scheduler",
     "ScoreOptions",
     "SharedBlockError",
@@ -66,5 +55,4 @@ __all__ = [
     "gather_rows",
     "paged_attention",
     "render_prometheus",
-    "reserve",
 ]

@@ -15,8 +15,8 @@ from pagedkv import (
     PagedKVError,
     SharedBlockError,
     blocks_needed,
-    reserve,
 )
+from pagedkv.host.reservation import reserve
 
 
 @pytest.mark.parametrize(

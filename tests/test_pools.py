@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 from test_kv_cache import cache, extend, tokens
 
-from pagedkv import (
-    DecodeBatch,
-    MemoryUsage,
-    PagedKVCache,
-    SlotMapping,
-    decode_attention,
-)
+from pagedkv import DecodeBatch, PagedKVCache, SlotMapping, decode_attention
+from pagedkv.cache.kv_cache import MemoryUsage
 
 MIB = 2**20
 

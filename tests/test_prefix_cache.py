@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from prefixes import cache, tree
 
-from pagedkv import BlockPool, BlockTable, RadixTree, reserve
+from pagedkv import BlockPool, BlockTable, RadixTree
+from pagedkv.host.reservation import reserve
 
 
 def test_match_is_the_longest_prefix_in_whole_blocks():

@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pagedkv import BlockPool, PrefixMatch, RadixTree
+from pagedkv import BlockPool, RadixTree
+from pagedkv.host.radix_node import PrefixMatch
 
 
 class TreeMachine(RuleBasedStateMachine):
