@@ -43,10 +43,10 @@ help:
 
 # Exit 2 of the first step: some benchmarks failed; what there is gets published all the same.
 bench: $(READY) website/node_modules
-	$(AWAKE) $(BIN)/python -m website.history run --grid $(GRID) $(OPTIONS); status=$$?; \
+	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(GRID) $(OPTIONS); status=$$?; \
 	test $$status = 0 -o $$status = 2 || exit $$status; \
 	$(MAKE) --no-print-directory publish && \
-	$(BIN)/python -m website.report headline $(OPTIONS) && \
+	$(BIN)/python -m tracking.report headline $(OPTIONS) && \
 	echo "page: $(CURDIR)/.asv/html/index.html (asv's pages need a server: make serve)" && \
 	exit $$status
 
@@ -55,7 +55,7 @@ prove: $(READY) $(BROWSER) website/node_modules
 	$(BIN)/python .ci/prove.py
 
 publish: $(READY) website/node_modules
-	$(BIN)/python -m website.history prepare $(OPTIONS)
+	$(BIN)/python -m tracking.history prepare $(OPTIONS)
 	$(BIN)/asv publish
 
 serve: $(READY)
@@ -64,10 +64,10 @@ serve: $(READY)
 FORMAT ?= text
 COMMIT ?=
 table: $(READY)
-	@$(BIN)/python -m website.report table --format $(FORMAT) $(OPTIONS) $(if $(COMMIT),--commit $(COMMIT))
+	@$(BIN)/python -m tracking.report table --format $(FORMAT) $(OPTIONS) $(if $(COMMIT),--commit $(COMMIT))
 
 adr: $(READY)
-	$(BIN)/python -m website.report documents
+	$(BIN)/python -m tracking.report documents
 	$(BIN)/python -m website.overhead
 	@$(MAKE) --no-print-directory table
 
@@ -79,35 +79,35 @@ OUTPUT ?=
 ROUNDS ?=
 # Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
 compare: $(READY)
-	$(AWAKE) $(BIN)/python -m website.compare pull-request --base $(BASE) --grid $(GRID) $(OPTIONS) \
+	$(AWAKE) $(BIN)/python -m tracking.compare pull-request --base $(BASE) --grid $(GRID) $(OPTIONS) \
 	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
 noise detect: $(READY)
-	$(AWAKE) $(BIN)/python -m website.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
+	$(AWAKE) $(BIN)/python -m tracking.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(ROUNDS),--rounds $(ROUNDS))
 
 WAIT ?= 0
 doctor: $(READY)
-	@$(BIN)/python -m website.doctor --wait $(WAIT) $(OPTIONS)
+	@$(BIN)/python -m tracking.doctor --wait $(WAIT) $(OPTIONS)
 
 # What the benchmark machine does for main.
 nightly: $(READY)
-	$(AWAKE) $(BIN)/python -m website.nightly run --grid $(GRID) $(OPTIONS)
+	$(AWAKE) $(BIN)/python -m tracking.nightly run --grid $(GRID) $(OPTIONS)
 
 nightly-mlx: $(READY)
-	$(AWAKE) $(BIN)/python -m website.nightly newest-mlx $(OPTIONS)
+	$(AWAKE) $(BIN)/python -m tracking.nightly newest-mlx $(OPTIONS)
 
 REMOTE ?= origin
 fetch-results push-results: $(READY)
-	@$(BIN)/python -m website.nightly $@ --remote $(REMOTE)
+	@$(BIN)/python -m tracking.nightly $@ --remote $(REMOTE)
 
 record:
 	@test -n "$(MACHINE)" || { echo "say which: make record MACHINE=name"; exit 1; }
 	git add --force results/$(MACHINE)
 
 screenshot: $(BROWSER) publish
-	$(BIN)/python -m website.check docs/images/overhead.png --machine h200 --batch 4
+	$(BIN)/python .ci/browser.py docs/images/overhead.png --machine h200 --batch 4
 
 # Without npm the page loads its scripts from the network; publishing says so.
 website/node_modules: website/package-lock.json

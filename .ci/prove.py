@@ -11,12 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
+from browser import OverheadPage, browse, look
 
 from benchmarks._workload import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
-from website.check import OverheadPage, browse, look
-from website.compare import DETECTION, commit_of, measure, slowed
-from website.history import (
+from tracking.compare import DETECTION, commit_of, measure, slowed
+from tracking.history import (
     asv,
     check_history,
     derive_config,
@@ -25,8 +25,8 @@ from website.history import (
     machine_name,
     record_machine,
 )
-from website.lock import acquire
-from website.report import (
+from tracking.lock import acquire
+from tracking.report import (
     HEADLINE,
     as_csv,
     commit_label,

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from asv.util import UserError
 
-from website import compare
-from website.report import Value
+from tracking import compare
+from tracking.report import Value
 
 FACTORS = {"ratio": 1.05, "time": 1.5}
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"

@@ -7,8 +7,8 @@ import pytest
 from asv.machine import Machine
 from asv.util import UserError, write_json
 
-from website import doctor
-from website.doctor import BAD, GOOD, NOTE
+from tracking import doctor
+from tracking.doctor import BAD, GOOD, NOTE
 
 MAC_GOOD = {
     ("pmset", "-g", "batt"): "Now drawing from 'AC Power'\n",

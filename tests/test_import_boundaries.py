@@ -62,7 +62,7 @@ def test_package_modules_do_not_import_in_a_circle():
     list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "website"])
+@pytest.mark.parametrize("folder", ["benchmarks", "tracking", "website", ".ci"])
 def test_only_public_names_of_the_package_are_used(folder):
     for path in modules(folder).values():
         for item in imports(path):
@@ -84,3 +84,8 @@ def test_benchmarks_import_nothing_that_an_old_commit_may_lack():
         found = imports(path)
         assert {item.split(".")[0] for item in found} <= allowed, path
         assert not any(item.startswith("pagedkv.") for item in found), path
+
+
+def test_what_is_published_builds_on_tracking_and_not_the_reverse():
+    for path in modules("tracking").values():
+        assert not any(item.split(".")[0] == "website" for item in imports(path)), path

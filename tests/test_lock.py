@@ -9,14 +9,14 @@ import sys
 import pytest
 from asv.util import UserError
 
-from website import lock
+from tracking import lock
 
 
 @pytest.fixture
 def other(tmp_path):
     """Another process that holds the lock of a checkout until its input ends."""
     code = (
-        "import sys; from pathlib import Path; from website import lock;"
+        "import sys; from pathlib import Path; from tracking import lock;"
         f"lock.acquire(Path({str(tmp_path)!r}, 'state/lock')); print('held', flush=True);"
         "sys.stdin.read()"
     )
@@ -61,7 +61,7 @@ def test_what_the_holder_starts_does_not_ask(other, tmp_path, monkeypatch):
         (["/x/bin/asv", "check"], True),
         (["/x/bin/asv", "find", "a..b", "decode"], True),
         (["/x/bin/asv", "publish"], False),
-        (["/x/website/history.py", "run"], False),
+        (["/x/tracking/history.py", "run"], False),
     ],
 )
 def test_asv_takes_it_for_commands_that_measure(argv, takes, monkeypatch):
@@ -74,11 +74,11 @@ def test_asv_takes_it_for_commands_that_measure(argv, takes, monkeypatch):
 
 def test_asv_refuses(tmp_path):
     """asv's own command line in a project with this plugin, while this process holds its lock."""
-    (tmp_path / "website").mkdir()
-    shutil.copy(lock.__file__, tmp_path / "website")
-    (tmp_path / "website/__init__.py").touch()
+    (tmp_path / "tracking").mkdir()
+    shutil.copy(lock.__file__, tmp_path / "tracking")
+    (tmp_path / "tracking/__init__.py").touch()
     (tmp_path / ".asv").mkdir()
-    config = {"version": 1, "project": "p", "repo": ".", "plugins": [".website.lock"]}
+    config = {"version": 1, "project": "p", "repo": ".", "plugins": [".tracking.lock"]}
     (tmp_path / "asv.conf.json").write_text(json.dumps(config))
     with (tmp_path / ".asv/lock").open("a+") as handle:
         lock.fcntl.flock(handle, lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from asv.util import UserError
 
-from website import nightly
-from website.compare import Change
-from website.report import Value
+from tracking import nightly
+from tracking.compare import Change
+from tracking.report import Value
 
 
 def git(root, *args):

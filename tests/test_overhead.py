@@ -9,10 +9,10 @@ import sys
 import pytest
 from asv.util import UserError
 
+from tracking.history import asv_settings
+from tracking.report import MISSING, RESULTS, Value
 from website import overhead
-from website.history import asv_settings
 from website.publish import OverheadPage
-from website.report import MISSING, RESULTS, Value
 
 AUTO = "overhead.Auto.ratio_vs_contiguous"
 ROWS = "overhead.GatherRows.ratio_vs_contiguous"

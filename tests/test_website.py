@@ -14,7 +14,8 @@ import sys
 import pytest
 from asv.util import UserError, load_json
 
-from website import adopt, history, offline, report
+from tracking import adopt, history, report
+from website import offline
 
 ROOT = history.ROOT
 

@@ -1,1 +1,1 @@
-"""Between the suite and the reader: runs the history, tables of the results, published pages."""
+"""What is published beside asv's own pages. It imports tracking, never the reverse."""

@@ -18,8 +18,8 @@ import vl_convert
 from asv.util import load_json
 
 from benchmarks._workload import PARAM_NAMES, kv_bytes
-from website.history import ROOT, git
-from website.report import (
+from tracking.history import ROOT, git
+from tracking.report import (
     ADR_COLUMNS,
     RESULTS,
     adr_entries,

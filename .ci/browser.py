@@ -15,11 +15,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
-from website.history import ROOT
-from website.report import HEADLINE
+from tracking.history import ROOT
+from tracking.report import HEADLINE
 
 BROWSERS = (
     "chromium",
@@ -169,7 +171,7 @@ class OverheadPage:
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m website.check", description=__doc__)
+    parser = argparse.ArgumentParser(prog=".ci/browser.py", description=__doc__)
     parser.add_argument("screenshot", help="PNG file to write")
     parser.add_argument("--html-dir", default=ROOT / ".asv/html", type=Path)
     parser.add_argument("--machine", required=True, help="which machine the page shows")

@@ -20,7 +20,7 @@ from asv.results import iter_results_for_machine
 
 from benchmarks._workload import PARAM_NAMES
 from pagedkv import blocks_needed
-from website.history import ROOT, asv_settings, git, machine_name, phase_commits
+from tracking.history import ROOT, asv_settings, git, machine_name, phase_commits
 
 RESULTS = ROOT / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -365,7 +365,7 @@ def fill(text):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m website.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
     parser.add_argument("what", choices=["table", "headline", "documents"])
     parser.add_argument("--machine", help="name in results/ (default: this host's)")
     parser.add_argument("--backend", default="cpu", help="part of this host's name")

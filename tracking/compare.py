@@ -22,7 +22,7 @@ from asv._stats import is_different
 from asv.results import iter_results_for_machine
 from asv.util import UserError
 
-from website.history import (
+from tracking.history import (
     ROOT,
     asv,
     backend_settings,
@@ -35,8 +35,8 @@ from website.history import (
     record_machine,
     selection,
 )
-from website.lock import acquire
-from website.report import RESULTS, Value, as_markdown
+from tracking.lock import acquire
+from tracking.report import RESULTS, Value, as_markdown
 
 COMPARED = ("overhead.", "decode.")
 NOISE = ("overhead.Auto.", "overhead.GatherRows.", "decode.Auto.", "decode.Contiguous.")
@@ -397,7 +397,7 @@ def detect(times, rounds, *, machine, backend):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m website.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.compare", description=__doc__)
     parser.add_argument("what", choices=["pull-request", "noise", "detect"])
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")

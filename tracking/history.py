@@ -17,7 +17,7 @@ from asv.results import iter_results_for_machine_and_hash
 from asv.util import UserError, load_json, write_json
 
 from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
-from website.lock import acquire
+from tracking.lock import acquire
 
 ROOT = Path(__file__).parents[1]
 
@@ -260,7 +260,7 @@ def prepare(machine, backend):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m website.history", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.history", description=__doc__)
     parser.add_argument("command", choices=["run", "prepare"])
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")

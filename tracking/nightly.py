@@ -17,9 +17,9 @@ from pathlib import Path
 from asv.results import Results
 from asv.util import UserError, load_json, write_json
 
-from website import history
-from website.compare import COMPARED, changes, recorded_noise
-from website.history import (
+from tracking import history
+from tracking.compare import COMPARED, changes, recorded_noise
+from tracking.history import (
     ROOT,
     asv,
     asv_settings,
@@ -34,8 +34,8 @@ from website.history import (
     record_machine,
     selection,
 )
-from website.lock import acquire
-from website.report import RESULTS, measured_commits
+from tracking.lock import acquire
+from tracking.report import RESULTS, measured_commits
 
 BRANCH = "results"
 AGAIN = 4  # rounds of what looks like a regression
@@ -234,7 +234,7 @@ def with_newest_mlx(machine, backend):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m website.nightly", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.nightly", description=__doc__)
     commands = ["run", "newest-mlx", "fetch-results", "push-results"]
     parser.add_argument("command", choices=commands)
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")

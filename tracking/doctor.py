@@ -20,10 +20,10 @@ from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json
 
 from benchmarks._workload import GRID, kv_bytes, layers
-from website.compare import recorded_noise
-from website.history import ROOT, asv_settings, check_history, git, machine_name
-from website.lock import acquire
-from website.report import RESULTS
+from tracking.compare import recorded_noise
+from tracking.history import ROOT, asv_settings, check_history, git, machine_name
+from tracking.lock import acquire
+from tracking.report import RESULTS
 
 GOOD, NOTE, BAD = "ok", "note", "BAD"
 BUSY = 0.25  # runnable processes a core, beside the one that asks
@@ -260,7 +260,7 @@ def wait(machine, seconds):
 
 def main():
     """Parse the command line; exit 1 if something is bad."""
-    parser = argparse.ArgumentParser(prog="python -m website.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.doctor", description=__doc__)
     parser.add_argument("--wait", type=int, default=0, help="seconds to wait for idle and cool")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     parser.add_argument("--backend", default="cpu", help="part of this host's name")

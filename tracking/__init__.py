@@ -1,0 +1,1 @@
+"""Runs, reads and judges measurements: history, comparisons, nightly runs, tables of results."""
