@@ -46,7 +46,7 @@ bench: $(READY) website/node_modules
 	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(GRID) $(OPTIONS); status=$$?; \
 	test $$status = 0 -o $$status = 2 || exit $$status; \
 	$(MAKE) --no-print-directory publish && \
-	$(BIN)/python -m tracking.report headline $(OPTIONS) && \
+	$(BIN)/python -m tracking.documents headline $(OPTIONS) && \
 	echo "page: $(CURDIR)/.asv/html/index.html (asv's pages need a server: make serve)" && \
 	exit $$status
 
@@ -64,10 +64,10 @@ serve: $(READY)
 FORMAT ?= text
 COMMIT ?=
 table: $(READY)
-	@$(BIN)/python -m tracking.report table --format $(FORMAT) $(OPTIONS) $(if $(COMMIT),--commit $(COMMIT))
+	@$(BIN)/python -m tracking.documents table --format $(FORMAT) $(OPTIONS) $(if $(COMMIT),--commit $(COMMIT))
 
 adr: $(READY)
-	$(BIN)/python -m tracking.report documents
+	$(BIN)/python -m tracking.documents documents
 	$(BIN)/python -m website.overhead
 	@$(MAKE) --no-print-directory table
 

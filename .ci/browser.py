@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
-from tracking.history import ROOT
-from tracking.report import HEADLINE
+from tracking.repository import ROOT
+from tracking.results import HEADLINE
 
 BROWSERS = (
     "chromium",

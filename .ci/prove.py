@@ -15,25 +15,13 @@ from browser import OverheadPage, browse, look
 
 from benchmarks._workload import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
-from tracking.compare import DETECTION, commit_of, measure, slowed
-from tracking.history import (
-    asv,
-    check_history,
-    derive_config,
-    discover,
-    git,
-    machine_name,
-    record_machine,
-)
+from tracking.changes import measure
+from tracking.detection import DETECTION, slowed
 from tracking.lock import acquire
-from tracking.report import (
-    HEADLINE,
-    as_csv,
-    commit_label,
-    load,
-    measured_commits,
-    recorded_commits,
-)
+from tracking.project import asv, derive_config, discover, machine_name, record_machine
+from tracking.repository import check_history, commit_label, commit_of, git
+from tracking.results import HEADLINE, load, measured_commits, recorded_commits
+from tracking.tables import as_csv
 
 CELL = ("1", "1024", "32")
 RECORDED = ("h200", "linux-2core-xeon")

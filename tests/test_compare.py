@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from asv.util import UserError
 
-from tracking import compare
-from tracking.report import Value
+from tracking import changes, compare, detection, noise, repository, tables
+from tracking.results import Value
 
 FACTORS = {"ratio": 1.05, "time": 1.5}
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
@@ -20,7 +20,7 @@ def change(before, after, *, name=RATIO, significant=True, samples=25):
     def value(x):
         return Value(x, x * 0.99, x * 1.01) if x else Value(x)
 
-    return compare.Change(name, value(before), value(after), significant, samples)
+    return changes.Change(name, value(before), value(after), significant, samples)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_verdicts(cell, verdict):
 
 
 def test_the_interval_of_a_ratio_takes_the_ends_farthest_apart():
-    ratio = compare.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True, 25).ratio
+    ratio = changes.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True, 25).ratio
     assert (ratio.value, ratio.low, ratio.high) == (1.5, 0.5, 5.0)
 
 
@@ -68,11 +68,11 @@ def test_the_table_shows_what_changed_and_counts_the_rest():
 def test_noise_sets_the_factor_above_the_largest_significant_change():
     quiet = [change(1.0, 1.004), change(1.0, 1.3, significant=False), change(1.0, 1.0, name=TIME)]
     noisy = [change(1.0, 0.93), change(1.0, 1.02), change(1.0, 1.211, name=TIME)]
-    assert compare.noise_rows([quiet], 1) == [
+    assert noise.noise_rows([quiet], 1) == [
         ["ratio", 1, 1, 2, "1.004", "1.03"],
         ["time", 1, 1, 1, "1.000", "1.03"],
     ]
-    ratio, time = compare.noise_rows([quiet, noisy], 2)
+    ratio, time = noise.noise_rows([quiet, noisy], 2)
     assert ratio == ["ratio", 2, 2, 4, "1.075", "1.08"]
     assert time == ["time", 2, 2, 2, "1.211", "1.22"]
 
@@ -84,27 +84,27 @@ def test_rounds_give_every_ratio_enough_samples(samples, rounds):
         change(1.0, 1.0, samples=samples),
         change(1.0, 1.0, name=TIME, samples=2),
     ]
-    assert compare.rounds_needed(cells) == rounds
+    assert noise.rounds_needed(cells) == rounds
 
 
 def test_nothing_and_failures_make_no_noise():
     with pytest.raises(UserError, match="no ratio was measured"):
-        compare.rounds_needed([change(1.0, 1.0, name=TIME)])
+        noise.rounds_needed([change(1.0, 1.0, name=TIME)])
     for failed in (change(1.0, None), change(None, 1.0)):
         with pytest.raises(UserError, match="a benchmark failed"):
-            compare.noise_rows([[change(1.0, 1.0), failed]], 1)
+            noise.noise_rows([[change(1.0, 1.0), failed]], 1)
 
 
 def test_recorded_noise(tmp_path):
-    factors, rounds, known = compare.recorded_noise("box", tmp_path)
-    assert (factors, rounds, known) == (compare.UNKNOWN_NOISE, 2, False)
-    rows = compare.noise_rows([[change(1.0, 0.93), change(1.0, 1.0, name=TIME)]], 4)
-    compare.write_csv(tmp_path / "box/noise.csv", compare.NOISE_HEADER, rows)
-    factors, rounds, known = compare.recorded_noise("box", tmp_path)
+    factors, rounds, known = noise.recorded_noise("box", tmp_path)
+    assert (factors, rounds, known) == (noise.UNKNOWN_NOISE, 2, False)
+    rows = noise.noise_rows([[change(1.0, 0.93), change(1.0, 1.0, name=TIME)]], 4)
+    tables.write_csv(tmp_path / "box/noise.csv", noise.NOISE_HEADER, rows)
+    factors, rounds, known = noise.recorded_noise("box", tmp_path)
     assert (factors, rounds, known) == ({"ratio": 1.08, "time": 1.03}, 4, True)
     for other in ("benchmarks,factor,cells compared,called changed\nratio,1.05,12,0\n", ""):
         (tmp_path / "box/noise.csv").write_text(other)
-        assert not compare.recorded_noise("box", tmp_path)[2]
+        assert not noise.recorded_noise("box", tmp_path)[2]
 
 
 @pytest.fixture
@@ -118,7 +118,8 @@ def measured(monkeypatch):
 
     measure.found = [change(1.0, 1.0)]
     measure.asked = asked
-    monkeypatch.setattr(compare, "measure", measure)
+    for module in (compare, noise):
+        monkeypatch.setattr(module, "measure", measure)
     return measure
 
 
@@ -148,24 +149,25 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
 
 def test_nothing_to_compare(monkeypatch):
     monkeypatch.setattr(compare, "git", lambda *args: "b" * 40)
+    monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
     with pytest.raises(UserError, match="nothing to compare"):
         compare.pull_request("main", 1, machine="box", backend="cpu", grid="quick", output=None)
 
 
 def test_a_base_that_is_not_there():
     with pytest.raises(UserError, match="expected a commit, got 'no-such-branch'"):
-        compare.resolve("no-such-branch")
+        repository.resolve("no-such-branch")
 
 
 def test_a_slowed_commit_is_on_no_branch_and_runs():
-    commit = compare.slowed(20)
-    show = ["git", "-C", str(compare.ROOT), "show", f"{commit}:pagedkv/attention/calls.py"]
+    commit = detection.slowed(20)
+    show = ["git", "-C", str(repository.ROOT), "show", f"{commit}:pagedkv/attention/calls.py"]
     source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
     assert source.endswith("decode_attention = _slower(decode_attention)\n")
     assert "20 / 100" in source
     compile(source, "attention.py", "exec")
-    assert not compare.git("branch", "--contains", commit)
-    changed = compare.git("diff", "--name-only", "HEAD", commit)
+    assert not repository.git("branch", "--contains", commit)
+    changed = repository.git("diff", "--name-only", "HEAD", commit)
     assert changed == "pagedkv/attention/calls.py"
 
 
@@ -182,16 +184,16 @@ def test_what_is_added_slows_a_call_down_by_so_much(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "time", SimpleNamespace(perf_counter=perf_counter))
     space = {"mx": SimpleNamespace(eval=lambda out: None), "decode_attention": call}
-    exec(compare.SLOWER.format(percent=10), space)
+    exec(detection.SLOWER.format(percent=10), space)
     assert space["decode_attention"]() == "out"
     assert now[0] == pytest.approx(1.1, abs=0.01)
 
 
 def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    monkeypatch.setattr(compare, "slowed", lambda percent: f"slowed-{percent}")
-    monkeypatch.setattr(compare, "commit_of", lambda tree, message: tree)
-    monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, True))
+    monkeypatch.setattr(detection, "RESULTS", tmp_path)
+    monkeypatch.setattr(detection, "slowed", lambda percent: f"slowed-{percent}")
+    monkeypatch.setattr(detection, "commit_of", lambda tree, message: tree)
+    monkeypatch.setattr(detection, "recorded_noise", lambda machine: (FACTORS, 2, True))
     asked = []
 
     def measure(before, after, **options):
@@ -200,7 +202,7 @@ def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
         slower = "20" in after
         return [change(1.0, 1.2 if slower else 1.0), change(1.0, 1.0)]
 
-    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(detection, "measure", measure)
     usual = [
         ["0%", "2", "1.05", "6", "0", "0"],
         ["5%", "2", "1.05", "2", "0", "0"],
@@ -208,11 +210,11 @@ def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
         ["20%", "2", "1.05", "2", "1", "0"],
     ]
     for _ in range(2):  # what the same rounds found before is replaced
-        assert compare.detect(3, None, machine="box", backend="cpu") == 0
+        assert detection.detect(3, None, machine="box", backend="cpu") == 0
         with (tmp_path / "box/detection.csv").open() as file:
-            assert list(csv.reader(file)) == [compare.DETECTION_HEADER, *usual]
+            assert list(csv.reader(file)) == [detection.DETECTION_HEADER, *usual]
     assert set(asked) == {2}
-    assert compare.detect(1, 4, machine="box", backend="cpu") == 0
+    assert detection.detect(1, 4, machine="box", backend="cpu") == 0
     with (tmp_path / "box/detection.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[1:5] == usual
@@ -220,9 +222,9 @@ def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
 
 
 def test_detection_needs_the_noise(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "recorded_noise", lambda machine: (FACTORS, 2, False))
+    monkeypatch.setattr(detection, "recorded_noise", lambda machine: (FACTORS, 2, False))
     with pytest.raises(UserError, match="run `make noise`"):
-        compare.detect(1, None, machine="box", backend="cpu")
+        detection.detect(1, None, machine="box", backend="cpu")
 
 
 def test_a_crash_is_not_called_slower(monkeypatch, capsys):
@@ -238,7 +240,7 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
     samples = [1.0 + i / 1000 for i in range(10)]
     higher = [x + 0.2 for x in samples]
     good = Value(1.0, 0.9, 1.1), stats, samples
-    tables = {
+    cells = {
         "old": {"a": good, "b": good, "c": none, "d": good},
         "new": {
             "a": (Value(1.2, 1.1, 1.3), stats, higher),
@@ -246,8 +248,8 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
             "c": none,
         },
     }
-    monkeypatch.setattr(compare, "_cells", lambda results, machine, commit, env: tables[commit])
-    found = {c.name: c for c in compare.changes(tmp_path, "box", "old", "new", "env")}
+    monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
+    found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env")}
     assert sorted(found) == ["a", "b", "d"]  # n/a at both is no cell
     assert found["a"].significant
     assert found["b"].verdict(FACTORS) == "failed"
@@ -256,40 +258,40 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
 
 def test_environments_are_not_mixed(versions):
     """A commit measured with two versions of MLX is two sets of cells."""
-    results, machine, commit, environments = versions
-    cells = [compare._cells(results, machine, commit, name) for name in environments]
+    folder, machine, commit, environments = versions
+    cells = [changes._cells(folder, machine, commit, name) for name in environments]
     name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
     ours, theirs = (found[name][0].value for found in cells)
     assert theirs == pytest.approx(10 * ours)
-    assert not compare.changes(results, machine, commit, commit, environments[0])[0].ratio.value > 1
+    assert not changes.changes(folder, machine, commit, commit, environments[0])[0].ratio.value > 1
 
 
 def test_noise_can_be_told_how_many_rounds(measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    monkeypatch.setattr(compare, "resolve", lambda name: "head")
-    monkeypatch.setattr(compare, "commit_of", lambda tree, message: "twin")
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.setattr(noise, "resolve", lambda name: "head")
+    monkeypatch.setattr(noise, "commit_of", lambda tree, message: "twin")
     measured.found = [change(1.0, 1.0, samples=5), change(1.0, 1.0, name=TIME)]
-    assert compare.noise(2, None, machine="box", backend="cpu") == 0
+    assert noise.noise(2, None, machine="box", backend="cpu") == 0
     assert [options["rounds"] for _, _, options in measured.asked] == [1, 4, 4]
     measured.asked.clear()
-    assert compare.noise(2, 3, machine="box", backend="cpu") == 0
+    assert noise.noise(2, 3, machine="box", backend="cpu") == 0
     assert [options["rounds"] for _, _, options in measured.asked] == [3, 3]
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
     """A cell that failed and then ran has a number in asv's results; its exit status tells."""
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "derive_config", lambda *args, **kw: "config")
+    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    monkeypatch.setattr(changes, "derive_config", lambda *args, **kw: "config")
     (tmp_path / "config").touch()
-    monkeypatch.setattr(compare, "environment_name", lambda config: "env")
-    monkeypatch.setattr(compare, "discover", lambda *args: {})
-    monkeypatch.setattr(compare, "asv", lambda *args, **kw: status)
-    monkeypatch.setattr(compare, "_cells", lambda *args: {"a": 1})
-    monkeypatch.setattr(compare, "changes", lambda *args: [change(1.0, 1.0)])
+    monkeypatch.setattr(changes, "environment_name", lambda config: "env")
+    monkeypatch.setattr(changes, "discover", lambda *args: {})
+    monkeypatch.setattr(changes, "asv", lambda *args, **kw: status)
+    monkeypatch.setattr(changes, "_cells", lambda *args: {"a": 1})
+    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, 1.0)])
     where = {"machine": "box", "backend": "cpu", "benchmarks": (), "grid": "quick", "rounds": 4}
     if status == 2:
         with pytest.raises(UserError, match="a benchmark failed in one of 4 rounds"):
-            compare.measure("a", "b", **where)
+            changes.measure("a", "b", **where)
     else:
-        assert len(compare.measure("a", "b", **where)) == 1
+        assert len(changes.measure("a", "b", **where)) == 1

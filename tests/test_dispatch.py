@@ -6,7 +6,7 @@ import pytest
 from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
 from pagedkv.attention.inputs import Call
 from pagedkv.attention.paths import choose
-from tracking.report import HEADLINE, load
+from tracking.results import HEADLINE, load
 
 # Machine -> its device, the commit that measured every path, and what `auto` was there.
 RECORDED = {

@@ -11,8 +11,8 @@ import pytest
 from asv.util import UserError
 
 from tracking import nightly
-from tracking.compare import Change
-from tracking.report import Value
+from tracking.changes import Change
+from tracking.results import Value
 
 
 def git(root, *args):

@@ -9,8 +9,8 @@ import sys
 import pytest
 from asv.util import UserError
 
-from tracking.history import asv_settings
-from tracking.report import MISSING, RESULTS, Value
+from tracking.project import asv_settings
+from tracking.results import MISSING, RESULTS, Value
 from website import overhead
 from website.publish import OverheadPage
 

@@ -13,7 +13,7 @@ from asv.machine import Machine
 from asv.results import Results
 from asv.util import UserError, load_json, write_json
 
-from tracking.report import RESULTS
+from tracking.results import RESULTS
 
 
 def adopt(source, *, backend, python, mlx, results=RESULTS):

@@ -20,10 +20,11 @@ from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json
 
 from benchmarks._workload import GRID, kv_bytes, layers
-from tracking.compare import recorded_noise
-from tracking.history import ROOT, asv_settings, check_history, git, machine_name
 from tracking.lock import acquire
-from tracking.report import RESULTS
+from tracking.noise import recorded_noise
+from tracking.project import asv_settings, machine_name
+from tracking.repository import ROOT, check_history, git
+from tracking.results import RESULTS
 
 GOOD, NOTE, BAD = "ok", "note", "BAD"
 BUSY = 0.25  # runnable processes a core, beside the one that asks

@@ -18,24 +18,24 @@ from asv.results import Results
 from asv.util import UserError, load_json, write_json
 
 from tracking import history
-from tracking.compare import COMPARED, changes, recorded_noise
-from tracking.history import (
-    ROOT,
+from tracking.changes import changes
+from tracking.compare import COMPARED
+from tracking.grid import selection
+from tracking.lock import acquire
+from tracking.noise import recorded_noise
+from tracking.project import (
     asv,
     asv_settings,
     backend_settings,
-    check_history,
     config_for,
     derive_config,
     discover,
     environment_name,
-    git,
     machine_name,
     record_machine,
-    selection,
 )
-from tracking.lock import acquire
-from tracking.report import RESULTS, measured_commits
+from tracking.repository import ROOT, check_history, git
+from tracking.results import RESULTS, measured_commits
 
 BRANCH = "results"
 AGAIN = 4  # rounds of what looks like a regression

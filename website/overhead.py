@@ -18,18 +18,16 @@ import vl_convert
 from asv.util import load_json
 
 from benchmarks._workload import PARAM_NAMES, kv_bytes
-from tracking.history import ROOT, git
-from tracking.report import (
-    ADR_COLUMNS,
+from tracking.repository import ROOT, commit_label, git
+from tracking.results import (
     RESULTS,
-    adr_entries,
-    commit_label,
     environments,
     load,
     measured_commits,
     recorded_commits,
     recorded_environment,
 )
+from tracking.tables import ADR_COLUMNS, adr_entries
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
 RATIO = re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous")

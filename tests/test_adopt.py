@@ -1,0 +1,49 @@
+"""Results measured without asv's environments."""
+
+import json
+
+import pytest
+
+from tracking import adopt
+
+
+def existing(tmp_path, env_name="existing-py_opt_venv_bin_python3"):
+    result = {
+        "commit_hash": "0123456789abcdef",
+        "env_name": env_name,
+        "params": {"machine": "gpu", "python": "/opt/venv/bin/python3"},
+        "python": "/opt/venv/bin/python3",
+        "requirements": {},
+        "results": {"a.B.time_c": [1.0]},
+        "version": 2,
+    }
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/machine.json").write_text('{"machine": "gpu", "os": "Linux", "version": 1}')
+    source = tmp_path / "source/01234567-existing.json"
+    source.write_text(json.dumps(result))
+    return source, result
+
+
+LABEL = {"backend": "cuda13", "python": "3.12", "mlx": "0.32.4"}
+
+
+def test_adopt_relabels_and_keeps_the_measurements(tmp_path):
+    source, before = existing(tmp_path)
+    target = adopt.adopt(source, **LABEL, results=tmp_path / "results")
+    assert target == tmp_path / "results/gpu/01234567-cuda13-py3.12-mlx0.32.4.json"
+    after = json.loads(target.read_text())
+    assert "/opt" not in target.read_text()
+    assert after["results"] == before["results"]
+    assert after["commit_hash"] == before["commit_hash"]
+    assert after["params"] == {"machine": "gpu", "python": "3.12", "mlx": "0.32.4"}
+    assert json.loads((target.parent / "machine.json").read_text())["os"] == "Linux"
+
+
+def test_adopt_refuses_results_that_have_a_name(tmp_path):
+    source, _ = existing(tmp_path, "virtualenv-py3.11-mlx0.32.4")
+    with pytest.raises(ValueError, match="expected an existing environment, got virtualenv"):
+        adopt.adopt(source, **LABEL, results=tmp_path / "results")
+    source.write_text("{}")
+    with pytest.raises(ValueError, match="expected asv results"):
+        adopt.adopt(source, **LABEL, results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()

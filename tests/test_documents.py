@@ -1,0 +1,71 @@
+"""Tables of results and the documents they are written into."""
+
+import pytest
+
+from tracking import documents, repository, results, tables
+from tracking.repository import ROOT
+
+
+@pytest.mark.parametrize(
+    ("context", "block_size", "percent"), [(1024, 32, 0), (1000, 32, 2.34375), (1, 64, 98.4375)]
+)
+def test_fragmentation(context, block_size, percent):
+    assert tables.fragmentation(context, block_size) == percent
+
+
+def test_percentages():
+    assert tables.percent_over(results.Value(1.56, 1.5, 1.625)).show(digits=1) == "56.0"
+    assert tables.percent_over(results.MISSING).show() == "n/a"
+    assert tables.percent(0.95) == "-5%"
+    assert tables.percent(3.0) == "+200%"
+
+
+TABLE = (["a", "long name"], [["1", "2.50"], ["n/a", "10.00"]])
+
+
+def test_formats():
+    assert tables.as_text(*TABLE) == "  a  long name\n  1       2.50\nn/a      10.00\n"
+    assert tables.as_csv(*TABLE) == "a,long name\n1,2.50\nn/a,10.00\n"
+    markdown = "| a | long name |\n| --: | --: |\n| 1 | 2.50 |\n| n/a | 10.00 |\n"
+    assert tables.as_markdown(*TABLE) == markdown
+
+
+def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
+    monkeypatch.setitem(documents.MARKS, "echo", lambda machine, commit: f"{machine} at {commit}\n")
+    text = "before\n<!-- results: echo machine=m commit=c -->\nold\n<!-- end results -->\nafter\n"
+    assert documents.fill(text) == text.replace("old", "m at c")
+
+
+def test_a_series_is_written_by_cell_and_commit(monkeypatch):
+    found = {
+        "a" * 8: {"append.Auto.time_append": {("4", "64"): results.Value(0.25, 0.2, 0.3)}},
+        "b" * 8: {
+            "append.Auto.time_append": {
+                ("4", "64"): results.Value(0.001, 0.001, 0.002),
+                ("16", "1"): results.Value(None),
+                ("1", "1"): results.MISSING,
+                ("1", "64"): results.Value(0.002),
+            }
+        },
+    }
+    monkeypatch.setattr(documents, "recorded", lambda machine, commit: found[commit])
+    monkeypatch.setattr(repository, "phase_commits", lambda: {"b" * 40: "1"})
+    text = documents.mark_series("m", "append.Auto.time_append", ",".join(found), "batch,size")
+    assert text.splitlines() == [
+        "| batch | size | aaaaaaaa | phase 1 (bbbbbbbb) |",
+        "| --: | --: | --: | --: |",
+        "| 1 | 64 | n/a | 2.00 |",
+        "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",
+    ]
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists()
+    or repository.git("rev-parse", "--is-shallow-repository") == "true",
+    reason="needs the history",
+)
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_hold_what_results_say(path):
+    text = path.read_text()
+    assert text == documents.fill(text), f"{path} is stale: run `make adr`"
+    assert text.count("<!-- results:") == text.count("<!-- end results -->")

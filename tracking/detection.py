@@ -1,0 +1,105 @@
+"""What a machine finds of a slowdown that is really there: `make detect`."""
+
+import csv
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from asv.util import UserError
+
+from tracking.changes import measure
+from tracking.noise import recorded_noise
+from tracking.repository import ROOT, commit_of
+from tracking.results import RESULTS
+from tracking.tables import write_csv
+
+DETECTION = ("overhead.Auto.",)
+SLOWDOWNS = (5, 10, 20)  # percent
+DETECTION_HEADER = [
+    "slower by",
+    "rounds",
+    "factor",
+    "cells compared",
+    "called slower",
+    "called faster",
+]
+
+# Added to the package by `slowed`: each call takes some percent longer than it takes.
+SLOWER = """
+
+def _slower(call):
+    import time
+
+    def called(*args, **kwargs):
+        start = time.perf_counter()
+        out = call(*args, **kwargs)
+        mx.eval(out)
+        until = time.perf_counter() + {percent} / 100 * (time.perf_counter() - start)
+        while time.perf_counter() < until:
+            pass
+        return out
+
+    return called
+
+
+decode_attention = _slower(decode_attention)
+"""
+
+
+def slowed(percent):
+    """Return the hash of a commit like HEAD whose decode_attention takes `percent` longer."""
+    path = "pagedkv/attention/calls.py"
+    with tempfile.TemporaryDirectory() as scratch:
+        env = {**os.environ, "GIT_INDEX_FILE": str(Path(scratch, "index"))}
+
+        def plumbing(*args, text=None):
+            command = ["git", "-C", str(ROOT), *args]
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, input=text, env=env
+            )
+            return done.stdout.strip()
+
+        source = subprocess.run(
+            ["git", "-C", str(ROOT), "show", f"HEAD:{path}"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        blob = plumbing(
+            "hash-object", "-w", "--stdin", text=source + SLOWER.format(percent=percent)
+        )
+        plumbing("read-tree", "HEAD")
+        plumbing("update-index", "--cacheinfo", f"100644,{blob},{path}")
+        tree = plumbing("write-tree")
+    return commit_of(tree, f"HEAD, decode_attention slower by {percent}%")
+
+
+def detect(times, rounds, *, machine, backend):
+    """Compare a commit with slowed ones, and `times` with one that is not; record what is said.
+
+    Rows of another number of rounds stay in the record.
+    """
+    factors, usual, known = recorded_noise(machine)
+    if not known:
+        raise UserError(f"the noise of machine {machine} is not recorded: run `make noise`")
+    rounds = rounds or usual
+    where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "quick"}
+    file = RESULTS / machine / "detection.csv"
+    rows = []
+    if file.exists():
+        with file.open() as lines:
+            rows = [row for row in list(csv.reader(lines))[1:] if row[1] != str(rounds)]
+    base = slowed(0)
+    for percent, count in [(0, times), *((percent, 1) for percent in SLOWDOWNS)]:
+        other = commit_of(f"{slowed(percent)}^{{tree}}", f"slower by {percent}%, again")
+        verdicts = []
+        for _ in range(count):
+            compared = measure(base, other, rounds=rounds, **where)
+            verdicts += [change.verdict(factors) for change in compared]
+        if "failed" in verdicts:
+            raise UserError("a benchmark failed, see above")
+        said = (verdicts.count("worsened"), verdicts.count("improved"))
+        rows.append([f"{percent}%", str(rounds), factors["ratio"], len(verdicts), *said])
+        write_csv(file, DETECTION_HEADER, rows)
+    return 0

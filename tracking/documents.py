@@ -1,0 +1,152 @@
+"""Tables of recorded results: for the terminal, as CSV, and between the markers of the documents.
+
+A marker in a Markdown file looks like `<!-- results: NAME key=value … -->` and everything up to the
+next `<!-- end results -->` is what this module writes there.
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import re
+import statistics
+import sys
+
+from benchmarks._workload import PARAM_NAMES
+from tracking.project import machine_name
+from tracking.repository import ROOT, commit_label
+from tracking.results import (
+    MISSING,
+    RESULTS,
+    load,
+    measured_commits,
+    recorded,
+    recorded_commits,
+    recorded_environment,
+)
+from tracking.tables import ADR_COLUMNS, FORMATS, LAYOUTS, adr_rows, as_markdown, headline, percent
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKER = re.compile(
+    r"(<!-- results: (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end results -->)", re.DOTALL
+)
+
+
+def mark_adr_table(machine, commit):
+    """Write the ADR's table of one machine at one commit."""
+    return as_markdown(ADR_COLUMNS, adr_rows(recorded(machine, commit)))
+
+
+def mark_headline(machine):
+    """Write the headline table."""
+    commits, environment = recorded_commits(machine), recorded_environment(machine)
+    return as_markdown(*headline(machine, commits, environment))
+
+
+def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
+    """Write the cells of one benchmark, times in ms or us, at `commits` or all that have any."""
+    tables = {
+        commit: recorded(machine, commit).get(benchmark, {})
+        for commit in (commits.split(",") if commits else recorded_commits(machine))
+    }
+    if not commits:
+        tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
+    params = params.split(",") if params else PARAM_NAMES
+    factor = {"ms": 1e3, "us": 1e6}[unit] if ".time_" in benchmark else 1
+    rows = [
+        [*cell, *(t.get(cell, MISSING).show(factor, interval=True) for t in tables.values())]
+        for cell in sorted({*itertools.chain(*tables.values())}, key=lambda c: [int(x) for x in c])
+        if any(table.get(cell, MISSING).known for table in tables.values())
+    ]
+    return as_markdown([*params, *map(commit_label, tables)], rows)
+
+
+def mark_layouts(machine, commit):
+    """Write in words how the layouts compare on gather-then-SDPA, from paired ratios."""
+    table = recorded(machine, commit)
+    a, b = (table[f"overhead.Gather{layout}.ratio_vs_contiguous"] for layout in LAYOUTS.values())
+    lines = []
+    for batch, (layout, ratios) in itertools.product(("1", "4"), (("A", a), ("B", b))):
+        known = [ratio.value for cell, ratio in ratios.items() if cell[0] == batch and ratio.known]
+        lines.append(
+            f"- batch {batch}, layout {layout}: {percent(min(known))} to {percent(max(known))} "
+            f"over contiguous, median {percent(statistics.median(known))} of {len(known)} cells"
+        )
+    both = [a[cell].value / b[cell].value for cell in a if a[cell].known and b[cell].known]
+    lines.append(
+        f"- time of A over time of B: median {statistics.median(both):.2f}, "
+        f"{min(both):.2f} to {max(both):.2f} over {len(both)} cells"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def mark_pattern(machine, commit):
+    """Write the ratio of a random block order over the reversed one."""
+    [(cell, ratio)] = recorded(machine, commit)[
+        "decode.BlockOrder.ratio_random_vs_reversed"
+    ].items()
+    batch, context, block_size = cell
+    where = f"batch {batch}, {context} tokens, block {block_size}"
+    return f"{where}: {ratio.show(interval=True)}\n"
+
+
+def mark_csv(name, machine):
+    """Write what `make noise` or `make detect` recorded."""
+    with (RESULTS / machine / name).open() as file:
+        header, *rows = csv.reader(file)
+    return as_markdown(header, rows)
+
+
+MARKS = {
+    "adr-table": mark_adr_table,
+    "headline": mark_headline,
+    "series": mark_series,
+    "layouts": mark_layouts,
+    "pattern": mark_pattern,
+    "noise": functools.partial(mark_csv, "noise.csv"),
+    "detection": functools.partial(mark_csv, "detection.csv"),
+}
+
+
+def fill(text):
+    """Return a document's text with every marker's content written anew."""
+
+    def write(match):
+        begin, name, arguments, end = match.groups()
+        return begin + MARKS[name](**dict(a.split("=", 1) for a in arguments.split())) + end
+
+    return MARKER.sub(write, text)
+
+
+def main():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tracking.documents", description=__doc__)
+    parser.add_argument("what", choices=["table", "headline", "documents"])
+    parser.add_argument("--machine", help="name in results/ (default: this host's)")
+    parser.add_argument("--backend", default="cpu", help="part of this host's name")
+    parser.add_argument("--commit", help="(default: the newest measured)")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    args = parser.parse_args()
+    if args.what == "documents":
+        for path in DOCUMENTS:
+            path.write_text(fill(path.read_text()))
+        return 0
+    machine = args.machine or machine_name(args.backend)
+    commits = measured_commits(machine)
+    if not commits:
+        sys.exit(f"nothing measured on machine {machine} in {RESULTS}: run `make bench`")
+    show = FORMATS[args.format]
+    if args.what == "headline":
+        print(f"decode step, path auto over contiguous SDPA, block size 32, machine {machine}")
+        print(show(*headline(machine, commits)), end="")
+    else:
+        try:
+            table = load(machine, args.commit or commits[-1])
+        except ValueError as error:
+            sys.exit(str(error))
+        print(show(ADR_COLUMNS, adr_rows(table)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

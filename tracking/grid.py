@@ -1,0 +1,60 @@
+"""Which cells of which benchmarks a run asks for."""
+
+import itertools
+import re
+
+from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+
+# The quick grid measures old commits by these alone; every path of today is measured at HEAD,
+HISTORY = (
+    "overhead.Auto.",
+    "append.Auto.",
+    "prefill.Write.",
+    "prefix_cache.Match.",
+    "scheduler.Decode.",
+)
+
+# and it leaves out what settled a decision (docs/adr) and says nothing about the package.
+SETTLED = (
+    "append.PipelinedCopy.",
+    "decode.BlockOrder.",
+    "decode.Slabs.",
+    "memory.GrowByConcatenation.",
+)
+
+
+def cells(benchmark):
+    """Return the parameter combinations of a benchmark as asv orders and names them."""
+    return list(itertools.product(*benchmark["params"]))
+
+
+def in_quick_grid(cell, names):
+    """Whether a cell, as asv names it, is measured in the quick grid; all are off the big grid."""
+    if names != PARAM_NAMES:
+        return True
+    _, context, block_size = cell
+    return int(context) in QUICK_CONTEXTS and int(block_size) in QUICK_BLOCK_SIZES
+
+
+def selection(benchmark, grid):
+    """Return asv's options that run the cells of one benchmark that belong to a grid."""
+    name = re.escape(benchmark["name"])
+    if grid == "full" or not benchmark["params"]:
+        return ["--bench", rf"^{name}(\(|$)"]
+    wanted = [cell for cell in cells(benchmark) if in_quick_grid(cell, benchmark["param_names"])]
+    labels = "|".join(re.escape(", ".join(cell)) for cell in wanted)
+    return ["--bench", rf"^{name}\(({labels})\)$"]
+
+
+def in_quick_run(names, is_head):
+    """Return the benchmarks of a commit that the quick grid asks for."""
+    if is_head:
+        return [name for name in names if not name.startswith(SETTLED)]
+    return [name for name in names if name.startswith(HISTORY)]
+
+
+def in_one_run(names, grid):
+    """Group benchmarks by asv run, which takes seconds to start and saves when it is through."""
+    if grid == "full":
+        return [[name] for name in names]
+    return [list(group) for _, group in itertools.groupby(names, lambda name: name.split(".")[0])]

@@ -1,0 +1,105 @@
+"""The asv project: its settings, environments, machines and commands."""
+
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from asv.benchmarks import Benchmarks
+from asv.config import Config
+from asv.environment import get_environments
+from asv.machine import Machine, MachineCollection
+from asv.util import UserError, load_json, write_json
+
+from tracking.repository import ROOT
+
+
+def asv(*args, config="asv.conf.json"):
+    """Run an asv command in the project's root and return its exit status.
+
+    Raises
+    ------
+    UserError
+        If a signal ended it: nothing is known of what it had to do.
+    """
+    command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
+    status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+    if status < 0:
+        raise UserError(f"asv {args[0]} was ended by signal {-status}")
+    return status
+
+
+def asv_settings():
+    """Return what asv.conf.json says."""
+    return load_json(str(ROOT / "asv.conf.json"), js_comments=True)
+
+
+def derive_config(name, **overrides):
+    """Write asv.NAME.conf.json: asv.conf.json with some settings replaced. Return its name.
+
+    asv runs in the directory of its config, so that is where it has to be.
+    """
+    derived = ROOT / f"asv.{name}.conf.json"
+    write_json(str(derived), {**asv_settings(), **overrides})
+    return derived.name
+
+
+def backend_settings(backend):
+    """Return what a config for this MLX backend replaces: environments of its own, its MLX."""
+    if backend == "cpu":
+        return {}
+    commands = asv_settings()["install_command"]
+    installs = [command.replace("mlx[cpu]", f"mlx[{backend}]") for command in commands]
+    return {"env_dir": f".asv/env-{backend}", "install_command": installs}
+
+
+def config_for(backend):
+    """Return the name of the config that measures this MLX backend."""
+    settings = backend_settings(backend)
+    return derive_config(backend, **settings) if settings else "asv.conf.json"
+
+
+def environment_name(config):
+    """Return asv's name of the environment (Python, MLX) that a config measures in."""
+    [environment] = get_environments(Config.load(str(ROOT / config)), None)
+    return environment.name
+
+
+def machine_name(backend):
+    """Return the name asv has for this host, marked with the backend unless it is the default."""
+    try:
+        name = MachineCollection.load(platform.node())["machine"]
+    except UserError:  # asv knows no machine, or several and none by the host's name
+        name = platform.node() or "unnamed"
+    return name if backend == "cpu" else f"{name}-{backend}"
+
+
+def record_machine(name):
+    """Write the machine's record for asv unless there is one: a changed record splits series."""
+    path = Path(MachineCollection.get_machine_file_path())
+    if path.exists() and name in load_json(str(path), Machine.api_version):
+        return
+    macos = platform.mac_ver()[0]
+    kernel = ".".join(platform.release().split(".")[:2])
+    record = Machine.get_defaults()
+    record["os"] = f"macOS {macos}" if macos else f"{platform.system()} {kernel}"
+    record["cpu"] = record["cpu"] or platform.processor() or platform.machine()
+    record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
+    path = ROOT / "results" / name / "machine.json"
+    if path.exists():
+        recorded = load_json(str(path), Machine.api_version)
+        if recorded["cpu"] != record["cpu"]:
+            raise UserError(
+                f"results/{name} was measured on {recorded['cpu']}, this is {record['cpu']}: "
+                "give it a name of its own, MACHINE=name"
+            )
+        record = recorded
+    MachineCollection.save(name, {**record, "machine": name})
+
+
+def discover(machine, config):
+    """Have asv list the suite as it is now, and return the list: {name: description}."""
+    if asv("run", "--machine", machine, "--bench", "just-discover", "HEAD^!", config=config):
+        raise UserError("asv could not list the benchmarks, see above")
+    return Benchmarks.load(Config.load(str(ROOT / config)))

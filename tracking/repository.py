@@ -1,0 +1,51 @@
+"""The project's git repository: where it is, its commits and phases."""
+
+import subprocess
+from pathlib import Path
+
+from asv.util import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def git(*args):
+    """Return what a git command prints."""
+    command = ["git", "-C", str(ROOT), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def phase_commits():
+    """Return {commit hash: phase} of the commits with a `Phase:` trailer, oldest first."""
+    trailer = "%(trailers:key=Phase,valueonly,separator=%x20)"
+    log = git("log", "--reverse", f"--format=%H {trailer}").splitlines()
+    return dict(line.split() for line in log if " " in line.strip())
+
+
+def check_history():
+    """Stop with what to do when asv would measure or publish something else than it seems."""
+    if git("rev-parse", "--is-shallow-repository") == "true":
+        raise UserError("this clone is shallow, its history is cut off: `git fetch --unshallow`")
+    if not git("branch", "--list", "main"):
+        raise UserError("there is no branch main here: run `git branch main origin/main`")
+    if git("status", "--porcelain", "--", "pagedkv", "pyproject.toml"):
+        print("note: uncommitted changes in pagedkv/ are not measured, asv builds commits")
+
+
+def commit_label(commit):
+    """Return what a table calls a commit: its phase, if it has one, and its hash."""
+    phases = {hash[: len(commit)]: phase for hash, phase in phase_commits().items()}
+    return f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]
+
+
+def resolve(name):
+    """Return the hash of a commit."""
+    try:
+        return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except subprocess.CalledProcessError:
+        raise UserError(f"expected a commit, got {name!r}: is it fetched?") from None
+
+
+def commit_of(tree, message):
+    """Return the hash of a commit of a tree, on no branch, child of HEAD."""
+    identity = ["-c", "user.name=compare", "-c", "user.email=compare@localhost"]
+    return git(*identity, "commit-tree", tree, "-p", "HEAD", "-m", message)
