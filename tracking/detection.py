@@ -1,8 +1,6 @@
 """What a machine finds of a slowdown that is really there: `make detect`."""
 
 import csv
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from asv.util import UserError
 
 from tracking.changes import measure
 from tracking.noise import recorded_noise
-from tracking.repository import ROOT, commit_of
+from tracking.repository import commit_of, git
 from tracking.results import RESULTS
 from tracking.tables import write_csv
 
@@ -51,27 +49,12 @@ def slowed(percent):
     """Return the hash of a commit like HEAD whose decode_attention takes `percent` longer."""
     path = "pagedkv/attention/calls.py"
     with tempfile.TemporaryDirectory() as scratch:
-        env = {**os.environ, "GIT_INDEX_FILE": str(Path(scratch, "index"))}
-
-        def plumbing(*args, text=None):
-            command = ["git", "-C", str(ROOT), *args]
-            done = subprocess.run(
-                command, check=True, capture_output=True, text=True, input=text, env=env
-            )
-            return done.stdout.strip()
-
-        source = subprocess.run(
-            ["git", "-C", str(ROOT), "show", f"HEAD:{path}"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        blob = plumbing(
-            "hash-object", "-w", "--stdin", text=source + SLOWER.format(percent=percent)
-        )
-        plumbing("read-tree", "HEAD")
-        plumbing("update-index", "--cacheinfo", f"100644,{blob},{path}")
-        tree = plumbing("write-tree")
+        index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
+        source = git("show", f"HEAD:{path}") + SLOWER.format(percent=percent)
+        blob = git("hash-object", "-w", "--stdin", text=source)
+        git("read-tree", "HEAD", env=index)
+        git("update-index", "--cacheinfo", f"100644,{blob},{path}", env=index)
+        tree = git("write-tree", env=index)
     return commit_of(tree, f"HEAD, decode_attention slower by {percent}%")
 
 

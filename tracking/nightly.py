@@ -41,20 +41,6 @@ BRANCH = "results"
 AGAIN = 4  # rounds of what looks like a regression
 
 
-def _git(root, *args, text=None, env=None):
-    """Return what a git command prints; a UserError says what it said when it failed."""
-    done = subprocess.run(
-        ["git", "-C", str(root), *args],
-        capture_output=True,
-        text=True,
-        input=text,
-        env={**os.environ, **(env or {})},
-    )
-    if done.returncode:
-        raise UserError(f"git {args[0]}: {done.stderr.strip()}")
-    return done.stdout.strip()
-
-
 def merge(file, other):
     """Add to a file of results what another of that commit has more of, or newer, by benchmark."""
     ours, theirs = (load_json(str(path), Results.api_version) for path in (file, other))
@@ -77,15 +63,15 @@ def fetch_results(remote="origin", root=ROOT):
 
     Where both have results of a commit, they are merged. Machine records that are there stay.
     """
-    if not _git(root, "ls-remote", remote, f"refs/heads/{BRANCH}"):
+    if not git("ls-remote", remote, f"refs/heads/{BRANCH}", root=root):
         print(f"{remote} has no branch {BRANCH} yet")
         return None
-    _git(root, "fetch", "--quiet", remote, BRANCH)
-    tip = _git(root, "rev-parse", "FETCH_HEAD")
+    git("fetch", "--quiet", remote, BRANCH, root=root)
+    tip = git("rev-parse", "FETCH_HEAD", root=root)
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
-        _git(root, "read-tree", tip, env=index)
-        _git(root, "checkout-index", "--all", f"--prefix={scratch}/", env=index)
+        git("read-tree", tip, env=index, root=root)
+        git("checkout-index", "--all", f"--prefix={scratch}/", env=index, root=root)
         for file in sorted(Path(scratch).glob("results/*/*.json")):
             here = Path(root, file.relative_to(scratch))
             if not here.exists():
@@ -99,8 +85,8 @@ def fetch_results(remote="origin", root=ROOT):
 def unrecorded(root):
     """Return the files of results that HEAD does not have like this."""
     pattern = "results/*/*.json"
-    new = _git(root, "ls-files", "--others", "--", pattern).splitlines()
-    changed = _git(root, "diff", "--name-only", "--diff-filter=d", "HEAD", "--", pattern)
+    new = git("ls-files", "--others", "--", pattern, root=root).splitlines()
+    changed = git("diff", "--name-only", "--diff-filter=d", "HEAD", "--", pattern, root=root)
     return sorted({*new, *changed.splitlines()})
 
 
@@ -117,18 +103,18 @@ def push_results(remote="origin", root=ROOT):
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         # What the branch has and this checkout lacks stays.
-        _git(root, "read-tree", tip or "--empty", env=index)
-        _git(root, "add", "--force", "--", *files, env=index)
-        tree = _git(root, "write-tree", env=index)
-    if tip and tree == _git(root, "rev-parse", f"{tip}^{{tree}}"):
+        git("read-tree", tip or "--empty", env=index, root=root)
+        git("add", "--force", "--", *files, env=index, root=root)
+        tree = git("write-tree", env=index, root=root)
+    if tip and tree == git("rev-parse", f"{tip}^{{tree}}", root=root):
         print("no new results")
         return
-    head = _git(root, "rev-parse", "--short", "HEAD")
+    head = git("rev-parse", "--short", "HEAD", root=root)
     identity = ["-c", "user.name=benchmark-publish", "-c", "user.email=benchmark@localhost"]
     message = f"Results up to {head}"
     parent = ["-p", tip] if tip else []
-    commit = _git(root, *identity, "commit-tree", tree, *parent, "-m", message)
-    _git(root, "push", "--quiet", remote, f"{commit}:refs/heads/{BRANCH}")
+    commit = git(*identity, "commit-tree", tree, *parent, "-m", message, root=root)
+    git("push", "--quiet", remote, f"{commit}:refs/heads/{BRANCH}", root=root)
     print(f"{message}: {commit[:8]}")
 
 

@@ -1,5 +1,6 @@
 """The project's git repository: where it is, its commits and phases."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -8,10 +9,34 @@ from asv.util import UserError
 ROOT = Path(__file__).parents[1]
 
 
-def git(*args):
-    """Return what a git command prints."""
-    command = ["git", "-C", str(ROOT), *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def git(*args, root=None, text=None, env=None):
+    """Return what a git command prints, without white space around it.
+
+    Parameters
+    ----------
+    root : Path, optional
+        A repository other than the project's.
+    text : str, optional
+        What the command reads from its input.
+    env : dict, optional
+        Environment variables to add.
+
+    Raises
+    ------
+    UserError
+        If it fails, with what it said.
+    """
+    done = subprocess.run(
+        ["git", "-C", str(root or ROOT), *args],
+        capture_output=True,
+        text=True,
+        input=text,
+        env={**os.environ, **(env or {})},
+    )
+    if done.returncode:
+        command = next(arg for arg in args if not arg.startswith("-") and "=" not in arg)
+        raise UserError(f"git {command}: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def phase_commits():
@@ -41,7 +66,7 @@ def resolve(name):
     """Return the hash of a commit."""
     try:
         return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    except subprocess.CalledProcessError:
+    except UserError:
         raise UserError(f"expected a commit, got {name!r}: is it fetched?") from None
 
 
