@@ -235,18 +235,14 @@ def test_a_crash_is_not_called_slower(monkeypatch, capsys):
 
 
 def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
-    none = Value(math.nan), None, None
+    none = Value(math.nan)
     stats = {"ci_99_a": 0.9, "ci_99_b": 1.1, "repeat": 10}
     samples = [1.0 + i / 1000 for i in range(10)]
     higher = [x + 0.2 for x in samples]
-    good = Value(1.0, 0.9, 1.1), stats, samples
+    good = Value(1.0, 0.9, 1.1, stats, samples)
     cells = {
         "old": {"a": good, "b": good, "c": none, "d": good},
-        "new": {
-            "a": (Value(1.2, 1.1, 1.3), stats, higher),
-            "b": (Value(None), None, None),
-            "c": none,
-        },
+        "new": {"a": Value(1.2, 1.1, 1.3, stats, higher), "b": Value(None), "c": none},
     }
     monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
     found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env")}
@@ -261,7 +257,7 @@ def test_environments_are_not_mixed(versions):
     folder, machine, commit, environments = versions
     cells = [changes._cells(folder, machine, commit, name) for name in environments]
     name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
-    ours, theirs = (found[name][0].value for found in cells)
+    ours, theirs = (found[name].value for found in cells)
     assert theirs == pytest.approx(10 * ours)
     assert not changes.changes(folder, machine, commit, commit, environments[0])[0].ratio.value > 1
 

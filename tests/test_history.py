@@ -96,11 +96,10 @@ def test_what_needs_no_run_off_the_grid():
         assert not history.is_measured([None], PLAIN, size)
 
 
-def test_another_version_of_mlx_is_measured_anew(versions, monkeypatch):
+def test_another_version_of_mlx_is_measured_anew(versions):
     folder, machine, commit, (pinned, newest) = versions
-    monkeypatch.setattr(history, "ROOT", folder.parent)
     (folder / machine / f"{commit[:8]}-{newest}.json").unlink()
     name = "overhead.Auto.ratio_vs_contiguous"
     some = {name: GRID | {"name": name, "version": "1"}}
-    assert history.unmeasured(some, machine, commit, "quick", pinned) == []
-    assert history.unmeasured(some, machine, commit, "quick", newest) == [name]
+    assert history.unmeasured(some, machine, commit, "quick", pinned, folder) == []
+    assert history.unmeasured(some, machine, commit, "quick", newest, folder) == [name]

@@ -1,7 +1,8 @@
 """Reading results."""
 
-import copy
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -36,14 +37,32 @@ def test_documents_are_about_what_is_recorded(monkeypatch):
     """Results that git does not have, of a newer MLX, are not for documents."""
     commits, environment = results.recorded_commits("h200"), results.recorded_environment("h200")
     cells = results.recorded("h200", commits[-1])
-    found = list(results.iter_results_for_machine(str(results.RESULTS), "h200"))
-    for result in [r for r in found if r.commit_hash in commits]:
-        local = copy.copy(result)
-        local._env_name, local._params = "local", {**result.params, "mlx": "99.0"}
-        found.append(local)
-    monkeypatch.setattr(results, "iter_results_for_machine", lambda *args: iter(found))
+    found = results.measured("h200")
+    local = [
+        dataclasses.replace(one, file="local.json", environment="local", mlx="99.0")
+        for one in found
+        if one.commit in commits
+    ]
+    monkeypatch.setattr(results, "measured", lambda *args: found + local)
     monkeypatch.setattr(results, "asv_settings", lambda: {"matrix": {"req": {"mlx": ["99.0"]}}})
     assert results.usual_environment("h200") == "local"
     assert results.recorded_environment("h200") == environment
     assert results.recorded_commits("h200") == commits
     assert results.recorded("h200", commits[-1]) == cells
+
+
+def test_a_file_is_parsed_once_and_again_when_it_has_changed(versions, monkeypatch):
+    folder, machine, commit, (pinned, newest) = versions
+    parsed, parse = [], results.Results.load
+    monkeypatch.setattr(
+        results.Results, "load", lambda path: parsed.append(Path(path).name) or parse(path)
+    )
+    for environment in (pinned, newest, pinned):
+        results.load(machine, commit, folder, environment)
+        results.measured_commits(machine, folder, environment)
+    names = [f"{commit[:8]}-{environment}.json" for environment in (pinned, newest)]
+    assert sorted(parsed) == names
+    changed = folder / machine / names[0]
+    changed.write_text(changed.read_text() + " ")
+    results.load(machine, commit, folder, pinned)
+    assert sorted(parsed) == [names[0], *names]

@@ -4,19 +4,16 @@ A cell has changed if its samples differ significantly and its median by more th
 factor of a machine is what keeps identical commits apart from changed ones there.
 """
 
-import itertools
-import math
 import shutil
 from dataclasses import dataclass
 
 from asv._stats import is_different
-from asv.results import iter_results_for_machine
 from asv.util import UserError
 
 from tracking.grid import selection
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
-from tracking.results import Value
+from tracking.results import MISSING, Value, measured
 
 
 @dataclass(frozen=True)
@@ -60,39 +57,28 @@ class Change:
 
 
 def _cells(results, machine, commit, environment):
-    """Return {name of a cell: (Value, stats, samples)} of a commit."""
-    found = {}
-    for result in iter_results_for_machine(str(results), machine):
-        if result.commit_hash != commit or result.env_name != environment:
-            continue
-        for name in result.get_all_result_keys():
-            params = result.get_result_params(name)
-            values = result.get_result_value(name, params)
-            stats = result.get_result_stats(name, params)
-            samples = result.get_result_samples(name, params)
-            for cell, value, stat, some in zip(
-                itertools.product(*params), values, stats, samples, strict=True
-            ):
-                ends = (stat["ci_99_a"], stat["ci_99_b"]) if stat else (math.nan, math.nan)
-                found[f"{name}({', '.join(cell)})"] = Value(value, *ends), stat, some
-    return found
+    """Return {name of a cell: Value} of a commit, {} if it was not measured."""
+    return {
+        f"{name}({', '.join(cell)})": value
+        for one in measured(machine, results)
+        if (one.commit, one.environment) == (commit, environment)
+        for name, values in one.table.items()
+        for cell, value in values.items()
+    }
 
 
 def changes(results, machine, before, after, environment):
     """Return the Change of each cell that was asked for at either commit in an environment."""
     old, new = (_cells(results, machine, commit, environment) for commit in (before, after))
-    nothing = Value(math.nan), None, None
     compared = []
     for name in sorted({*old, *new}):
-        (a, stats_a, samples_a), (b, stats_b, samples_b) = (
-            x.get(name, nothing) for x in (old, new)
-        )
+        a, b = old.get(name, MISSING), new.get(name, MISSING)
         if a.value is not None and b.value is not None and not a.known and not b.known:
             continue
         # As asv has it: one sample without statistics is compared by its value alone.
-        few = not (stats_a and stats_b) or 1 in (stats_a.get("repeat"), stats_b.get("repeat"))
-        significant = few or is_different(samples_a, samples_b, stats_a, stats_b)
-        samples = min(len(samples_a or ()), len(samples_b or ()))
+        few = not (a.stats and b.stats) or 1 in (a.stats.get("repeat"), b.stats.get("repeat"))
+        significant = few or is_different(a.samples, b.samples, a.stats, b.stats)
+        samples = min(len(a.samples or ()), len(b.samples or ()))
         compared.append(Change(name, a, b, significant, samples))
     return compared
 

@@ -4,7 +4,6 @@ import argparse
 import math
 import sys
 
-from asv.results import iter_results_for_machine_and_hash
 from asv.util import UserError
 
 from tracking.grid import cells, in_one_run, in_quick_grid, in_quick_run, selection
@@ -17,7 +16,8 @@ from tracking.project import (
     machine_name,
     record_machine,
 )
-from tracking.repository import ROOT, check_history, git, phase_commits
+from tracking.repository import check_history, git, phase_commits
+from tracking.results import MISSING, RESULTS, measured
 
 
 def is_measured(values, benchmark, grid):
@@ -38,16 +38,18 @@ def is_measured(values, benchmark, grid):
     return complete or not any(known)
 
 
-def unmeasured(benchmarks, machine, commit, grid, environment):
+def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
     """Return the names of the benchmarks that are to be run at a commit in an environment."""
     done = set()
-    for result in iter_results_for_machine_and_hash(str(ROOT / "results"), machine, commit):
-        if result.env_name != environment:
+    for one in measured(machine, results):
+        if (one.commit, one.environment) != (commit, environment):
             continue
-        for name in result.get_result_keys(benchmarks):
-            values = result.get_result_value(name, benchmarks[name]["params"])
-            if is_measured(values, benchmarks[name], grid):
-                done.add(name)
+        for name, benchmark in benchmarks.items():
+            if one.versions.get(name) == benchmark["version"]:
+                found = one.table[name]
+                values = [found.get(cell, MISSING).value for cell in cells(benchmark)]
+                if is_measured(values, benchmark, grid):
+                    done.add(name)
     return [name for name in sorted(benchmarks) if name not in done]
 
 

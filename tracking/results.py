@@ -1,11 +1,13 @@
 """Reads results: values by benchmark and cell, of a machine, a commit and an environment."""
 
 import collections
+import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from asv.results import iter_results_for_machine
+from asv.results import Results
 
 from tracking.project import asv_settings
 from tracking.repository import ROOT, git
@@ -24,6 +26,8 @@ class Value:
     value: float | None
     low: float = math.nan
     high: float = math.nan
+    stats: dict | None = field(default=None, compare=False, repr=False)  # as asv has them
+    samples: list | None = field(default=None, compare=False, repr=False)
 
     def show(self, factor=1.0, digits=2, interval=False):
         """Return the value times `factor` as text, `n/a` or `failed`."""
@@ -45,9 +49,59 @@ class Value:
 MISSING = Value(math.nan)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one file of results says: the values at one commit in one environment."""
+
+    file: str
+    commit: str
+    environment: str
+    mlx: str | None
+    started_at: int  # of the last benchmark, milliseconds
+    versions: dict  # {benchmark: version}
+    table: dict  # {benchmark: {parameters: Value}}
+
+
+def measured(machine, results=RESULTS):
+    """Return what each file of a machine's results says; a file that stays is parsed once."""
+    files = sorted(Path(results, machine).glob("*-*.json"))
+    return [_parse(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+
+
+@functools.cache
+def _parse(path, *_):
+    """Parse a file; what follows its path tells whether it has changed."""
+    result = Results.load(path)
+    table = {name: _values(result, name) for name in result.get_all_result_keys()}
+    return Measured(
+        Path(path).name,
+        result.commit_hash,
+        result.env_name,
+        result.params.get("mlx"),
+        max((started for started in result.started_at.values() if started), default=0),
+        {name: result.benchmark_version.get(name) for name in table},
+        table,
+    )
+
+
+def _values(result, name):
+    """Return {parameters: Value} of one benchmark."""
+    params = result.get_result_params(name)
+    of_cells = (
+        result.get_result_value(name, params),
+        result.get_result_stats(name, params),
+        result.get_result_samples(name, params),
+    )
+    values = {}
+    for cell, value, stats, samples in zip(itertools.product(*params), *of_cells, strict=True):
+        ends = (stats["ci_99_a"], stats["ci_99_b"]) if stats else (math.nan, math.nan)
+        values[cell] = Value(value, *ends, stats, samples)
+    return values
+
+
 def environments(machine, results=RESULTS):
     """Return asv's names of the environments (MLX versions) that a machine measured in."""
-    return sorted({result.env_name for result in iter_results_for_machine(str(results), machine)})
+    return sorted({one.environment for one in measured(machine, results)})
 
 
 def usual_environment(machine, results=RESULTS):
@@ -56,17 +110,17 @@ def usual_environment(machine, results=RESULTS):
     That is one of the MLX in asv.conf.json if there is any; then the one of most commits; then
     the last measured. A table never mixes environments.
     """
-    return _usual(iter_results_for_machine(str(results), machine))
+    return _usual(measured(machine, results))
 
 
-def _usual(results):
+def _usual(measurements):
     pinned, found = asv_settings()["matrix"]["req"]["mlx"], collections.defaultdict(list)
-    for result in results:
-        found[result.params.get("mlx") in pinned, result.env_name].append(result)
+    for one in measurements:
+        found[one.mlx in pinned, one.environment].append(one)
 
     def rank(key):
         is_pinned, _ = key
-        return is_pinned, len(found[key]), max(max(r.started_at.values()) for r in found[key])
+        return is_pinned, len(found[key]), max(one.started_at for one in found[key])
 
     return max(found, key=rank)[1] if found else None
 
@@ -78,26 +132,16 @@ def load(machine, commit, results=RESULTS, environment=None):
     """
     environment = environment or usual_environment(machine, results)
     found = [
-        result
-        for result in iter_results_for_machine(str(results), machine)
-        if result.commit_hash.startswith(commit) and result.env_name == environment
+        one
+        for one in measured(machine, results)
+        if one.commit.startswith(commit) and one.environment == environment
     ]
     if len(found) != 1:
         raise ValueError(
             f"expected results of one commit, got {len(found)} of {commit} of machine {machine} "
             f"in environment {environment} in {results}"
         )
-    [result] = found
-    table = {}
-    for name in result.get_all_result_keys():
-        params = result.get_result_params(name)
-        values = result.get_result_value(name, params)
-        stats = result.get_result_stats(name, params)
-        table[name] = {
-            cell: Value(value, stat["ci_99_a"], stat["ci_99_b"]) if stat else Value(value)
-            for cell, value, stat in zip(itertools.product(*params), values, stats, strict=True)
-        }
-    return table
+    return found[0].table
 
 
 def measured_commits(machine, results=RESULTS, environment=None):
@@ -107,33 +151,25 @@ def measured_commits(machine, results=RESULTS, environment=None):
     """
     environment = environment or usual_environment(machine, results)
     known = git("log", "--reverse", "--format=%H").split()
-    measured = {
-        result.commit_hash
-        for result in iter_results_for_machine(str(results), machine)
-        if result.env_name == environment
-    }
-    return [commit for commit in known if commit in measured]
+    found = {one.commit for one in measured(machine, results) if one.environment == environment}
+    return [commit for commit in known if commit in found]
 
 
-def _recorded_results(machine):
-    """Return asv's results of a machine that are in git, not those of this checkout alone."""
+def _in_git(machine):
+    """Return what a machine's files of results say that git has, not those of this checkout."""
     files = set(git("ls-files", "--", f"results/{machine}").splitlines())
-    return [
-        result
-        for result in iter_results_for_machine(str(RESULTS), machine)
-        if f"results/{machine}/{result.commit_hash[:8]}-{result.env_name}.json" in files
-    ]
+    return [one for one in measured(machine) if f"results/{machine}/{one.file}" in files]
 
 
 def recorded_environment(machine):
     """Return the environment that documents are about, as `usual_environment` chooses."""
-    return _usual(_recorded_results(machine))
+    return _usual(_in_git(machine))
 
 
 def recorded_commits(machine):
     """Return the hashes of the commits that documents are about, oldest first."""
     environment = recorded_environment(machine)
-    found = {r.commit_hash for r in _recorded_results(machine) if r.env_name == environment}
+    found = {one.commit for one in _in_git(machine) if one.environment == environment}
     return [c for c in measured_commits(machine, environment=environment) if c in found]
 
 
