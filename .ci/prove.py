@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mlx.core as mx
 from browser import OverheadPage, browse, look
 
-from benchmarks._workload import DTYPE, HEAD_DIM
+from benchmarks.common import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
 from tracking.changes import measure
 from tracking.detection import DETECTION, slowed

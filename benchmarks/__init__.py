@@ -2,7 +2,7 @@
 
 from asv_runner.benchmarks import benchmark_types
 
-from ._ratio import RatioBenchmark
+from .ratio import RatioBenchmark
 
 # asv takes the first type whose name_regex matches.
 benchmark_types.insert(0, RatioBenchmark)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import pagedkv
 
-from ._workload import (
+from .common import (
     DTYPE,
     GRID,
     HEAD_DIM,

@@ -9,7 +9,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from ._workload import (
+from .common import (
     DTYPE,
     GRID,
     HEAD_DIM,

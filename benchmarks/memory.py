@@ -6,7 +6,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from ._workload import DTYPE, HEAD_DIM, KV_HEADS, feature, require_memory
+from .common import DTYPE, HEAD_DIM, KV_HEADS, feature, require_memory
 
 TOKENS = 4090  # not a multiple of any block size
 

@@ -1,6 +1,6 @@
 """The headline: how much more a paged decode step costs than one over contiguous K/V."""
 
-from ._workload import (
+from .common import (
     GRID,
     PARAM_NAMES,
     layers,

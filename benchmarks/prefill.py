@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ._workload import DTYPE, HEAD_DIM, KV_HEADS, feature, require_memory
+from .common import DTYPE, HEAD_DIM, KV_HEADS, feature, require_memory
 
 TOKENS = 4096
 BLOCK_SIZE = 32

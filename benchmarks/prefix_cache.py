@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 
-from ._workload import feature
+from .common import feature
 
 BLOCK_SIZE = 32
 RUN = 8192  # tokens of the prompts that fill the tree

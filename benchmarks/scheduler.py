@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._workload import feature
+from .common import feature
 
 BLOCK_SIZE = 32
 

@@ -14,22 +14,24 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import _ratio, _workload
-from benchmarks._ratio import RatioBenchmark
+from benchmarks import common, ratio
+from benchmarks.ratio import RatioBenchmark
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
-MODULES = [name for _, name, _ in pkgutil.iter_modules(benchmarks.__path__) if name[0] != "_"]
-CLASSES = {
-    f"{module}.{name}": value
-    for module in MODULES
-    for name, value in vars(importlib.import_module(f"benchmarks.{module}")).items()
-    if isinstance(value, type) and name[0] != "_"
-}
+MODULES = [name for _, name, _ in pkgutil.iter_modules(benchmarks.__path__)]
 
 
 def benchmark_functions(cls):
     return [name for name in dir(cls) if re.match("(time|ratio|track)_", name)]
+
+
+CLASSES = {
+    f"{module}.{name}": value
+    for module in MODULES
+    for name, value in vars(importlib.import_module(f"benchmarks.{module}")).items()
+    if isinstance(value, type) and name[0] != "_" and benchmark_functions(value)
+}
 
 
 @pytest.mark.parametrize(
@@ -37,12 +39,12 @@ def benchmark_functions(cls):
     [(1, 16, 16), (16, 16, 16), (17, 16, 32), (1000, 32, 1024), (1024, 64, 1024)],
 )
 def test_padded_context(context, block_size, padded):
-    assert _workload.padded_context(context, block_size) == padded
+    assert common.padded_context(context, block_size) == padded
 
 
 def test_kv_bytes():
-    assert _workload.kv_bytes(1, 1024, 32) == 2 * 1024 * 8 * 128 * 2
-    assert _workload.kv_bytes(4, 1000, 64) == 4 * 2 * 1024 * 8 * 128 * 2
+    assert common.kv_bytes(1, 1024, 32) == 2 * 1024 * 8 * 128 * 2
+    assert common.kv_bytes(4, 1000, 64) == 4 * 2 * 1024 * 8 * 128 * 2
 
 
 @pytest.mark.parametrize(
@@ -56,28 +58,28 @@ def test_kv_bytes():
 )
 def test_layers(cell, on_cpu, on_gpu, monkeypatch):
     for count, gpu in [(on_cpu, False), (on_gpu, True)]:
-        monkeypatch.setattr(_workload, "on_gpu", lambda gpu=gpu: gpu)
-        assert _workload.layers(*cell) == count
+        monkeypatch.setattr(common, "on_gpu", lambda gpu=gpu: gpu)
+        assert common.layers(*cell) == count
 
 
 def test_tables_are_scattered_over_twice_the_blocks():
-    tables, num_blocks = _workload.block_tables(2, 64, 32)
+    tables, num_blocks = common.block_tables(2, 64, 32)
     assert num_blocks == 8
     assert tables == [[7, 5], [3, 1]]
-    tables, num_blocks = _workload.block_tables(2, 4096, 32, "random")
+    tables, num_blocks = common.block_tables(2, 4096, 32, "random")
     ids = list(itertools.chain(*tables))
     assert num_blocks == 512
     assert len(set(ids)) == len(ids) == 256
     assert np.abs(np.diff(ids)).mean() > 50
-    assert tables == _workload.block_tables(2, 4096, 32, "random")[0]
+    assert tables == common.block_tables(2, 4096, 32, "random")[0]
 
 
 @pytest.mark.parametrize("layout", ["block_major", "head_major"])
 def test_workload_is_seeded_and_its_contiguous_copy_reads_the_tables_slots(layout):
-    cell = _workload.workload(2, 64, 16, num_layers=2, layout=layout)
-    again = _workload.workload(2, 64, 16, num_layers=2, layout=layout)
+    cell = common.workload(2, 64, 16, num_layers=2, layout=layout)
+    again = common.workload(2, 64, 16, num_layers=2, layout=layout)
     assert np.array_equal(np.array(cell.queries), np.array(again.queries))
-    tables, _ = _workload.block_tables(2, 64, 16)
+    tables, _ = common.block_tables(2, 64, 16)
     for layer, same in zip(cell.layers, again.layers, strict=True):
         assert np.array_equal(np.array(layer.value_pool), np.array(same.value_pool))
         pool = np.array(layer.key_pool)
@@ -90,50 +92,48 @@ def test_workload_is_seeded_and_its_contiguous_copy_reads_the_tables_slots(layou
 
 
 def test_cells_outside_the_quick_grid_are_not_applicable(monkeypatch):
-    _workload.require_cell(1, 16384, 16, copies=1)
+    common.require_cell(1, 16384, 16, copies=1)
     monkeypatch.setenv("PAGEDKV_GRID", "quick")
-    _workload.require_cell(1, 4096, 32, copies=1)
+    common.require_cell(1, 4096, 32, copies=1)
     for cell in [(1, 16384, 32), (1, 4096, 16)]:
         with pytest.raises(NotImplementedError, match="not in the quick grid"):
-            _workload.require_cell(*cell, copies=1)
+            common.require_cell(*cell, copies=1)
 
 
 def test_a_cell_that_does_not_fit_is_not_applicable(monkeypatch):
-    monkeypatch.setattr(_workload, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(common, "machine_memory", lambda: 2**20)
     with pytest.raises(NotImplementedError, match=r"needs 0\.0 GiB, more than 70% of 0\.0 GiB"):
-        _workload.require_cell(*SMALLEST, copies=1)
+        common.require_cell(*SMALLEST, copies=1)
 
 
 def test_a_slow_call_is_not_applicable(monkeypatch):
-    monkeypatch.setattr(_workload, "LONGEST_CALL", 0.01)
-    _workload.require_fast(lambda: None)
+    monkeypatch.setattr(common, "LONGEST_CALL", 0.01)
+    common.require_fast(lambda: None)
     with pytest.raises(NotImplementedError, match="one call takes"):
-        _workload.require_fast(lambda: time.sleep(0.02))
+        common.require_fast(lambda: time.sleep(0.02))
 
 
 def test_a_name_the_commit_lacks_is_not_applicable():
     with pytest.raises(NotImplementedError, match="no radix_tree_of_2030 at this commit"):
-        _workload.feature("radix_tree_of_2030")
+        common.feature("radix_tree_of_2030")
     with pytest.raises(NotImplementedError, match="no decode path warp at this commit"):
-        _workload.decode_path("warp")
+        common.decode_path("warp")
 
 
 def test_require_path_notices_another_path(monkeypatch):
-    cell = _workload.workload(1, 64, 16, num_layers=1)
-    _workload.require_path(cell, "gather_block_major")
+    cell = common.workload(1, 64, 16, num_layers=1)
+    common.require_path(cell, "gather_block_major")
     attend = cell.paged
-    monkeypatch.setattr(
-        _workload.Workload, "paged", lambda self, path: attend("gather_block_major")
-    )
+    monkeypatch.setattr(common.Workload, "paged", lambda self, path: attend("gather_block_major"))
     with pytest.raises(AssertionError, match=r"asked for path warp, ran \['gather_block_major'\]"):
-        _workload.require_path(cell, "warp")
+        common.require_path(cell, "warp")
 
 
 def test_require_path_notices_a_wrong_result():
-    cell = _workload.workload(1, 64, 16, num_layers=1)
+    cell = common.workload(1, 64, 16, num_layers=1)
     cell.layers[0].values = mx.roll(cell.layers[0].values, 1, axis=1)
     with pytest.raises(AssertionError, match="off from contiguous attention"):
-        _workload.require_path(cell, "auto")
+        common.require_path(cell, "auto")
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -159,14 +159,14 @@ ON_A_GPU = {
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_GPU))
-@pytest.mark.skipif(_workload.on_gpu(), reason="there is a GPU here")
+@pytest.mark.skipif(common.on_gpu(), reason="there is a GPU here")
 def test_what_needs_a_gpu_is_not_applicable_without(name):
     instance = CLASSES[name]()
     with pytest.raises(NotImplementedError, match=r"measured on a GPU|fused does not run on"):
         instance.setup(*(values[0] for values in instance.params))
 
 
-@pytest.mark.parametrize("name", sorted(set(CLASSES) - (set() if _workload.on_gpu() else ON_A_GPU)))
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - (set() if common.on_gpu() else ON_A_GPU)))
 def test_smallest_cell_runs(name):
     cls = CLASSES[name]
     (function,) = benchmark_functions(cls)
@@ -184,7 +184,7 @@ def test_smallest_cell_runs(name):
         assert result is None
 
 
-def ratio(function, **attributes):
+def ratio_benchmark(function, **attributes):
     source = type("Source", (), {"ratio_it": staticmethod(function), **attributes})
     return RatioBenchmark("ratio_it", function, [source])
 
@@ -213,16 +213,16 @@ class Clock:
 def test_ratio_is_candidate_over_the_baselines_around_it(monkeypatch):
     # First of each: the warm-up.
     clock = Clock(candidate=[99, 3, 6, 5], baseline=[99, 1, 2, 2, 3])
-    monkeypatch.setattr(_ratio, "time", clock)
-    result = ratio(clock.pair, repeat=(3, 3, 0), warmup_time=0).run()
+    monkeypatch.setattr(ratio, "time", clock)
+    result = ratio_benchmark(clock.pair, repeat=(3, 3, 0), warmup_time=0).run()
     assert result == {"samples": [2.0, 3.0, 2.0], "number": 1}
     assert clock.calls == ["baseline", "candidate"] * 4 + ["baseline"]
 
 
 def test_ratio_cancels_linear_drift(monkeypatch):
     clock = Clock(candidate=[0, 4, 8, 12], baseline=[0, 1, 3, 5, 7])
-    monkeypatch.setattr(_ratio, "time", clock)
-    samples = ratio(clock.pair, repeat=(3, 3, 0), warmup_time=0).run()["samples"]
+    monkeypatch.setattr(ratio, "time", clock)
+    samples = ratio_benchmark(clock.pair, repeat=(3, 3, 0), warmup_time=0).run()["samples"]
     assert samples == [2.0, 2.0, 2.0]
 
 
@@ -232,8 +232,8 @@ def test_ratio_cancels_linear_drift(monkeypatch):
 )
 def test_ratio_honours_repeat(repeat, count, monkeypatch):
     clock = Clock(candidate=itertools.repeat(1), baseline=itertools.repeat(1))
-    monkeypatch.setattr(_ratio, "time", clock)
-    assert len(ratio(clock.pair, repeat=repeat, warmup_time=0).run()["samples"]) == count
+    monkeypatch.setattr(ratio, "time", clock)
+    assert len(ratio_benchmark(clock.pair, repeat=repeat, warmup_time=0).run()["samples"]) == count
 
 
 def test_ratio_is_registered_and_matches_only_its_prefix():

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from benchmarks._workload import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
+from benchmarks.common import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
 from pagedkv.attention.inputs import Call
 from pagedkv.attention.paths import choose
 from tracking.results import HEADLINE, load

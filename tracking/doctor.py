@@ -19,7 +19,7 @@ import mlx.core as mx
 from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json
 
-from benchmarks._workload import GRID, kv_bytes, layers
+from benchmarks.common import GRID, kv_bytes, layers
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import asv_settings, machine_name

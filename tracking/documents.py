@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 
-from benchmarks._workload import PARAM_NAMES
+from benchmarks.common import PARAM_NAMES
 from tracking.project import machine_name
 from tracking.repository import ROOT, commit_label
 from tracking.results import (

@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from benchmarks._workload import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
 # The quick grid measures old commits by these alone; every path of today is measured at HEAD,
 HISTORY = (

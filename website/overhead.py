@@ -17,7 +17,7 @@ import altair as alt
 import vl_convert
 from asv.util import load_json
 
-from benchmarks._workload import PARAM_NAMES, kv_bytes
+from benchmarks.common import PARAM_NAMES, kv_bytes
 from tracking.repository import ROOT, commit_label, git
 from tracking.results import (
     RESULTS,
