@@ -228,14 +228,3 @@ class PipelinedWrite(_Pipelined):
 
     def write(self, layer):
         self.cache.write(layer, self.token, self.token, self.slots)
-
-
-class PipelinedCopy(_Pipelined):
-    """The same scatter without waiting: MLX copies a pool that the step in flight reads."""
-
-    def write(self, layer):
-        tokens = self.token.swapaxes(1, 2).reshape(-1, KV_HEADS, HEAD_DIM)
-        for pools in (self.cache.keys, self.cache.values):
-            flat = pools[layer].reshape(-1, KV_HEADS, HEAD_DIM)
-            flat[self.slots.slots] = tokens
-            pools[layer] = flat.reshape(pools[layer].shape)

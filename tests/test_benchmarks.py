@@ -150,7 +150,7 @@ def test_class_describes_itself(name):
 
 # Not applicable on a CPU, and nothing else is.
 ON_A_GPU = {
-    "decode.BlockSize",
+    "settled.BlockSize",
     "decode.Fused",
     "decode.Mixed",
     "overhead.Batch16",

@@ -143,7 +143,7 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
     assert "`make noise` was not run" in output.read_text()
     [(before, after, options)] = measured.asked
     assert (before, after) == ("a" * 40, "b" * 40)
-    assert options["benchmarks"] == ("overhead.", "decode.")
+    assert options["benchmarks"] == ("overhead.", "decode.", "host.")
     assert options["rounds"] == 3
 
 

@@ -12,7 +12,7 @@ from asv.util import UserError
 
 from tracking import nightly
 from tracking.changes import Change
-from tracking.results import Value
+from tracking.results import RENAMED, Value
 
 
 def git(root, *args):
@@ -98,6 +98,21 @@ def test_what_both_have_is_merged_by_benchmark(clones):
         "d": [6.0],
     }
     assert (second / "results/mac/machine.json").read_text() == '"second"'
+
+
+def test_what_the_branch_has_under_old_names_is_renamed(clones):
+    first, second = clones
+    old, new = next(iter(RENAMED.items()))
+    for clone, content in ((first, result(**{old: 4, "a": 1})), (second, result(**{old: 2}))):
+        (clone / "results/mac").mkdir()
+        (clone / "results/mac/b.json").write_text(content)
+    (first / "results/mac/c.json").write_text(result(**{old: 4}))
+    nightly.push_results(root=first)
+    nightly.fetch_results(root=second)
+    for name, names in (("b", {new, "a"}), ("c", {new})):
+        merged = json.loads((second / f"results/mac/{name}.json").read_text())["results"]
+        assert set(merged) == names
+        assert merged[new][0] == [4.0]
 
 
 def test_a_fuller_run_is_not_replaced_by_a_newer_quick_one(clones):

@@ -83,7 +83,7 @@ def mark_layouts(machine, commit):
 def mark_pattern(machine, commit):
     """Write the ratio of a random block order over the reversed one."""
     [(cell, ratio)] = recorded(machine, commit)[
-        "decode.BlockOrder.ratio_random_vs_reversed"
+        "settled.BlockOrder.ratio_random_vs_reversed"
     ].items()
     batch, context, block_size = cell
     where = f"batch {batch}, {context} tokens, block {block_size}"

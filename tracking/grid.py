@@ -5,21 +5,13 @@ import re
 
 from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
-# The quick grid measures old commits by these alone; every path of today is measured at HEAD,
+# The quick grid measures old commits by these alone; every path of today is measured at HEAD.
 HISTORY = (
     "overhead.Auto.",
     "append.Auto.",
     "prefill.Write.",
     "prefix_cache.Match.",
     "scheduler.Decode.",
-)
-
-# and it leaves out what settled a decision (docs/adr) and says nothing about the package.
-SETTLED = (
-    "append.PipelinedCopy.",
-    "decode.BlockOrder.",
-    "decode.Slabs.",
-    "memory.GrowByConcatenation.",
 )
 
 
@@ -47,9 +39,12 @@ def selection(benchmark, grid):
 
 
 def in_quick_run(names, is_head):
-    """Return the benchmarks of a commit that the quick grid asks for."""
+    """Return the benchmarks of a commit that the quick grid asks for.
+
+    None of the experiments that settled a decision is among them.
+    """
     if is_head:
-        return [name for name in names if not name.startswith(SETTLED)]
+        return [name for name in names if not name.startswith("settled.")]
     return [name for name in names if name.startswith(HISTORY)]
 
 

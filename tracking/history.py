@@ -17,7 +17,7 @@ from tracking.project import (
     record_machine,
 )
 from tracking.repository import check_history, git, phase_commits
-from tracking.results import MISSING, RESULTS, measured
+from tracking.results import MISSING, RESULTS, measured, rename
 
 
 def is_measured(values, benchmark, grid):
@@ -83,10 +83,12 @@ def run(grid, machine, backend, rounds):
 
 
 def prepare(machine, backend):
-    """Do what publishing needs: tags of the phases, which asv marks, and the list of benchmarks."""
+    """Do what publishing needs: tags of phases, benchmarks' names of today and their list."""
     check_history()
     for commit, phase in phase_commits().items():
         git("tag", "--force", f"phase-{phase}", commit)
+    for file in RESULTS.glob("*/*-*.json"):
+        rename(file)
     record_machine(machine)
     discover(machine, config_for(backend))
     return 0

@@ -35,7 +35,7 @@ from tracking.project import (
     record_machine,
 )
 from tracking.repository import ROOT, check_history, git
-from tracking.results import RESULTS, measured_commits
+from tracking.results import RESULTS, measured_commits, rename
 
 BRANCH = "results"
 AGAIN = 4  # rounds of what looks like a regression
@@ -74,10 +74,12 @@ def fetch_results(remote="origin", root=ROOT):
         git("checkout-index", "--all", f"--prefix={scratch}/", env=index, root=root)
         for file in sorted(Path(scratch).glob("results/*/*.json")):
             here = Path(root, file.relative_to(scratch))
+            rename(file)
             if not here.exists():
                 here.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, here)
             elif file.name != "machine.json":
+                rename(here)
                 merge(here, file)
     return tip
 
