@@ -29,6 +29,8 @@ SLOWER = """
 def _slower(call):
     import time
 
+    import mlx.core as mx
+
     def called(*args, **kwargs):
         start = time.perf_counter()
         out = call(*args, **kwargs)
@@ -47,7 +49,7 @@ decode_attention = _slower(decode_attention)
 
 def slowed(percent):
     """Return the hash of a commit like HEAD whose decode_attention takes `percent` longer."""
-    path = "pagedkv/attention/calls.py"
+    path = "pagedkv/__init__.py"
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         source = git("show", f"HEAD:{path}") + SLOWER.format(percent=percent)
