@@ -72,7 +72,7 @@ adr: $(READY)
 	@$(MAKE) --no-print-directory table
 
 tune: $(READY)
-	$(AWAKE) $(BIN)/python -m pagedkv.tune
+	$(AWAKE) $(BIN)/python -m tracking.tune
 
 BASE ?= main
 OUTPUT ?=

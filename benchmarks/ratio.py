@@ -32,29 +32,38 @@ class RatioBenchmark(TimeBenchmark):
     def run(self, *params):
         """Sample the pair and return the ratios in asv's format."""
         candidate, baseline = self.func(*params)
-        fewest, most, seconds = _repeat(self.repeat)
-        warm_until = time.perf_counter() + max(self.warmup_time, 0)
+        samples = ratios(candidate, baseline, repeat=self.repeat, warmup_time=self.warmup_time)
+        # asv prints every digit that it is given
+        return {"samples": [round(sample, 4) for sample in samples], "number": 1}
+
+
+def ratios(candidate, baseline, *, repeat, warmup_time):
+    """Return samples of the time of `candidate` over that of `baseline`, taken in turns.
+
+    `repeat` and `warmup_time` (seconds) are those of `RatioBenchmark`.
+    """
+    fewest, most, seconds = _repeat(repeat)
+    warm_until = time.perf_counter() + max(warmup_time, 0)
+    baseline()
+    candidate()
+    while time.perf_counter() < warm_until:
         baseline()
         candidate()
-        while time.perf_counter() < warm_until:
-            baseline()
-            candidate()
 
-        ratios = []
-        deadline = time.perf_counter() + seconds
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            before = _seconds(baseline)
-            while len(ratios) < fewest or (len(ratios) < most and time.perf_counter() < deadline):
-                middle, after = _seconds(candidate), _seconds(baseline)
-                # asv prints every digit that it is given
-                ratios.append(round(2 * middle / (before + after), 4))
-                before = after
-        finally:
-            if collecting:
-                gc.enable()
-        return {"samples": ratios, "number": 1}
+    samples = []
+    deadline = time.perf_counter() + seconds
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        before = _seconds(baseline)
+        while len(samples) < fewest or (len(samples) < most and time.perf_counter() < deadline):
+            middle, after = _seconds(candidate), _seconds(baseline)
+            samples.append(2 * middle / (before + after))
+            before = after
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
 
 
 def _repeat(repeat):

@@ -16,7 +16,6 @@ ROOMS = {
     "host": {"errors", "limits"},
     "attention": {"errors", "limits", "kernels"},
     "cache": {"errors", "limits", "host", "attention"},
-    "tune": {"attention"},
 }
 HOST_ONLY = {"errors", "limits", "host"}
 

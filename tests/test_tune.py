@@ -4,7 +4,8 @@ import sys
 import mlx.core as mx
 import pytest
 
-from pagedkv import tune
+from benchmarks.common import workload
+from tracking import tune
 
 
 @pytest.mark.parametrize(
@@ -18,22 +19,34 @@ from pagedkv import tune
     ],
 )
 def test_thresholds(fused, rows, expected):
-    ratios = {"fused": fused, "rows": rows}
-    assert tune.thresholds([1024, 4096], ratios) == expected
-    backwards = {name: values[::-1] for name, values in ratios.items()}
+    over = {"fused": fused, "rows": rows}
+    assert tune.thresholds([1024, 4096], over) == expected
+    backwards = {name: values[::-1] for name, values in over.items()}
     assert tune.thresholds([4096, 1024], backwards) == expected
 
 
-def test_a_cell_is_what_it_says(monkeypatch):
-    monkeypatch.setattr(tune, "LAYERS", (2, 2))
-    cell = tune.Cell.make(3, 64)
-    assert len(cell.contiguous) == len(cell.paged) == 2
-    assert cell.contiguous[0][0].shape == (3, 8, 64, 128)
-    assert cell.step.lens.tolist() == [64] * 3
-    taken = cell.step.block_tables.reshape(-1).tolist()
-    assert len(set(taken)) == 6
+def test_a_ratio_is_that_of_the_call_to_contiguous_attention():
+    cell = workload(3, 64, 32, num_layers=2)
     attend = tune._named("gather_rows")(cell)
-    assert 0 < cell.over_contiguous(attend, 3) < 100
+    layers = []
+
+    def counted(queries, keys, values):
+        layers.append(keys)
+        return attend(queries, keys, values)
+
+    assert 0 < tune.over_contiguous(cell, counted, 3) < 100
+    assert len(layers) == 2 * 4  # a warm-up and three samples of two layers
+
+
+@pytest.mark.skipif(mx.default_device().type == mx.cpu, reason="the kernels need a GPU")
+def test_the_constants_are_those_of_the_candidate():
+    cell = workload(3, 64, 32, num_layers=2)
+    base = tune.TUNING[tune.backend_of(mx.default_device())]
+    attend = tune._tuned(base)(cell)
+    layer = cell.layers[0]
+    expected = tune._named("fused")(cell)(cell.queries, layer.key_pool, layer.value_pool)
+    got = attend(cell.queries, layer.key_pool, layer.value_pool)
+    assert mx.array_equal(got, expected).item()
 
 
 @pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="there is a GPU here")

@@ -30,7 +30,7 @@ HEADER = 8  # int32 before the work items of a plan
 
 @dataclass(frozen=True)
 class Tuning:
-    """What depends on the device; `python -m pagedkv.tune` measures it.
+    """What depends on the device; `make tune` measures it.
 
     Attributes
     ----------

@@ -234,7 +234,7 @@ AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
             (math.inf, "gather_rows"),
             (math.inf, "gather_rows_grouped"),
         ),
-        # Not measured: until somebody runs `python -m pagedkv.tune` on a Mac, the gather that SDPA
+        # Not measured: until somebody runs `make tune` on a Mac, the gather that SDPA
         # reads without a copy. path="fused" runs the kernels there.
         "metal": ((math.inf, "gather_rows"), (math.inf, "gather_rows_grouped")),
     }
