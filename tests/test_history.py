@@ -1,12 +1,15 @@
 """Running the history: what is asked for and what needs no run; no benchmark runs here."""
 
 import importlib
+import json
 import math
+import pkgutil
 import re
 
 import pytest
 
-from tracking import grid, history
+import benchmarks
+from tracking import grid, history, results
 
 
 def benchmark(name, *params, names=("batch", "context", "block_size")):
@@ -21,6 +24,7 @@ TREE = benchmark("prefix_cache.Match.time_match", (10**4, 10**6), names=["tokens
 
 
 PLAIN = benchmark("memory.Index.track_bytes")
+OFF_THE_QUICK_GRID = benchmark("long.Long.time_decode", (4,), (32768,), (16, 64))
 
 
 def chosen(some, size):
@@ -102,3 +106,106 @@ def test_another_version_of_mlx_is_measured_anew(versions):
     some = {name: GRID | {"name": name, "version": "1"}}
     assert history.unmeasured(some, machine, commit, "quick", pinned, folder) == []
     assert history.unmeasured(some, machine, commit, "quick", newest, folder) == [name]
+
+
+def suite():
+    """The suite as asv lists it, without running anything: {name: description}."""
+    listed = {}
+    for _, module, _ in pkgutil.iter_modules(benchmarks.__path__):
+        for cls in vars(importlib.import_module(f"benchmarks.{module}")).values():
+            if isinstance(cls, type) and not cls.__name__.startswith("_"):
+                for function in filter(re.compile("(time|ratio|track)_").match, dir(cls)):
+                    name = f"{module}.{cls.__name__}.{function}"
+                    described = benchmark(name, *cls.params, names=cls.param_names)
+                    listed[name] = described | {"version": cls.version}
+    return listed
+
+
+@pytest.fixture
+def recording(tmp_path, monkeypatch):
+    """A history of two commits, and an asv that writes what it is asked for and runs nothing.
+
+    `asv.calls` counts its runs, the one numbered `asv.killed_at` ends before it has saved.
+    """
+    listed = suite()
+    listed[OFF_THE_QUICK_GRID["name"]] = OFF_THE_QUICK_GRID | {"version": "1"}
+
+    def asv(*args, config):
+        asv.calls += 1
+        patterns = [args[i + 1] for i, arg in enumerate(args) if arg == "--bench"]
+        rows = {}
+        for name, described in listed.items():
+            labels = [f"{name}({', '.join(cell)})" for cell in grid.cells(described)]
+            chosen = [any(re.search(p, label) for p in patterns) for label in labels]
+            if any(chosen):
+                values = [1.0 if one else NAN for one in chosen]
+                rows[name] = [values, described["params"], "1", asv.calls, 0.1]
+        if not rows:
+            return 1  # No benchmarks selected
+        if asv.calls == asv.killed_at:
+            raise KeyboardInterrupt
+        commit = args[-1].removesuffix("^!")
+        file = tmp_path / f"box/{commit[:8]}-env.json"
+        content = json.loads(file.read_text()) if file.exists() else {"results": {}}
+        content |= {
+            "commit_hash": commit,
+            "env_name": "env",
+            "date": 0,
+            "params": {"machine": "box", "mlx": "1"},
+            "python": "3",
+            "requirements": {},
+            "env_vars": {},
+            "result_columns": ["result", "params", "version", "started_at", "duration"],
+            "results": content["results"] | rows,
+            "durations": {},
+            "version": 2,
+        }
+        file.write_text(json.dumps(content))
+        return 0
+
+    (tmp_path / "box").mkdir()
+    asv.calls, asv.killed_at = 0, None
+    head, old = "a" * 40, "b" * 40
+    monkeypatch.setattr(history, "asv", asv)
+    monkeypatch.setattr(history, "git", lambda *args: head)
+    monkeypatch.setattr(history, "phase_commits", lambda: {old: "0"})
+    monkeypatch.setattr(history, "discover", lambda *args: listed)
+    monkeypatch.setattr(history, "environment_name", lambda config: "env")
+    monkeypatch.setattr(history, "measured", lambda *args: results.measured("box", tmp_path))
+    for name in ("check_history", "record_machine", "config_for"):
+        monkeypatch.setattr(history, name, lambda *args: None)
+    return asv
+
+
+@pytest.mark.parametrize("size", ["quick", "full"])
+def test_what_is_measured_needs_no_second_run(size, recording):
+    assert history.run(size, "box", "cpu", 1) == 0
+    calls = recording.calls
+    assert calls > 4
+    assert history.run(size, "box", "cpu", 1) == 0
+    assert recording.calls == calls
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(recording, tmp_path):
+    """Wherever that was: with each run of asv the last one that saved nothing."""
+    assert history.run("quick", "box", "cpu", 1) == 0
+    needed = recording.calls
+    for killed_at in range(1, needed + 1):
+        for file in tmp_path.glob("box/*.json"):
+            file.unlink()
+        recording.calls, recording.killed_at = 0, killed_at
+        with pytest.raises(KeyboardInterrupt):
+            history.run("quick", "box", "cpu", 1)
+        recording.calls, recording.killed_at = 0, None
+        assert history.run("quick", "box", "cpu", 1) == 0
+        assert recording.calls == needed - killed_at + 1
+        assert history.run("quick", "box", "cpu", 1) == 0
+        assert recording.calls == needed - killed_at + 1
+
+
+def test_a_benchmark_without_a_cell_in_the_quick_grid_is_not_asked_for():
+    assert grid.selection(OFF_THE_QUICK_GRID, "quick") == []
+    assert len(chosen(OFF_THE_QUICK_GRID, "full")) == 2
+    listed = {OFF_THE_QUICK_GRID["name"]: OFF_THE_QUICK_GRID | {"version": "1"}}
+    assert history.unmeasured(listed, "box", "a" * 40, "quick", "env") == []
+    assert history.unmeasured(listed, "box", "a" * 40, "full", "env") == list(listed)

@@ -28,14 +28,19 @@ def in_quick_grid(cell, names):
     return int(context) in QUICK_CONTEXTS and int(block_size) in QUICK_BLOCK_SIZES
 
 
+def asked(benchmark, grid):
+    """Return the cells of a benchmark that belong to a grid; some have none in the quick one."""
+    names = benchmark["param_names"]
+    return [cell for cell in cells(benchmark) if grid == "full" or in_quick_grid(cell, names)]
+
+
 def selection(benchmark, grid):
     """Return asv's options that run the cells of one benchmark that belong to a grid."""
     name = re.escape(benchmark["name"])
     if grid == "full" or not benchmark["params"]:
         return ["--bench", rf"^{name}(\(|$)"]
-    wanted = [cell for cell in cells(benchmark) if in_quick_grid(cell, benchmark["param_names"])]
-    labels = "|".join(re.escape(", ".join(cell)) for cell in wanted)
-    return ["--bench", rf"^{name}\(({labels})\)$"]
+    labels = "|".join(re.escape(", ".join(cell)) for cell in asked(benchmark, grid))
+    return ["--bench", rf"^{name}\(({labels})\)$"] if labels else []
 
 
 def in_quick_run(names, is_head):

@@ -6,7 +6,7 @@ import sys
 
 from asv.util import UserError
 
-from tracking.grid import cells, in_one_run, in_quick_grid, in_quick_run, selection
+from tracking.grid import asked, cells, in_one_run, in_quick_grid, in_quick_run, selection
 from tracking.lock import acquire
 from tracking.project import (
     asv,
@@ -50,7 +50,7 @@ def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
                 values = [found.get(cell, MISSING).value for cell in cells(benchmark)]
                 if is_measured(values, benchmark, grid):
                     done.add(name)
-    return [name for name in sorted(benchmarks) if name not in done]
+    return [n for n in sorted(benchmarks) if n not in done and asked(benchmarks[n], grid)]
 
 
 def run(grid, machine, backend, rounds):

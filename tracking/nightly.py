@@ -168,7 +168,7 @@ def again(machine, config, environment, head, grid):
     asked = {
         name: selection(benchmark, grid)
         for name, benchmark in discover(machine, config).items()
-        if re.search(r"\.(ratio|time)_", name)
+        if re.search(r"\.(ratio|time)_", name) and selection(benchmark, grid)
     }
 
     def worse():
