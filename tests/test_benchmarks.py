@@ -91,13 +91,10 @@ def test_workload_is_seeded_and_its_contiguous_copy_reads_the_tables_slots(layou
     assert not np.array_equal(np.array(cell.layers[0].keys), np.array(cell.layers[1].keys))
 
 
-def test_cells_outside_the_quick_grid_are_not_applicable(monkeypatch):
-    common.require_cell(1, 16384, 16, copies=1)
+def test_no_variable_turns_a_cell_into_one_that_is_not_applicable(monkeypatch):
+    """asv would write that over the number it has."""
     monkeypatch.setenv("PAGEDKV_GRID", "quick")
-    common.require_cell(1, 4096, 32, copies=1)
-    for cell in [(1, 16384, 32), (1, 4096, 16)]:
-        with pytest.raises(NotImplementedError, match="not in the quick grid"):
-            common.require_cell(*cell, copies=1)
+    common.require_cell(1, 16384, 16, copies=1)
 
 
 def test_a_cell_that_does_not_fit_is_not_applicable(monkeypatch):

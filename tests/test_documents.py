@@ -1,8 +1,12 @@
 """Tables of results and the documents they are written into."""
 
+import itertools
+import re
+
 import pytest
 
-from tracking import documents, repository, results, tables
+from benchmarks import common
+from tracking import documents, grid, repository, results, tables
 from tracking.repository import ROOT
 
 
@@ -69,3 +73,16 @@ def test_documents_hold_what_results_say(path):
     text = path.read_text()
     assert text == documents.fill(text), f"{path} is stale: run `make adr`"
     assert text.count("<!-- results:") == text.count("<!-- end results -->")
+
+
+def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
+    """What the README says to type for it."""
+    said = re.search(r"--bench '(.*)'", (ROOT / "README.md").read_text())[1]
+    cells = itertools.product(*common.GRID)
+    chosen = [cell for cell in cells if re.search(said, f"overhead.Auto.ratio_x{cell}")]
+    assert chosen == [
+        cell
+        for cell in itertools.product(*common.GRID)
+        if grid.in_quick_grid([str(x) for x in cell], common.PARAM_NAMES)
+    ]
+    assert not re.search(said, "append.Auto.time_append(1, 1024, 32)")

@@ -6,7 +6,6 @@ its commits are no commits of main, so they are not measured and start nothing.
 
 import argparse
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from asv.util import UserError, load_json, write_json
 from tracking import history
 from tracking.changes import changes
 from tracking.compare import COMPARED
-from tracking.grid import selection
+from tracking.grid import in_quick_run, selection
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import (
@@ -144,17 +143,15 @@ def nightly(machine, backend, grid):
 
 
 def run_commits(commits, machine, config, grid):
-    """Run all benchmarks at commits, the oldest first: what a night cut short leaves is later."""
-    if grid == "quick":
-        os.environ["PAGEDKV_GRID"] = "quick"
-    try:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write("\n".join(commits))
-            file.flush()
-            options = ["--machine", machine, "--show-stderr"]
-            return asv("run", *options, f"HASHFILE:{file.name}", config=config)
-    finally:
-        os.environ.pop("PAGEDKV_GRID", None)
+    """Run a grid at commits, the oldest first: what a night cut short leaves is later."""
+    listed = discover(machine, config)
+    options = ["--machine", machine, "--show-stderr"]
+    for name in in_quick_run(listed, is_head=True) if grid == "quick" else listed:
+        options += selection(listed[name], grid)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(commits))
+        file.flush()
+        return asv("run", *options, f"HASHFILE:{file.name}", config=config)
 
 
 def again(machine, config, environment, head, grid):
