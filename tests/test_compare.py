@@ -32,7 +32,7 @@ def change(before, after, *, name=RATIO, significant=True, samples=25):
         (change(1.06, 1.0), "improved"),
         (change(1.0, 1.4, name=TIME), "unchanged"),
         (change(1.0, 1.6, name=TIME), "worsened"),
-        (change(None, 1.0), "failed"),
+        (change(None, 1.0), "repaired"),
         (change(1.0, None), "failed"),
         (change(None, math.nan), "failed"),
         (change(1.0, math.nan), "failed"),  # it ran, and is n/a now
@@ -55,12 +55,15 @@ def test_the_table_shows_what_changed_and_counts_the_rest():
         change(0.001, None, name=TIME),
         change(1.3, 1.0),
         change(math.nan, 1.0),
+        change(None, 2.0),
     ]
     text = compare.markdown(cells, FACTORS, before="aaa", after="bbb", about="Machine box.")
     assert "### bbb against aaa" in text
-    assert "**1 failed, 1 worsened, 1 improved, 1 unchanged, 1 n/a**" in text
+    assert "**1 failed, 1 worsened, 1 improved, 1 repaired, 1 unchanged, 1 n/a**" in text
     rows = [line for line in text.splitlines() if "`" in line]
-    assert [row.split(" | ")[0] for row in rows] == ["| failed", "| worsened", "| improved"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {verdict}" for verdict in ("failed", "worsened", "improved", "repaired")
+    ]
     assert "1.00 ms | failed" in rows[0]
     assert "1.20 [1.18, 1.22]" in rows[1]
 
@@ -128,6 +131,7 @@ def measured(monkeypatch):
     [
         ([change(1.0, 1.0)], 0),
         ([change(1.2, 1.0)], 0),
+        ([change(None, 1.0)], 0),
         ([change(1.0, 1.2)], 1),
         ([change(1.0, 1.2), change(1.0, None)], 2),
     ],
@@ -220,6 +224,17 @@ def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
         rows = list(csv.reader(file))
     assert rows[1:5] == usual
     assert [row[1] for row in rows[5:]] == ["4"] * 4
+
+
+def test_a_failure_detects_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(detection, "RESULTS", tmp_path)
+    monkeypatch.setattr(detection, "slowed", lambda percent: "slowed")
+    monkeypatch.setattr(detection, "commit_of", lambda tree, message: tree)
+    monkeypatch.setattr(detection, "recorded_noise", lambda machine: (FACTORS, 2, True))
+    for failed in (change(1.0, None), change(None, 1.0)):
+        monkeypatch.setattr(detection, "measure", lambda *args, cell=failed, **kw: [cell])
+        with pytest.raises(UserError, match="a benchmark failed"):
+            detection.detect(1, None, machine="box", backend="cpu")
 
 
 def test_detection_needs_the_noise(monkeypatch, tmp_path):

@@ -38,16 +38,15 @@ class Change:
         return Value(self.after.value / self.before.value, *ends)
 
     def verdict(self, factors):
-        """Return "worsened", "improved", "unchanged", "failed" or "n/a".
+        """Return "worsened", "improved", "unchanged", "failed", "repaired" or "n/a".
 
-        What ran before and is n/a now counts as failed.
+        What ran or failed before and is n/a now counts as failed.
         """
-        if None in (self.before.value, self.after.value):
-            return "failed"
         if not self.after.known:
-            return "failed" if self.before.known else "n/a"
+            lacked = self.before.value is not None and not self.before.known
+            return "n/a" if lacked and self.after.value is not None else "failed"
         if not self.before.known:
-            return "n/a"
+            return "repaired" if self.before.value is None else "n/a"
         factor = factors[self.kind]
         if self.significant and self.ratio.value > factor:
             return "worsened"

@@ -19,7 +19,7 @@ from tracking.repository import check_history, git, resolve
 from tracking.tables import as_markdown
 
 COMPARED = ("overhead.", "decode.", "host.")
-ORDER = ("failed", "worsened", "improved", "unchanged", "n/a")
+ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
 
 
 def markdown(compared, factors, *, before, after, about):
@@ -28,7 +28,7 @@ def markdown(compared, factors, *, before, after, about):
     count = {v: sum(verdict == v for verdict, _ in verdicts) for v in ORDER}
     said = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
     lines = [f"### {after} against {before}", "", f"**{said}**", ""]
-    shown = [(v, change) for v, change in verdicts if v in ("failed", "worsened", "improved")]
+    shown = [(v, change) for v, change in verdicts if v not in ("unchanged", "n/a")]
     shown.sort(key=lambda item: ORDER.index(item[0]))
     rows = []
     for verdict, change in shown:

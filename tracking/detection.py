@@ -82,7 +82,7 @@ def detect(times, rounds, *, machine, backend):
         for _ in range(count):
             compared = measure(base, other, rounds=rounds, **where)
             verdicts += [change.verdict(factors) for change in compared]
-        if "failed" in verdicts:
+        if {"failed", "repaired"} & set(verdicts):
             raise UserError("a benchmark failed, see above")
         said = (verdicts.count("worsened"), verdicts.count("improved"))
         rows.append([f"{percent}%", str(rounds), factors["ratio"], len(verdicts), *said])

@@ -174,7 +174,7 @@ def again(machine, config, environment, head, grid):
             _, pattern = asked.get(change.name.split("(")[0], (None, "(?!)"))
             if re.search(pattern, change.name):
                 verdict = change.verdict(factors)
-                if verdict == "worsened" or (verdict == "failed" and not change.after.known):
+                if verdict in ("worsened", "failed"):
                     found[change] = verdict
         return found
 
