@@ -3,6 +3,7 @@
 from asv_runner.benchmarks import benchmark_types
 
 from .ratio import RatioBenchmark
+from .track import TrackBenchmark
 
 # asv takes the first type whose name_regex matches.
-benchmark_types.insert(0, RatioBenchmark)
+benchmark_types[:0] = [RatioBenchmark, TrackBenchmark]

@@ -60,6 +60,7 @@ class Build:
     timeout = 600
     warmup_time = 0.1
     unit = "us"
+    better = "smaller"
     num_layers = 32
 
     def setup(self, *cell):

@@ -51,6 +51,7 @@ class Bandwidth:
     params = [[256]]
     param_names = ["MiB"]
     unit = "GB/s"
+    better = "larger"
     passes = 8
 
     def setup(self, mib):
@@ -85,6 +86,7 @@ class Fragmentation(_ByBlockSize):
     """Slots without a token, in percent of the slots held by 64 sequences of 1 to 4096 tokens."""
 
     unit = "%"
+    better = "smaller"
 
     def track_unused(self, block_size):
         blocks_needed = feature("blocks_needed")
@@ -100,6 +102,7 @@ class PrefillPeak(_ByBlockSize):
     """
 
     unit = "x pools and prompt"
+    better = "smaller"
 
     def setup(self, block_size):
         self.cache = _cache(block_size, 2 * TOKENS)
@@ -118,6 +121,7 @@ class Forks(_ByBlockSize):
     """Bytes live in 8 forks of a prompt that have each gone on by a token, over 8 copies' bytes."""
 
     unit = "x copies"
+    better = "smaller"
 
     def setup(self, block_size):
         self.cache = _cache(block_size, TOKENS + 9 * block_size)
@@ -139,6 +143,7 @@ class SharedPrefix(_ByBlockSize):
     """Bytes live in 8 sequences of one cached prompt and a token of their own, over 8 copies'."""
 
     unit = "x copies"
+    better = "smaller"
 
     def setup(self, block_size):
         self.tree = feature("RadixTree")

@@ -113,6 +113,7 @@ class IndexBytes(_Tree):
     """Bytes that the tree takes on the host for each cached token (of K and V: thousands)."""
 
     unit = "bytes/token"
+    better = "smaller"
 
     def setup(self, tokens):
         _tree(10_000, _pool(10_000))  # what the first use of anything allocates is not the tree's

@@ -95,6 +95,7 @@ class TraceHits:
     params = [[60, 120, 240, 480]]
     param_names = ["blocks"]
     unit = "%"
+    better = "larger"
 
     def setup(self, blocks):
         feature("Scheduler")

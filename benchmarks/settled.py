@@ -134,6 +134,7 @@ class GrowByConcatenation:
     params = [[64, 256]]
     param_names = ["pool_MiB"]
     unit = "x pool"
+    better = "smaller"
 
     def setup(self, pool_mib):
         require_memory(3 * pool_mib * 2**20)

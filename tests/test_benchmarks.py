@@ -16,6 +16,7 @@ import pytest
 import benchmarks
 from benchmarks import common, ratio
 from benchmarks.ratio import RatioBenchmark
+from benchmarks.track import TrackBenchmark
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
@@ -143,6 +144,8 @@ def test_class_describes_itself(name):
     (function,) = benchmark_functions(cls)
     if not function.startswith("time_"):
         assert cls.unit
+    if function.startswith("track_"):
+        assert cls.better in ("smaller", "larger")
 
 
 # Not applicable on a CPU, and nothing else is.
@@ -236,9 +239,21 @@ def test_ratio_honours_repeat(repeat, count, monkeypatch):
 def test_ratio_is_registered_and_matches_only_its_prefix():
     from asv_runner.benchmarks import benchmark_types
 
-    assert benchmark_types[0] is RatioBenchmark
+    assert benchmark_types[:2] == [RatioBenchmark, TrackBenchmark]
     assert RatioBenchmark.name_regex.match("ratio_vs_contiguous")
     assert not RatioBenchmark.name_regex.match("time_ratio")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "better"), [({"better": "larger"}, "larger"), ({}, "smaller")]
+)
+def test_asv_lists_which_direction_is_better(attributes, better):
+    def track_it():
+        pass
+
+    listed = TrackBenchmark("track_it", track_it, [type("Source", (), attributes)])
+    assert vars(listed)["better"] == better
+    assert listed.type == "track"
 
 
 def test_asv_runner_is_the_same_in_tests_and_in_measurements():

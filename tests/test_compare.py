@@ -16,11 +16,11 @@ FACTORS = {"ratio": 1.05, "time": 1.5}
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
 
 
-def change(before, after, *, name=RATIO, significant=True, samples=25):
+def change(before, after, *, name=RATIO, significant=True, samples=25, better="smaller"):
     def value(x):
         return Value(x, x * 0.99, x * 1.01) if x else Value(x)
 
-    return changes.Change(name, value(before), value(after), significant, samples)
+    return changes.Change(name, value(before), value(after), significant, samples, better)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def change(before, after, *, name=RATIO, significant=True, samples=25):
         (change(1.0, 1.04), "unchanged"),
         (change(1.0, 1.06, significant=False), "unchanged"),
         (change(1.06, 1.0), "improved"),
+        (change(1.0, 1.06, better="larger"), "improved"),
+        (change(1.06, 1.0, better="larger"), "worsened"),
         (change(1.0, 1.4, name=TIME), "unchanged"),
         (change(1.0, 1.6, name=TIME), "worsened"),
         (change(None, 1.0), "repaired"),
@@ -261,11 +263,22 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
         "new": {"a": Value(1.2, 1.1, 1.3, stats, higher), "b": Value(None), "c": none},
     }
     monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
-    found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env")}
+    found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env", {})}
     assert sorted(found) == ["a", "b", "d"]  # n/a at both is no cell
     assert found["a"].significant
     assert found["b"].verdict(FACTORS) == "failed"
     assert found["d"].verdict(FACTORS) == "failed"
+
+
+def test_a_change_knows_which_direction_is_better(versions):
+    folder, machine, commit, environments = versions
+    name = "memory.Bandwidth.track_bandwidth"
+    for better in ("smaller", "larger"):
+        listed = {name: {"better": better}}
+        found = changes.changes(folder, machine, commit, commit, environments[0], listed)
+        [one] = [c for c in found if c.name.startswith(name)]
+        assert one.better == better
+        assert {c.better for c in found if c is not one} == {"smaller"}
 
 
 def test_environments_are_not_mixed(versions):
@@ -275,7 +288,9 @@ def test_environments_are_not_mixed(versions):
     name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
     ours, theirs = (found[name].value for found in cells)
     assert theirs == pytest.approx(10 * ours)
-    assert not changes.changes(folder, machine, commit, commit, environments[0])[0].ratio.value > 1
+    assert (
+        not changes.changes(folder, machine, commit, commit, environments[0], {})[0].ratio.value > 1
+    )
 
 
 def test_noise_can_be_told_how_many_rounds(measured, monkeypatch, tmp_path):

@@ -257,31 +257,30 @@ def test_a_failed_benchmark_does_not_end_the_night(status, goes_on, night, monke
 
 
 def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
-    def change(name, after):
-        before = Value(1.0, 0.99, 1.01)
-        return Change(
-            f"{name}(1)", before, Value(after, after, after) if after else Value(None), True, 9
-        )
+    def change(name, after, better="smaller"):
+        before, now = Value(1.0, 0.99, 1.01), Value(after, after, after) if after else Value(None)
+        return Change(f"{name}(1)", before, now, True, 9, better)
 
     rounds = iter(
         [
             [
                 change("overhead.A.ratio_x", 1.3),
                 change("decode.B.time_x", None),
-                change("memory.C.track_c", 3.0),
+                change("memory.C.track_c", 3.0, "larger"),
+                change("scheduler.E.track_e", 0.5, "larger"),
                 change("gone.D.time_d", None),
             ],
             [
                 change("overhead.A.ratio_x", 1.01),
                 change("decode.B.time_x", None),
-                change("memory.C.track_c", 3.0),
+                change("memory.C.track_c", 3.0, "larger"),
                 change("gone.D.time_d", None),
             ],
         ]
     )
     monkeypatch.setattr(nightly, "changes", lambda *args: next(rounds))
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
-    names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c")
+    names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c", "scheduler.E.track_e")
     listed = {name: {"name": name, "params": []} for name in names}
     monkeypatch.setattr(nightly, "discover", lambda *args: listed)
     assert nightly.again("box", "config", "env", "head", "quick") == 0
@@ -289,7 +288,8 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     asked = " ".join(night.ran[0])
     assert "overhead" in asked
     assert "decode" in asked
-    assert "track" not in asked
+    assert "track_e" in asked
+    assert "track_c" not in asked
     assert "gone" not in asked
     assert f"rounds={nightly.AGAIN}" in asked
     assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"

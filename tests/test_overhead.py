@@ -88,16 +88,18 @@ def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
     jump = [None, 2, 1.0, 1.5]
     found = [
         ["a(1)", "", {"machine": "box"}, 0, 1.5, 1.0, [jump]],
-        ["b(1)", "", {}, 0, 1.2, 1.0, [[1, 3, 1.0, 1.2]]],
+        ["b(1)", "", {}, 0, 0.5, 1.0, [[1, 3, 1.0, 0.5]]],
         ["a(2)", "", {"machine": "box"}, 1, 3.0, 1.0, [jump]],
     ]
     (tmp_path / "regressions.json").write_text(json.dumps({"regressions": found}))
-    groups = overhead.causes(tmp_path, {"one": 1, "two": 2, "three": 3})
+    listed = {"a": {"better": "smaller"}, "b": {"better": "larger"}}
+    groups = overhead.causes(tmp_path, {"one": 1, "two": 2, "three": 3}, listed)
     assert [(g["after"], g["commit"], len(g["cells"])) for g in groups] == [
         (None, "two", 2),
         ("one", "three", 1),
     ]
     assert groups[0]["subject"] == "subject of two"
+    assert groups[1]["cells"][0]["factor"] == 2.0
     assert groups[0]["cells"][0] == {"name": "a(2)", "machine": "box", "factor": 3.0}
 
 
@@ -157,4 +159,4 @@ def test_an_index_without_the_navigation_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "gather", lambda *args: {"series": [], "regressions": []})
     conf = type("Conf", (), {"html_dir": str(tmp_path), "results_dir": ""})
     with pytest.raises(UserError, match="nav-li-regressions"):
-        OverheadPage.publish(conf, None, None, None, {})
+        OverheadPage.publish(conf, None, {}, None, {})

@@ -25,6 +25,7 @@ class Change:
     after: Value
     significant: bool
     samples: int  # of the commit that has fewer
+    better: str = "smaller"  # or "larger", as the suite says of the benchmark
 
     @property
     def kind(self):
@@ -47,12 +48,10 @@ class Change:
             return "n/a" if lacked and self.after.value is not None else "failed"
         if not self.before.known:
             return "repaired" if self.before.value is None else "n/a"
-        factor = factors[self.kind]
-        if self.significant and self.ratio.value > factor:
-            return "worsened"
-        if self.significant and self.ratio.value < 1 / factor:
-            return "improved"
-        return "unchanged"
+        factor, ratio = factors[self.kind], self.ratio.value
+        if not self.significant or 1 / factor <= ratio <= factor:
+            return "unchanged"
+        return "improved" if (ratio > 1) == (self.better == "larger") else "worsened"
 
 
 def _cells(results, machine, commit, environment):
@@ -66,8 +65,11 @@ def _cells(results, machine, commit, environment):
     }
 
 
-def changes(results, machine, before, after, environment):
-    """Return the Change of each cell that was asked for at either commit in an environment."""
+def changes(results, machine, before, after, environment, benchmarks):
+    """Return the Change of each cell that was asked for at either commit in an environment.
+
+    `benchmarks` is the suite as asv lists it.
+    """
     old, new = (_cells(results, machine, commit, environment) for commit in (before, after))
     compared = []
     for name in sorted({*old, *new}):
@@ -78,7 +80,8 @@ def changes(results, machine, before, after, environment):
         few = not (a.stats and b.stats) or 1 in (a.stats.get("repeat"), b.stats.get("repeat"))
         significant = few or is_different(a.samples, b.samples, a.stats, b.stats)
         samples = min(len(a.samples or ()), len(b.samples or ()))
-        compared.append(Change(name, a, b, significant, samples))
+        better = benchmarks.get(name.split("(")[0], {}).get("better", "smaller")
+        compared.append(Change(name, a, b, significant, samples, better))
     return compared
 
 
@@ -98,7 +101,8 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
         environment = environment_name(config)
         options = ["--machine", machine, "--attribute", f"rounds={rounds}", "--record-samples"]
         options += ["--interleave-rounds", "--show-stderr"]
-        for name, benchmark in discover(machine, config).items():
+        listed = discover(machine, config)
+        for name, benchmark in listed.items():
             if name.startswith(benchmarks):
                 options += selection(benchmark, grid)
         status = asv("continuous", *options, before, after, config=config)
@@ -109,7 +113,7 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
             raise UserError(
                 f"asv measured nothing at {commit[:8]} (exit status {status}), see above"
             )
-    compared = changes(folder, machine, before, after, environment)
+    compared = changes(folder, machine, before, after, environment, listed)
     if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
         raise UserError(f"a benchmark failed in one of {rounds} rounds, see above")
     return compared

@@ -155,24 +155,18 @@ def run_commits(commits, machine, config, grid):
 
 
 def again(machine, config, environment, head, grid):
-    """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
-
-    That is ratios and times: of the other numbers some are better when they are larger.
-    """
+    """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
     measured = measured_commits(machine, environment=environment)
     previous = [commit for commit in measured if commit != head][-1]
     factors, _, _ = recorded_noise(machine)
-    asked = {
-        name: selection(benchmark, grid)
-        for name, benchmark in discover(machine, config).items()
-        if re.search(r"\.(ratio|time)_", name) and selection(benchmark, grid)
-    }
+    listed = discover(machine, config)
+    asked = {name: selection(benchmark, grid) for name, benchmark in listed.items()}
 
     def worse():
         found = {}
-        for change in changes(RESULTS, machine, previous, head, environment):
-            _, pattern = asked.get(change.name.split("(")[0], (None, "(?!)"))
-            if re.search(pattern, change.name):
+        for change in changes(RESULTS, machine, previous, head, environment, listed):
+            patterns = asked.get(change.name.split("(")[0], [])[1:]
+            if any(re.search(pattern, change.name) for pattern in patterns):
                 verdict = change.verdict(factors)
                 if verdict in ("worsened", "failed"):
                     found[change] = verdict

@@ -181,8 +181,8 @@ def series_of(machine, environment, results=RESULTS, commits=None):
     }
 
 
-def causes(html_dir, revisions):
-    """Group the regressions that asv found by the commit, or range of commits, that caused them."""
+def causes(html_dir, revisions, benchmarks):
+    """Group the published regressions by the commit, or range of commits, that caused them."""
     hashes = {revision: commit for commit, revision in revisions.items()}
     file = Path(html_dir, "regressions.json")
     groups = {}
@@ -190,7 +190,9 @@ def causes(html_dir, revisions):
         first, last, *_ = jumps[-1]
         key = hashes.get(first), hashes[last]
         cells = groups.setdefault(key, [])
-        cells.append({"name": name, "machine": params.get("machine"), "factor": now / best})
+        larger = benchmarks.get(name.split("(")[0], {}).get("better") == "larger"
+        factor = best / max(now, 1e-9 * best) if larger else now / best
+        cells.append({"name": name, "machine": params.get("machine"), "factor": factor})
     return [
         {
             "after": before and commit_label(before),

@@ -29,7 +29,7 @@ class OverheadPage(OutputPublisher):
         from website.overhead import causes, gather, page
 
         html_dir = Path(conf.html_dir)
-        data = gather(conf.results_dir, causes(html_dir, revisions))
+        data = gather(conf.results_dir, causes(html_dir, revisions, benchmarks))
         (html_dir / "overhead.html").write_text(page(data))
         index = html_dir / "index.html"
         html = index.read_text()
