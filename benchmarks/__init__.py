@@ -2,8 +2,8 @@
 
 from asv_runner.benchmarks import benchmark_types
 
+from .kinds import TimeBenchmark, TrackBenchmark
 from .ratio import RatioBenchmark
-from .track import TrackBenchmark
 
 # asv takes the first type whose name_regex matches.
-benchmark_types[:0] = [RatioBenchmark, TrackBenchmark]
+benchmark_types[:0] = [RatioBenchmark, TimeBenchmark, TrackBenchmark]

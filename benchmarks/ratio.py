@@ -9,7 +9,8 @@ import re
 import time
 
 from asv_runner.benchmarks._base import _get_first_attr
-from asv_runner.benchmarks.time import TimeBenchmark
+
+from .kinds import TimeBenchmark
 
 
 class RatioBenchmark(TimeBenchmark):

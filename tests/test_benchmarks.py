@@ -12,11 +12,12 @@ import asv.util
 import mlx.core as mx
 import numpy as np
 import pytest
+from asv_runner.statistics import compute_stats
 
 import benchmarks
-from benchmarks import common, ratio
+from benchmarks import common, kinds, ratio
+from benchmarks.kinds import TimeBenchmark, TrackBenchmark
 from benchmarks.ratio import RatioBenchmark
-from benchmarks.track import TrackBenchmark
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
@@ -100,15 +101,24 @@ def test_no_variable_turns_a_cell_into_one_that_is_not_applicable(monkeypatch):
 
 def test_a_cell_that_does_not_fit_is_not_applicable(monkeypatch):
     monkeypatch.setattr(common, "machine_memory", lambda: 2**20)
-    with pytest.raises(NotImplementedError, match=r"needs 0\.0 GiB, more than 70% of 0\.0 GiB"):
+    message = r"needs 0\.0 GiB, more than 70% of 0\.0 GiB"
+    with pytest.raises(NotImplementedError, match=message) as error:
         common.require_cell(*SMALLEST, copies=1)
+    assert error.value.why == "too large"
 
 
 def test_a_slow_call_is_not_applicable(monkeypatch):
     monkeypatch.setattr(common, "LONGEST_CALL", 0.01)
     common.require_fast(lambda: None)
-    with pytest.raises(NotImplementedError, match="one call takes"):
+    with pytest.raises(NotImplementedError, match="one call takes") as error:
         common.require_fast(lambda: time.sleep(0.02))
+    assert error.value.why == "too slow"
+
+
+def test_one_stall_beside_the_compiler_is_not_slow(monkeypatch):
+    monkeypatch.setattr(common, "LONGEST_CALL", 0.01)
+    seconds = iter([0.02, 0.02, 0.0])  # compiles, stalls, runs
+    common.require_fast(lambda: time.sleep(next(seconds)))
 
 
 def test_a_name_the_commit_lacks_is_not_applicable():
@@ -239,7 +249,7 @@ def test_ratio_honours_repeat(repeat, count, monkeypatch):
 def test_ratio_is_registered_and_matches_only_its_prefix():
     from asv_runner.benchmarks import benchmark_types
 
-    assert benchmark_types[:2] == [RatioBenchmark, TrackBenchmark]
+    assert benchmark_types[:3] == [RatioBenchmark, TimeBenchmark, TrackBenchmark]
     assert RatioBenchmark.name_regex.match("ratio_vs_contiguous")
     assert not RatioBenchmark.name_regex.match("time_ratio")
 
@@ -254,6 +264,45 @@ def test_asv_lists_which_direction_is_better(attributes, better):
     listed = TrackBenchmark("track_it", track_it, [type("Source", (), attributes)])
     assert vars(listed)["better"] == better
     assert listed.type == "track"
+
+
+def lacking(error):
+    """A source of a benchmark whose setup raises."""
+
+    def setup(self):
+        if error:
+            raise error
+
+    return type("Source", (), {"setup": setup, "number": 3})()
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (NotImplementedError("no such path"), "lacks"),
+        (kinds.NotApplicableError("a second", "too slow"), "too slow"),
+        (kinds.NotApplicableError("a GiB", "too large"), "too large"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RatioBenchmark, TimeBenchmark, TrackBenchmark])
+def test_why_a_cell_is_not_applicable_is_stored(kind, error, why):
+    """As asv's process and asv itself do it: set up, run, statistics of the samples."""
+    cell = kind("time_it", lambda: None, [lacking(error)])
+    assert cell.do_setup() is False
+    said = cell.do_run()
+    value, stats = compute_stats(said["samples"], said["number"])
+    assert np.isnan(value)
+    assert kinds.WHY[stats["number"]] == why
+
+
+def test_a_cell_that_is_applicable_in_a_later_round_is_timed():
+    """asv hands the number of calls of the first round on."""
+    cell = TimeBenchmark("time_it", lambda: None, [lacking(None)])
+    cell.number = next(iter(kinds.WHY))
+    assert cell.do_setup() is False
+    said = cell.do_run()
+    assert said["number"] == 3
+    assert not np.isnan(said["samples"]).any()
 
 
 def test_asv_runner_is_the_same_in_tests_and_in_measurements():

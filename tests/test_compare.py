@@ -257,10 +257,14 @@ def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
     stats = {"ci_99_a": 0.9, "ci_99_b": 1.1, "repeat": 10}
     samples = [1.0 + i / 1000 for i in range(10)]
     higher = [x + 0.2 for x in samples]
-    good = Value(1.0, 0.9, 1.1, stats, samples)
+    good = Value(1.0, 0.9, 1.1, stats=stats, samples=samples)
     cells = {
         "old": {"a": good, "b": good, "c": none, "d": good},
-        "new": {"a": Value(1.2, 1.1, 1.3, stats, higher), "b": Value(None), "c": none},
+        "new": {
+            "a": Value(1.2, 1.1, 1.3, stats=stats, samples=higher),
+            "b": Value(None),
+            "c": none,
+        },
     }
     monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
     found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env", {})}

@@ -19,7 +19,7 @@ def test_fragmentation(context, block_size, percent):
 
 def test_percentages():
     assert tables.percent_over(results.Value(1.56, 1.5, 1.625)).show(digits=1) == "56.0"
-    assert tables.percent_over(results.MISSING).show() == "n/a"
+    assert tables.percent_over(results.MISSING).show() == "not asked"
     assert tables.percent(0.95) == "-5%"
     assert tables.percent(3.0) == "+200%"
 
@@ -58,7 +58,7 @@ def test_a_series_is_written_by_cell_and_commit(monkeypatch):
     assert text.splitlines() == [
         "| batch | size | aaaaaaaa | phase 1 (bbbbbbbb) |",
         "| --: | --: | --: | --: |",
-        "| 1 | 64 | n/a | 2.00 |",
+        "| 1 | 64 | not asked | 2.00 |",
         "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",
     ]
 

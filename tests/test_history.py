@@ -10,6 +10,7 @@ import pytest
 
 import benchmarks
 from tracking import grid, history, results
+from tracking.results import Value
 
 
 def benchmark(name, *params, names=("batch", "context", "block_size")):
@@ -72,6 +73,11 @@ def test_benchmarks_that_runs_name_exist():
 NAN = math.nan
 
 
+def as_values(given):
+    """Values of numbers, or of why there is none."""
+    return [Value(NAN, why=x) if isinstance(x, str) else Value(x) for x in given]
+
+
 QUICK_DONE = [1.0 if i in (1, 4, 13, 16) else NAN for i in range(24)]
 
 
@@ -84,19 +90,27 @@ QUICK_DONE = [1.0 if i in (1, 4, 13, 16) else NAN for i in range(24)]
         ([NAN] * 24, True, True),  # the commit lacks the feature
         ([NAN] + QUICK_DONE[1:4] + [NAN] * 20, False, False),  # one cell, chosen by hand
         ([*QUICK_DONE[:-1], None], False, False),  # a failure is tried again
+        (
+            [1.0 if i in (1, 13, 16) else "too slow" if i == 4 else NAN for i in range(24)],
+            True,
+            False,
+        ),
+        (["too large" if i > 20 else 1.0 for i in range(24)], True, True),
+        (["lacks"] * 24, True, True),
+        (["lacks" if i in (1, 4, 13, 16) else NAN for i in range(24)], True, False),
     ],
 )
 def test_what_needs_no_run(values, quick, full):
     assert [grid.cells(GRID)[i] for i in (1, 16)] == [("1", "1024", "32"), ("4", "4096", "32")]
-    assert history.is_measured(values, GRID, "quick") is quick
-    assert history.is_measured(values, GRID, "full") is full
+    assert history.is_measured(as_values(values), GRID, "quick") is quick
+    assert history.is_measured(as_values(values), GRID, "full") is full
 
 
 def test_what_needs_no_run_off_the_grid():
     for size in ("quick", "full"):
-        assert history.is_measured([1.0, 2.0], TREE, size)
-        assert history.is_measured([1.0], PLAIN, size)
-        assert not history.is_measured([None], PLAIN, size)
+        assert history.is_measured(as_values([1.0, 2.0]), TREE, size)
+        assert history.is_measured(as_values([1.0]), PLAIN, size)
+        assert not history.is_measured(as_values([None]), PLAIN, size)
 
 
 def test_another_version_of_mlx_is_measured_anew(versions):

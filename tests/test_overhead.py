@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -32,13 +33,16 @@ def test_paths_have_the_names_of_decode_paths():
 def test_missing_failed_and_known_are_told_apart():
     tables = [
         {AUTO: {CELL: value(2.0), BIG: MISSING}},
-        {AUTO: {CELL: Value(None), BIG: MISSING}, ROWS: {CELL: MISSING}},
+        {
+            AUTO: {CELL: Value(None), BIG: MISSING},
+            ROWS: {CELL: Value(math.nan, why="too slow")},
+        },
     ]
     rows = overhead.ratio_rows("box", tables)
     assert [(r["commit"], r["path"], r["state"], r["value"]) for r in rows] == [
         (0, "auto", "ok", 2.0),
         (1, "auto", "failed", None),
-        (1, "gather_rows", "n/a", None),
+        (1, "gather_rows", "too slow", None),
     ]  # BIG has a number nowhere
     assert rows[0]["link"] == (
         f"index.html#{AUTO}?machine=box&p-batch=1&p-context=1024&p-block_size=32"

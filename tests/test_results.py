@@ -13,7 +13,7 @@ from tracking import results
 
 def test_values_tell_failed_from_not_applicable():
     assert results.Value(None).show() == "failed"
-    assert results.MISSING.show() == "n/a"
+    assert results.MISSING.show() == "not asked"
     assert results.Value(0.0123, 0.012, 0.013).show(1000, interval=True) == "12.30 [12.00, 13.00]"
     assert results.Value(1.5, -math.inf, math.inf).show(interval=True) == "1.50"
 
@@ -111,3 +111,22 @@ def test_recorded_results_have_names_of_today():
     for new in results.RENAMED.values():
         module, cls, function = new.split(".")
         assert hasattr(getattr(importlib.import_module(f"benchmarks.{module}"), cls), function)
+
+
+def test_a_cell_without_a_number_says_why(versions):
+    folder, machine, commit, (pinned, _) = versions
+    [file] = (folder / machine).glob(f"*-{pinned}.json")
+    content = json.loads(file.read_text())
+    columns = content["result_columns"]
+    row = content["results"][results.HEADLINE]
+    row[columns.index("result")][:4] = [math.nan] * 4
+    for code, cell in ((-1, 0), (-2, 1), (-3, 2)):
+        for column in ("stats_ci_99_a", "stats_ci_99_b", "stats_number", "stats_repeat"):
+            row[columns.index(column)][cell] = code if column == "stats_number" else 1
+    row[columns.index("stats_number")][3] = None
+    file.write_text(json.dumps(content))
+    table = results.load(machine, commit, folder, pinned)
+    shown = [value.show() for value in table[results.HEADLINE].values()]
+    assert shown[:4] == ["lacks", "too slow", "too large", "n/a"]
+    assert table[results.HEADLINE]["4", "4096", "32"].known
+    assert table.get("no.Such.time_x", {}).get(("1",), results.MISSING).show() == "not asked"

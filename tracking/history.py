@@ -1,11 +1,11 @@
 """Run the suite over the project's history: `make bench`."""
 
 import argparse
-import math
 import sys
 
 from asv.util import UserError
 
+from benchmarks.kinds import WHY
 from tracking.grid import asked, cells, in_one_run, in_quick_grid, in_quick_run, selection
 from tracking.lock import acquire
 from tracking.project import (
@@ -21,21 +21,21 @@ from tracking.results import MISSING, RESULTS, measured, rename
 
 
 def is_measured(values, benchmark, grid):
-    """Whether a benchmark's values at a commit need no run: none failed, and the grid's are there.
+    """Whether a benchmark's Values at a commit need no run: none failed, and the grid's are there.
 
-    asv stores NaN both for n/a and for what was not asked for. A quick run is complete with a
-    number in each of its cells, a full one with a number beyond them (cells that are too slow or
-    too large stay NaN); and either if there is no number at all, which is what n/a looks like.
+    A cell is there with a number, or with the reason why it has none. Older results have no
+    reasons: a full run is complete with a number beyond the quick grid, and any run if there is no
+    number at all, which is what n/a looks like.
     """
-    known = [value is not None and not math.isnan(value) for value in values]
+    there = [value.known or value.why in WHY.values() for value in values]
     quick = [in_quick_grid(cell, benchmark["param_names"]) for cell in cells(benchmark)]
-    if None in values:
+    if any(value.value is None for value in values):
         return False
     if grid == "quick":
-        complete = all(k for k, q in zip(known, quick, strict=True) if q)
+        complete = all(t for t, q in zip(there, quick, strict=True) if q)
     else:
-        complete = all(quick) or any(k for k, q in zip(known, quick, strict=True) if not q)
-    return complete or not any(known)
+        complete = all(quick) or any(t for t, q in zip(there, quick, strict=True) if not q)
+    return complete or not any(there)
 
 
 def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
@@ -47,7 +47,7 @@ def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
         for name, benchmark in benchmarks.items():
             if one.versions.get(name) == benchmark["version"]:
                 found = one.table[name]
-                values = [found.get(cell, MISSING).value for cell in cells(benchmark)]
+                values = [found.get(cell, MISSING) for cell in cells(benchmark)]
                 if is_measured(values, benchmark, grid):
                     done.add(name)
     return [n for n in sorted(benchmarks) if n not in done and asked(benchmarks[n], grid)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from asv.results import Results
 from asv.util import load_json, write_json
 
+from benchmarks.kinds import WHY
 from tracking.project import asv_settings
 from tracking.repository import ROOT, git
 
@@ -33,21 +34,24 @@ RENAMED = {
 class Value:
     """A result with its 99% confidence interval; seconds or a ratio.
 
-    `value` is None where the benchmark failed and NaN where it is not applicable.
+    `value` is None where the benchmark failed and NaN where there is no number; `why` says what is
+    known of the reason: a text of `benchmarks.kinds.WHY`, "not asked", or "n/a" in a cell that was
+    not asked for or is older than the recording of reasons.
     """
 
     value: float | None
     low: float = math.nan
     high: float = math.nan
+    why: str = "n/a"
     stats: dict | None = field(default=None, compare=False, repr=False)  # as asv has them
     samples: list | None = field(default=None, compare=False, repr=False)
 
     def show(self, factor=1.0, digits=2, interval=False):
-        """Return the value times `factor` as text, `n/a` or `failed`."""
+        """Return the value times `factor` as text, `failed`, or why there is none."""
         if self.value is None:
             return "failed"
         if math.isnan(self.value):
-            return "n/a"
+            return self.why
         text = f"{self.value * factor:.{digits}f}"
         if interval and math.isfinite(self.low) and math.isfinite(self.high):
             text += f" [{self.low * factor:.{digits}f}, {self.high * factor:.{digits}f}]"
@@ -59,7 +63,7 @@ class Value:
         return self.value is not None and not math.isnan(self.value)
 
 
-MISSING = Value(math.nan)
+MISSING = Value(math.nan, why="not asked")
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def _values(result, name):
     values = {}
     for cell, value, stats, samples in zip(itertools.product(*params), *of_cells, strict=True):
         ends = (stats["ci_99_a"], stats["ci_99_b"]) if stats else (math.nan, math.nan)
-        values[cell] = Value(value, *ends, stats, samples)
+        why = WHY.get(stats["number"], "n/a") if stats else "n/a"
+        values[cell] = Value(value, *ends, why, stats, samples)
     return values
 
 

@@ -55,7 +55,7 @@ def _number(value):
 
 def _entry(value):
     """Return a Value as the page takes it: state, value and confidence interval."""
-    state = "failed" if value.value is None else "ok" if value.known else "n/a"
+    state = "ok" if value.known else value.show()
     return {"state": state} | {
         key: _number(getattr(value, key)) for key in ("value", "low", "high")
     }

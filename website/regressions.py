@@ -1,7 +1,7 @@
 """asv publish plugin: a regression of a benchmark whose larger values are better is a fall.
 
 asv takes every step up for a regression. This writes its list anew, by what the suite says of each
-benchmark (`benchmarks/track.py`).
+benchmark (`benchmarks/kinds.py`).
 """
 
 from asv.plugins.regressions import Regressions
