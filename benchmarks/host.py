@@ -1,11 +1,30 @@
 """What a decode step costs on the host: its plan, and the call of a layer."""
 
+import re
 import statistics
 import time
 
 import mlx.core as mx
+import numpy as np
 
 from .common import KV_HEADS, PARAM_NAMES, SCALE, block_tables, feature, require_cell, workload
+
+
+class NumPy:
+    """The version of NumPy, 20406 for 2.4.6: it decides `Plan`, `prefix_cache` and `scheduler`.
+
+    A step here explains a step of theirs.
+    """
+
+    version = "1"
+    params = []
+    param_names = []
+    unit = "version"
+    better = "smaller"  # neither; asv must be told something
+
+    def track_version(self):
+        major, minor, patch = (int(x) for x in re.findall(r"\d+", np.__version__)[:3])
+        return 10_000 * major + 100 * minor + patch
 
 
 class Plan:

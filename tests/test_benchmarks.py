@@ -15,7 +15,7 @@ import pytest
 from asv_runner.statistics import compute_stats
 
 import benchmarks
-from benchmarks import common, kinds, ratio
+from benchmarks import common, host, kinds, ratio
 from benchmarks.kinds import TimeBenchmark, TrackBenchmark
 from benchmarks.ratio import RatioBenchmark
 
@@ -156,6 +156,12 @@ def test_class_describes_itself(name):
         assert cls.unit
     if function.startswith("track_"):
         assert cls.better in ("smaller", "larger")
+
+
+def test_numpys_version_is_a_number_that_orders_versions(monkeypatch):
+    for version, number in [("2.4.6", 20406), ("2.10.0", 21000), ("2.5.0rc1", 20500)]:
+        monkeypatch.setattr(np, "__version__", version)
+        assert host.NumPy().track_version() == number
 
 
 # Not applicable on a CPU, and nothing else is.

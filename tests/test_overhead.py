@@ -140,6 +140,22 @@ def test_two_versions_of_mlx_are_two_series(versions):
     assert medians[1] == pytest.approx(10 * medians[0])
 
 
+def test_the_page_says_which_numpy_and_keeps_the_series(versions):
+    """Results recorded without it are in the same series as those with it."""
+    folder, machine, commit, (pinned, _) = versions
+    [file] = (folder / machine).glob(f"*-{pinned}.json")
+    content = json.loads(file.read_text())
+    others = overhead.git("log", "-2", "--format=%H").split()
+    for other, version in zip(others, (20406.0, 20299.0), strict=True):
+        content["commit_hash"] = other
+        content["results"]["host.NumPy.track_version"] = [[version], [], "1", 1, 0.1]
+        (folder / machine / f"{other[:8]}-{pinned}.json").write_text(json.dumps(content))
+    one = overhead.series_of(machine, pinned, folder)
+    assert {commit, *others} == {c["hash"] for c in one["commits"]}
+    assert one["about"].endswith("NumPy 2.4.6 and 2.2.99 and not recorded")
+    assert "NumPy not recorded" in overhead.series_of(machine, pinned, folder, [commit])["about"]
+
+
 def test_plugins_need_asv_alone():
     """On a machine without network there is asv, MLX and a commit's pagedkv, and nothing else."""
     blocked = ("altair", "vl_convert", "pagedkv", "mlx", "numpy")

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from asv.util import UserError
+from packaging.requirements import Requirement
 
 from tracking import project, repository
 
@@ -28,7 +30,7 @@ def test_asv_that_is_killed_is_an_error(monkeypatch):
 def test_backend_settings_replace_the_backend_and_keep_environments_apart():
     assert project.backend_settings("cpu") == {}
     settings = project.backend_settings("cuda13")
-    assert "mlx[cuda13] numpy" in settings["install_command"][0]
+    assert "mlx[cuda13]" in settings["install_command"][0]
     assert "[cpu]" not in "".join(settings["install_command"])
     assert settings["env_dir"] == ".asv/env-cuda13"
 
@@ -120,3 +122,14 @@ def test_shallow_clones_and_missing_main_are_refused(history_of_four, tmp_path, 
     monkeypatch.setattr(repository, "ROOT", history_of_four)
     with pytest.raises(UserError, match="no branch main"):
         repository.check_history()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_numpy_is_pinned_for_every_python(python):
+    """It decides Plan, prefix cache and scheduler; the pin is no part of a series' name."""
+    [command] = [c for c in project.asv_settings()["install_command"] if "numpy" in c]
+    wanted = [Requirement(word) for word in shlex.split(command) if word.startswith("numpy")]
+    [chosen] = [r for r in wanted if not r.marker or r.marker.evaluate({"python_version": python})]
+    [pin] = chosen.specifier
+    assert pin.operator == "=="
+    assert "numpy" not in str(project.asv_settings()["matrix"])

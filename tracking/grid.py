@@ -7,6 +7,7 @@ from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
 # The quick grid measures old commits by these alone; every path of today is measured at HEAD.
 HISTORY = (
+    "host.NumPy.",
     "overhead.Auto.",
     "append.Auto.",
     "prefill.Write.",

@@ -20,6 +20,7 @@ from asv.util import load_json
 from benchmarks.common import PARAM_NAMES, kv_bytes
 from tracking.repository import ROOT, commit_label, git
 from tracking.results import (
+    MISSING,
     RESULTS,
     environments,
     load,
@@ -33,6 +34,7 @@ TEMPLATE = Path(__file__).with_name("overhead.html")
 RATIO = re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous")
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
+NUMPY = "host.NumPy.track_version"
 
 
 def _path(name):
@@ -151,6 +153,19 @@ def _copy_bandwidth(tables):
     return measured[-1] if measured else None
 
 
+def _numpy_versions(tables):
+    """Return in words which versions of NumPy measured, the newest commit's first."""
+    said = []
+    for table in reversed(tables):
+        [number] = table.get(NUMPY, {(): MISSING}).values()
+        said.append(
+            f"{number.value // 10_000:.0f}.{number.value // 100 % 100:.0f}.{number.value % 100:.0f}"
+            if number.known
+            else "not recorded"
+        )
+    return " and ".join(dict.fromkeys(said))
+
+
 def series_of(machine, environment, results=RESULTS, commits=None):
     """Return what the page shows of one machine in one environment, at all commits or at some."""
     commits = measured_commits(machine, results, environment) if commits is None else commits
@@ -158,11 +173,12 @@ def series_of(machine, environment, results=RESULTS, commits=None):
     labels = [commit_label(commit) for commit in commits]
     rows = ratio_rows(machine, tables)
     record = load_json(str(Path(results, machine, "machine.json")), 1)
-    about = ", ".join(str(record[key]) for key in ("cpu", "ram", "os") if record.get(key))
+    about = [str(record[key]) for key in ("cpu", "ram", "os") if record.get(key)]
+    about.append(f"NumPy {_numpy_versions(tables)}")
     return {
         "machine": machine,
         "environment": environment,
-        "about": about,
+        "about": ", ".join(about),
         "commits": [
             {"label": label, "hash": commit, "subject": git("log", "-1", "--format=%s", commit)}
             for commit, label in zip(commits, labels, strict=True)
