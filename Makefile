@@ -143,7 +143,7 @@ unit: $(READY)
 	$(BIN)/pytest
 
 soak: $(READY)
-	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler.py -k soak
+	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler_machine.py -k soak
 
 example: $(READY)
 	@mkdir -p .asv
