@@ -3,7 +3,10 @@
 The quick grid leaves this module out. Ask again when MLX or a machine may answer otherwise.
 """
 
+from inspect import signature
+
 import mlx.core as mx
+import numpy as np
 
 from .append import _Pipelined
 from .common import (
@@ -11,6 +14,7 @@ from .common import (
     HEAD_DIM,
     KV_HEADS,
     PARAM_NAMES,
+    feature,
     require_cell,
     require_gpu,
     require_memory,
@@ -153,3 +157,59 @@ class GrowByConcatenation:
         del slab
         mx.eval(pool)
         return mx.get_peak_memory() / size
+
+
+class _Watermark:
+    """What a trace costs by the blocks that an admission leaves to those that run; -1: the default.
+
+    300 requests that share nothing, prompts and outputs of half to all of so many tokens, up to 32
+    sequences at a time, blocks of 32.
+    """
+
+    version = "1"
+    params = [[200, 800], [40, 400], [60, 120, 240], [-1, 0, 4, 8]]
+    param_names = ["prompt", "new", "blocks", "watermark"]
+    timeout = 600
+    better = "smaller"
+
+    def setup(self, prompt, new, blocks, watermark):
+        scheduler = feature("Scheduler")
+        if watermark == -1 and signature(scheduler).parameters["watermark"].default is not None:
+            raise NotImplementedError("Scheduler has no default of its own at this commit")
+
+    def run(self, prompt, new, blocks, watermark):
+        """Return (tokens computed, steps) of the trace."""
+        options = {} if watermark == -1 else {"watermark": watermark}
+        pool = feature("BlockPool")(blocks)
+        scheduler = feature("Scheduler")(pool, 32, max_tokens=2048, max_running=32, **options)
+        rng = np.random.default_rng(0)
+        for number in range(300):
+            tokens = rng.integers(0, 32000, rng.integers(prompt // 2, prompt + 1))
+            scheduler.add(number, tokens, int(rng.integers(new // 2, new + 1)))
+        computed = steps = 0
+        while (schedule := scheduler.schedule()).request_ids:
+            computed += len(schedule.tokens)
+            steps += 1
+            scheduler.update(dict.fromkeys(schedule.samples, 1))
+        return computed, steps
+
+
+class WatermarkTokens(_Watermark):
+    """Tokens computed in a trace by the blocks that an admission leaves to those that run.
+
+    A preempted sequence is computed again. Why the default is a block for every two that run.
+    """
+
+    unit = "tokens"
+
+    def track_tokens(self, *trace):
+        return self.run(*trace)[0]
+
+
+class WatermarkSteps(_Watermark):
+    """Steps of the same trace: what is left free, nobody computes in."""
+
+    unit = "steps"
+
+    def track_steps(self, *trace):
+        return self.run(*trace)[1]

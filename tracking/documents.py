@@ -90,6 +90,24 @@ def mark_pattern(machine, commit):
     return f"{where}: {ratio.show(interval=True)}\n"
 
 
+def mark_watermark(machine, commit):
+    """Write tokens and steps of the watermark's traces over those without one, in percent."""
+    table = recorded(machine, commit)
+    tokens = table["settled.WatermarkTokens.track_tokens"]
+    steps = table["settled.WatermarkSteps.track_steps"]
+    marks = [mark for mark in sorted({int(cell[3]) for cell in tokens}) if mark]
+
+    def over(values, trace, mark):
+        return percent(values[(*trace, str(mark))].value / values[(*trace, "0")].value)
+
+    rows = [
+        [*trace, *(f"{over(tokens, trace, m)}, {over(steps, trace, m)}" for m in marks)]
+        for trace in sorted({cell[:3] for cell in tokens}, key=lambda trace: [*map(int, trace)])
+    ]
+    header = ["prompt", "new", "blocks", *("half of running" if m < 0 else str(m) for m in marks)]
+    return as_markdown(header, rows)
+
+
 def mark_csv(name, machine):
     """Write what `make noise` or `make detect` recorded."""
     with (RESULTS / machine / name).open() as file:
@@ -103,6 +121,7 @@ MARKS = {
     "series": mark_series,
     "layouts": mark_layouts,
     "pattern": mark_pattern,
+    "watermark": mark_watermark,
     "noise": functools.partial(mark_csv, "noise.csv"),
     "detection": functools.partial(mark_csv, "detection.csv"),
 }
