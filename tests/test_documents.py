@@ -40,6 +40,16 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     assert documents.fill(text) == text.replace("old", "m at c")
 
 
+def test_the_headline_leaves_out_commits_at_which_it_was_not_measured(monkeypatch):
+    known = {("1", "1024", "32"): results.Value(0.5)}
+    tables_of = {"a": {tables.HEADLINE: known}, "b": {tables.HEADLINE: {}}, "c": {}}
+    monkeypatch.setattr(tables, "load", lambda machine, commit, environment: tables_of[commit])
+    monkeypatch.setattr(tables, "phase_commits", lambda: {"a": "0", "b": "1"})
+    header, rows = tables.headline("m", ["a", "b", "c"])
+    assert header == ["commit", "batch 1, 1k"]
+    assert rows == [["phase 0 (a)", "0.50"]]
+
+
 def test_a_series_is_written_by_cell_and_commit(monkeypatch):
     found = {
         "a" * 8: {"append.Auto.time_append": {("4", "64"): results.Value(0.25, 0.2, 0.3)}},

@@ -87,6 +87,7 @@ def headline(machine, commits, environment=None):
         for commit in commits
         if commit in phases or commit == commits[-1]
     }
+    tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
     cells = sorted((c for c in cells if c[2] == "32"), key=lambda c: [int(x) for x in c])
     header = ["commit", *(f"batch {b}, {int(context) // 1024}k" for b, context, _ in cells)]
