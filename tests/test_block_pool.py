@@ -80,6 +80,16 @@ def test_numpy_integers_are_taken_and_never_kept():
     assert all(type(block) is int for block in pool.allocate(250))
 
 
+@pytest.mark.parametrize("operation", ["retain", "release"])
+def test_what_cannot_be_gone_through_twice_is_refused(operation):
+    pool = BlockPool(4)
+    pool.allocate(2)
+    for block_ids in (iter([0, 1, 3]), {0, 3}):
+        with pytest.raises(TypeError, match="subscriptable"):
+            getattr(pool, operation)(block_ids)
+        assert state(pool) == ([1, 1, 0, 0], 2)
+
+
 @pytest.mark.parametrize(
     "operation",
     [

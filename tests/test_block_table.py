@@ -25,9 +25,12 @@ from pagedkv.host.reservation import reserve
 )
 def test_blocks_needed(tokens, block_size, blocks):
     assert blocks_needed(tokens, block_size) == blocks
+    assert blocks_needed(np.uint8(tokens), np.uint8(block_size)) == blocks
 
 
-@pytest.mark.parametrize(("tokens", "block_size"), [(-1, 16), (1, 0), (1, -4)])
+@pytest.mark.parametrize(
+    ("tokens", "block_size"), [(-1, 16), (1, 0), (1, -4), (2.5, 2), (float("nan"), 4), (3, 2.0)]
+)
 def test_blocks_needed_refuses(tokens, block_size):
     with pytest.raises(ValueError, match="expected"):
         blocks_needed(tokens, block_size)
@@ -196,8 +199,7 @@ def test_numpy_counts_are_integers_like_others():
     table.truncate(np.uint8(4))
     assert table.append(np.uint8(1)).tolist() == [4]
     table.truncate(0)
-    with reserve([table], [np.uint8(1)]):
-        pass
+    reserve([table], [np.uint8(1)]).commit()
     assert (table.num_tokens, table.pool.num_free) == (1, 99)
 
 

@@ -157,13 +157,21 @@ def test_a_scheduler_has_a_pool(cache):
 
 def test_an_update_is_a_mapping():
     run = engine()
-    run.add("a", [1], 2)
+    run.add(0, [1], 2)
     step = run.scheduler.schedule()
-    with pytest.raises(ValueError, match=r"expected tokens of \{'a'\}, got \[5\]"):
-        run.scheduler.update([5])
+    for tokens in ([5], np.array([5])):
+        with pytest.raises(ValueError, match=r"expected tokens of \{0\}, got"):
+            run.scheduler.update(tokens)
     run.update(run.compute(step))
     run.drain()
-    assert run.finished == ["a"]
+    assert run.finished == [0]
+
+
+def test_whether_a_request_uses_the_cache_is_known_when_it_is_added():
+    run = engine()
+    with pytest.raises(ValueError, match="truth value"):
+        run.scheduler.add("a", [1], 2, use_cache=np.array([True, False]))
+    assert run.scheduler.stats().waiting == 0
 
 
 def test_requests_come_and_go_from_other_threads():

@@ -71,7 +71,7 @@ def finite(value: float, name: str) -> float:
     try:
         if math.isfinite(value):
             return float(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         pass
     raise ValueError(f"expected a finite {name}, got {value}")
 

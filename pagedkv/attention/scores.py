@@ -60,10 +60,6 @@ class ScoreOptions:
                 kind.append((name, (array.shape, array.dtype)))
         object.__setattr__(self, "kind", tuple(kind))
 
-    def used(self) -> tuple[str, ...]:
-        """Return the names of the options that are set."""
-        return tuple(name for name, _ in self.kind)
-
     def check_heads(self, heads: int) -> None:
         """Raise ValueError unless the arrays have an entry for each of so many query heads."""
         for name in ("sinks", "alibi_slopes"):

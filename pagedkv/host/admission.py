@@ -33,7 +33,9 @@ class Admission:
         self._prefixes = prefixes
         self._max_running = max_running
         self._watermark = watermark
-        self._waiting: list[Sequence] = []  # a heap; one that was dropped stays until its turn
+        # A heap. One that was dropped stays until its turn, and so may one that runs.
+        self._waiting: list[Sequence] = []
+        self._held_back: list[Sequence] = []  # while others are looked at
         self.running: list[Sequence] = []
         self.prompt_tokens = self.hit_tokens = self.preemptions = self.evicted_blocks = 0
 
@@ -49,61 +51,59 @@ class Admission:
     def drop(self, sequence: Sequence, waiting: int) -> None:
         """Forget a sequence; `waiting` is how many still wait."""
         sequence.dropped = True
-        if sequence.running:
+        sequence.running = False
+        if sequence in self.running:
             self.running.remove(sequence)
-            sequence.running = False
         elif len(self._waiting) > 2 * waiting + 16:
             self._waiting = [sequence for sequence in self._waiting if not sequence.dropped]
             heapq.heapify(self._waiting)
 
-    def choose(self, max_tokens: int) -> tuple[InFlight, list[Hashable]]:
-        """Return what is computed next, its blocks taken, and the requests preempted for it."""
+    def choose(self, in_flight: InFlight) -> list[Hashable]:
+        """Choose what is computed next, take its blocks, and return who was preempted for it."""
         preempted: list[Hashable] = []
         if self._waiting and len(self.running) < self._max_running:
             # What was generated is cached when somebody may look for it.
             for sequence in self.running:
                 self._prefixes.cache(sequence)
         while True:
-            in_flight = InFlight(max_tokens)
             try:
                 in_flight.take(self.running)
                 break
             except OutOfBlocksError as error:
+                in_flight.clear()
                 short = error.needed - self._pool.num_free
                 if self._evict(short) < short:
                     last = self.running[-1]
                     self._prefixes.cache(last)
                     self._prefixes.release(last)
-                    self.wait(self.running.pop())
+                    heapq.heappush(self._waiting, self.running.pop())
                     self.preemptions += 1
                     preempted.append(last.request_id)
-        try:
-            if not preempted:
-                self._admit(in_flight)
-        except BaseException:
-            in_flight.undo()
-            raise
-        return in_flight, preempted
+        if not preempted:
+            self._admit(in_flight)
+        return preempted
 
     def _admit(self, in_flight: InFlight) -> None:
         """Add waiting sequences to what is computed next."""
-        held_back: list[Sequence] = []
         try:
             while in_flight.left and self._waiting and len(self.running) < self._max_running:
                 sequence = self._waiting[0]
-                if sequence.dropped:
+                if sequence.dropped or sequence.running:
                     heapq.heappop(self._waiting)
                     continue
                 match = self._prefixes.match(sequence)
-                if len(held_back) < self._max_running and self._prefixes.is_coming(sequence, match):
-                    held_back.append(heapq.heappop(self._waiting))
+                room = len(self._held_back) < self._max_running
+                if room and self._prefixes.is_coming(sequence, match):
+                    self._held_back.append(sequence)
+                    heapq.heappop(self._waiting)
                 elif self._start(sequence, match):
                     in_flight.take([sequence])
                 else:
                     break
         finally:
-            for sequence in held_back:
-                self.wait(sequence)
+            while self._held_back:
+                heapq.heappush(self._waiting, self._held_back[-1])
+                self._held_back.pop()
 
     def _start(self, sequence: Sequence, match: PrefixMatch | None) -> bool:
         """Let the first waiting sequence run on its cached prefix, if all of its tokens fit."""
@@ -128,7 +128,8 @@ class Admission:
             if not sequence.running:
                 self._prefixes.release(sequence)
         if sequence.running:
-            self.run(heapq.heappop(self._waiting))
+            insort(self.running, sequence)
+            heapq.heappop(self._waiting)
             self._prefixes.announce(sequence)
             self.prompt_tokens += len(sequence.tokens)
             self.hit_tokens += cached
@@ -144,6 +145,6 @@ class Admission:
         assert self.running == sorted(self.running), "out of order"
         assert all(s.running and not s.dropped for s in self.running), "somebody else runs"
         for sequence in self._waiting:
-            assert not sequence.running, "waits and runs"
-            assert sequence.dropped or not sequence.table.num_tokens, "waits and has blocks"
-            assert sequence.dropped or sequence.node is None, "waits and has a lock"
+            if not (sequence.dropped or sequence.running):
+                assert not sequence.table.num_tokens, "waits and has blocks"
+                assert sequence.node is None, "waits and has a lock"

@@ -104,6 +104,7 @@ class BlockPool:
             If one of them is unknown or free; no count has changed then.
         """
         counts, done = self._counts, 0
+        block_ids[:0]
         try:
             for block_id in block_ids:
                 count = counts[block_id]
@@ -130,6 +131,7 @@ class BlockPool:
         """
         counts, free, done = self._counts, self._free, 0
         size = len(free)
+        block_ids[:0]
         try:
             for block_id in block_ids:
                 count = counts[block_id]

@@ -31,13 +31,9 @@ def blocks_needed(tokens: int, block_size: int) -> int:
     Raises
     ------
     ValueError
-        If `tokens` is negative or `block_size` is not positive.
+        If `tokens` is not an integer or negative, or `block_size` is not a positive one.
     """
-    if tokens < 0:
-        raise ValueError(f"expected tokens >= 0, got {tokens}")
-    if block_size < 1:
-        raise ValueError(f"expected block_size >= 1, got {block_size}")
-    return -(-tokens // block_size)
+    return -(-count_of(tokens, "tokens") // positive_int32(block_size, "block_size"))
 
 
 class BlockTable:
@@ -152,8 +148,14 @@ class BlockTable:
                 f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
                 "others hold it"
             )
-        self.grow(count, self.pool.allocate(self.missing_blocks(count)))
-        return self.slots(start)
+        blocks = self.pool.allocate(self.missing_blocks(count))
+        try:
+            self.grow(count, blocks)
+            return self.slots(start)
+        except BaseException:
+            self.state = self._ids[: blocks_needed(start, self.block_size)], start
+            self.pool.release(blocks[::-1])
+            raise
 
     def adopt(self, block_ids: Sequence[int] | NDArray[np.integer], num_tokens: int) -> None:
         """Begin with tokens that others hold, a cached prefix: nothing is copied.

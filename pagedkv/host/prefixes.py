@@ -108,9 +108,10 @@ class Prefixes:
         if sequence.table.num_tokens:
             sequence.table.truncate(0)
         self.leave(sequence)
-        if sequence.node is not None:
-            self.tree.unlock(sequence.node)
+        node = sequence.node
         sequence.running, sequence.node, sequence.shared = False, None, 0
+        if node is not None:
+            self.tree.unlock(node)
 
     def check_invariants(self, sequences: list[Sequence]) -> None:
         """Raise AssertionError unless what sequences have in the tree is theirs; for tests."""

@@ -17,12 +17,14 @@ from pagedkv.limits import count_of
 class Reservation:
     """New tokens of several sequences, until `commit` or `undo`; see `reserve`, which checks.
 
-    As a context manager it commits, or undoes if its body fails.
+    What interrupts `commit` or `undo` leaves it open: they can be called again.
 
     Attributes
     ----------
     copies : list of (int, int)
         Blocks to copy before anything is written: from which id, to which id.
+    is_open : bool
+        Whether it was neither committed nor undone.
     """
 
     def __init__(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
@@ -33,7 +35,7 @@ class Reservation:
         self._lengths = [table.num_tokens for table in tables]
         self._before: list[tuple[BlockTable, tuple[array[int], int]]] = []
         self._blocks: list[int] = []
-        self._open = True
+        self.is_open = True
         try:
             self._blocks = self._pool.allocate(sum(needs))
             blocks = iter(self._blocks)
@@ -71,10 +73,10 @@ class Reservation:
         """
         self._check_open()
         try:
-            self._open = False
+            self.is_open = False
             self._pool.release([source for source, _ in self.copies])
         except BaseException:
-            self._restore()
+            self.is_open = True
             raise
 
     def undo(self) -> None:
@@ -93,20 +95,17 @@ class Reservation:
             table.state = state
         for table, length in zip(self._tables, self._lengths, strict=True):
             table.num_tokens = length
-        self._pool.release(self._blocks[::-1])
-        self._open = False
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.commit()
-        else:
-            self.undo()
+        blocks = self._blocks
+        try:
+            self._blocks = []
+            self._pool.release(blocks[::-1])
+        except BaseException:
+            self._blocks = blocks
+            raise
+        self.is_open = False
 
     def _check_open(self) -> None:
-        if not self._open:
+        if not self.is_open:
             raise PagedKVError("expected an open reservation, got one committed or undone")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from pagedkv.host.reservation import Reservation
 from pagedkv.host.sequence import Sequence, token_ids
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Schedule:
     """What the model computes next: prompts, chunks of them, one token each of the others.
 
@@ -37,6 +38,9 @@ class Schedule:
         The requests whose next token follows from this; `Scheduler.update` takes those.
     preempted : list
         The requests that gave up their blocks for this. They are computed again later.
+    state : str
+        "new", "stepped" when `PagedKVCache.steps` has made steps of it, "over" after `update` or
+        `retract`.
     """
 
     request_ids: list[Hashable]
@@ -46,6 +50,7 @@ class Schedule:
     copies: list[tuple[int, int]]
     samples: list[Hashable]
     preempted: list[Hashable]
+    state: Literal["new", "stepped", "over"] = "new"
 
 
 class InFlight:
@@ -59,17 +64,30 @@ class InFlight:
         Who computes, and whose next token follows.
     aborted : list of Sequence
         Those that were aborted in the meantime; they still hold their blocks.
+    committed : bool
+        Whether blocks are kept already.
     """
 
     def __init__(self, most_tokens: int) -> None:
-        self.left = most_tokens
+        self._most_tokens = most_tokens
+        self.aborted: list[Sequence] = []
+        self.committed = False
+        self._made: Schedule | None = None
+        self._reservations: list[Reservation] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Give back all blocks, and forget all sequences."""
+        while self._reservations:
+            if self._reservations[-1].is_open:
+                self._reservations[-1].undo()
+            self._reservations.pop()
+        self.left = self._most_tokens
         self.sequences: list[Sequence] = []
         self.sampled: list[Sequence] = []
-        self.aborted: list[Sequence] = []
         self._tables: list[BlockTable] = []
         self._counts: list[int] = []
         self._tokens = array("i")
-        self._reservations: list[Reservation] = []
 
     def take(self, sequences: Iterable[Sequence]) -> None:
         """Add sequences, with all tokens of theirs that are not in blocks, while tokens are left.
@@ -77,8 +95,8 @@ class InFlight:
         Raises
         ------
         OutOfBlocksError
-            If the pool has too few free blocks for all of them. No block is taken then, and this
-            object is not to be used any more.
+            If the pool has too few free blocks for all of them. No block is taken then; `clear`
+            has to follow.
         """
         first, left = len(self.sequences), self.left
         for sequence in sequences:
@@ -104,7 +122,7 @@ class InFlight:
 
     def schedule(self, preempted: list[Hashable]) -> Schedule:
         """Return it as the caller sees it."""
-        return Schedule(
+        self._made = Schedule(
             [sequence.request_id for sequence in self.sequences],
             self._tables,
             self._counts,
@@ -113,8 +131,14 @@ class InFlight:
             [sequence.request_id for sequence in self.sampled],
             preempted,
         )
+        return self._made
 
-    def sampled_tokens(self, tokens: Mapping[Hashable, int]) -> Iterable[tuple[Sequence, int]]:
+    def end(self) -> None:
+        """Let nobody compute it any more."""
+        if self._made is not None:
+            self._made.state = "over"
+
+    def sampled_tokens(self, tokens: Mapping[Hashable, int]) -> list[tuple[Sequence, int]]:
         """Return each sequence that goes on with its next token, those aborted left out.
 
         Raises
@@ -122,15 +146,16 @@ class InFlight:
         ValueError
             If `tokens` are not 32-bit integers of just these requests.
         """
-        sequences, aborted = self.sampled, set()
-        if self.aborted:
-            sequences = [sequence for sequence in sequences if not sequence.dropped]
-            aborted = {sequence.request_id for sequence in self.aborted}
+        sequences, aborted = self.sampled, {s.request_id for s in self.aborted}
+        if aborted:
+            sequences = [sequence for sequence in sequences if sequence not in self.aborted]
         try:
+            if not isinstance(tokens, Mapping):
+                raise TypeError
             new = [tokens[sequence.request_id] for sequence in sequences]
             if len(tokens) - sum(request in tokens for request in aborted) == len(new):
-                return zip(sequences, token_ids(new), strict=True)
-        except (KeyError, TypeError, IndexError):
+                return list(zip(sequences, token_ids(new), strict=True))
+        except (KeyError, TypeError):
             pass
         wanted = {sequence.request_id for sequence in sequences}
         raise ValueError(f"expected tokens of {wanted}, got {tokens!r}")
@@ -138,15 +163,12 @@ class InFlight:
     @property
     def replaced(self) -> list[int]:
         """Blocks that were copied, which are held until it was computed."""
-        return [source for reservation in self._reservations for source, _ in reservation.copies]
+        still = [reservation for reservation in self._reservations if reservation.is_open]
+        return [source for reservation in still for source, _ in reservation.copies]
 
     def commit(self) -> None:
         """Keep the blocks."""
+        self.committed = True
         for reservation in self._reservations:
-            reservation.commit()
-
-    def undo(self) -> None:
-        """Give the blocks back."""
-        while self._reservations:
-            self._reservations[-1].undo()
-            self._reservations.pop()
+            if reservation.is_open:
+                reservation.commit()

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
-from functools import wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Hashable, Mapping
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from pagedkv.errors import PagedKVError
@@ -17,24 +13,13 @@ from pagedkv.host.admission import Admission
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
 from pagedkv.host.cache_event import Listener
+from pagedkv.host.invariants import check_blocks
 from pagedkv.host.prefixes import Prefixes
 from pagedkv.host.schedule import InFlight, Schedule
-from pagedkv.host.sequence import Sequence, token_ids
+from pagedkv.host.sequence import Sequence, prompt_ids, token_ids
 from pagedkv.host.stats import Stats
+from pagedkv.host.turns import one_at_a_time
 from pagedkv.limits import count_of, positive_int32
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _one_at_a_time(method: Method) -> Method:
-    """Let a method of `Scheduler` wait for those that other threads have called."""
-
-    @wraps(method)
-    def alone(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return cast(Method, alone)
 
 
 class Scheduler:
@@ -96,7 +81,7 @@ class Scheduler:
         self.max_running = positive_int32(max_running, "max_running")
         self.watermark = watermark if watermark is None else count_of(watermark, "watermark")
         self.block_bytes = count_of(block_bytes, "block_bytes")
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held by whoever is in a method
         self._sequences: dict[Hashable, Sequence] = {}  # all that are waiting or running
         self._prefixes = Prefixes(pool, self.block_size, on_event)
         self.tree = self._prefixes.tree
@@ -104,7 +89,7 @@ class Scheduler:
         self._in_flight: InFlight | None = None
         self._arrivals = 0
 
-    @_one_at_a_time
+    @one_at_a_time
     def add(
         self,
         request_id: Hashable,
@@ -139,33 +124,29 @@ class Scheduler:
             has changed then.
         """
         self._check_new(request_id)
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise ValueError("expected a prompt of at least one integer token")
-        if not np.array_equal(ids.astype(np.int32), ids):
-            raise ValueError("expected token ids to fit in 32 bits")
+        tokens = prompt_ids(prompt)
         max_new_tokens = positive_int32(max_new_tokens, "max_new_tokens")
         priority = count_of(priority, "priority")
-        limit = ids.size + max_new_tokens
+        limit = len(tokens) + max_new_tokens
         # The last token is not computed.
         needed = blocks_needed(limit - 1, self.block_size)
         if needed > self.pool.num_blocks:
             raise ValueError(
-                f"expected a request of at most {self.pool.num_blocks} blocks, got {ids.size} "
+                f"expected a request of at most {self.pool.num_blocks} blocks, got {len(tokens)} "
                 f"prompt and {max_new_tokens} new tokens, which need {needed}"
             )
         hash(namespace)  # or a TypeError now rather than in the middle of a step
-        tokens = array("i", ids.astype(np.int32).tobytes())
-        order = self._arrivals - priority, self._arrivals
-        table = BlockTable(self.pool, self.block_size)
-        sequence = Sequence(
-            request_id, tokens, len(tokens), limit, order, namespace, use_cache, table
+        sequence = self._new(
+            request_id, tokens, len(tokens), limit, namespace, bool(use_cache), priority
         )
-        self._arrivals += 1
-        self._sequences[request_id] = sequence
-        self._admission.wait(sequence)
+        try:
+            self._sequences[request_id] = sequence
+            self._admission.wait(sequence)
+        except BaseException:
+            self._end(sequence)
+            raise
 
-    @_one_at_a_time
+    @one_at_a_time
     def schedule(self) -> Schedule:
         """Choose what is computed next and take its blocks.
 
@@ -181,12 +162,19 @@ class Scheduler:
             If the schedule before was neither updated nor retracted.
         """
         self._check_idle()
-        in_flight, preempted = self._admission.choose(self.max_tokens)
-        if in_flight.sequences:
+        in_flight = InFlight(self.max_tokens)
+        try:
             self._in_flight = in_flight
-        return in_flight.schedule(preempted)
+            schedule = in_flight.schedule(self._admission.choose(in_flight))
+            if not in_flight.sequences:
+                self._in_flight = None
+            return schedule
+        except BaseException:
+            in_flight.clear()
+            self._in_flight = None
+            raise
 
-    @_one_at_a_time
+    @one_at_a_time
     def update(self, sampled: Mapping[Hashable, int]) -> list[Hashable]:
         """Note that what was scheduled has been computed, and its new tokens.
 
@@ -206,39 +194,46 @@ class Scheduler:
             If nothing is scheduled.
         ValueError
             If the tokens are not those of the requests in `samples`. Nothing has changed then.
+
+        Whatever else interrupts it, a listener of cache events for example: called again with the
+        same tokens, it goes on where it was.
         """
         in_flight = self._scheduled("update")
         new = in_flight.sampled_tokens(sampled)
+        again = in_flight.committed
+        in_flight.commit()
         for sequence in in_flight.sequences:
             if sequence.prefilling:
                 self._prefixes.progress(sequence)
-        in_flight.commit()
-        self._land(in_flight)
         finished = []
         for sequence, token in new:
             tokens = sequence.tokens
-            tokens.append(token)
+            if not again or len(tokens) == sequence.table.num_tokens:
+                tokens.append(token)
             if len(tokens) >= sequence.limit:
                 finished.append(sequence)
         for sequence in finished:
             self._prefixes.cache(sequence)
-            self._drop(sequence)
+            self._end(sequence)
+        self._land(in_flight)
         return [sequence.request_id for sequence in finished]
 
-    @_one_at_a_time
+    @one_at_a_time
     def retract(self) -> None:
         """Undo a schedule that was not computed: its blocks go back, its sequences run on.
 
         Raises
         ------
         PagedKVError
-            If nothing is scheduled.
+            If nothing is scheduled, or an `update` of it was interrupted.
         """
         in_flight = self._scheduled("retract")
-        in_flight.undo()
+        if in_flight.committed:
+            raise PagedKVError("expected update to be called again, it was interrupted")
+        in_flight.clear()
         self._land(in_flight)
 
-    @_one_at_a_time
+    @one_at_a_time
     def finish(self, request_id: Hashable) -> None:
         """End a request between steps; what it has computed stays cached.
 
@@ -252,9 +247,9 @@ class Scheduler:
         self._check_idle()
         sequence = self._get(request_id)
         self._prefixes.cache(sequence)
-        self._drop(sequence)
+        self._end(sequence)
 
-    @_one_at_a_time
+    @one_at_a_time
     def abort(self, request_id: Hashable) -> None:
         """End a request at any time.
 
@@ -266,9 +261,16 @@ class Scheduler:
         ValueError
             If there is no such request. Nothing has changed then.
         """
-        self._drop(self._get(request_id))
+        sequence = self._get(request_id)
+        if self._in_flight is None or sequence not in self._in_flight.sequences:
+            self._end(sequence)
+            return
+        # Its blocks are being computed.
+        self._in_flight.aborted.append(sequence)
+        self._prefixes.leave(sequence)
+        self._forget(sequence)
 
-    @_one_at_a_time
+    @one_at_a_time
     def fork(self, request_id: Hashable, new_id: Hashable, last_token: int) -> None:
         """Let a request go on twice, between steps: parallel sampling, beam search.
 
@@ -300,25 +302,21 @@ class Scheduler:
         runs = parent.running and parent.missing == 1
         if runs and len(self._admission.running) >= self.max_running:
             raise ValueError(f"expected fewer than {self.max_running} running requests")
-        child = Sequence(
-            new_id,
-            tokens,
-            parent.prompt,
-            parent.limit,
-            (self._arrivals, self._arrivals),
-            parent.namespace,
-            parent.shares,
-            BlockTable(self.pool, self.block_size),
+        child = self._new(
+            new_id, tokens, parent.prompt, parent.limit, parent.namespace, parent.shares
         )
-        if runs:
-            self._prefixes.fork(parent, child)
-            self._admission.run(child)
-        else:
-            self._admission.wait(child)
-        self._arrivals += 1
-        self._sequences[new_id] = child
+        try:
+            self._sequences[new_id] = child
+            if runs:
+                self._prefixes.fork(parent, child)
+                self._admission.run(child)
+            else:
+                self._admission.wait(child)
+        except BaseException:
+            self._end(child)
+            raise
 
-    @_one_at_a_time
+    @one_at_a_time
     def reset_cache(self) -> int:
         """Forget all cached prefixes, between steps or not; return how many blocks became free.
 
@@ -326,7 +324,7 @@ class Scheduler:
         """
         return self.tree.reset()
 
-    @_one_at_a_time
+    @one_at_a_time
     def stats(self) -> Stats:
         """Return plain numbers for monitoring."""
         cached, free = self.tree.num_evictable, self.pool.num_free
@@ -344,42 +342,41 @@ class Scheduler:
             evicted_blocks=self._admission.evicted_blocks,
         )
 
-    @_one_at_a_time
+    @one_at_a_time
     def check_invariants(self) -> None:
         """Raise AssertionError unless every block is counted right; for tests, linear time."""
-        aborted = self._in_flight.aborted if self._in_flight else []
-        holders = [*self._admission.running, *aborted]
-        self.pool.check_invariants()
-        self._admission.check_invariants()
-        self._prefixes.check_invariants(holders)
-        # What was cached before a reset is held until its last sequence ends.
-        forgotten = {block for s in holders if s.node for block in s.node.up_to()}
-        held = Counter({*self.tree.blocks(), *forgotten})
-        for sequence in holders:
-            held.update(sequence.table.block_ids.tolist())
-            assert self._in_flight or sequence.missing > 0, "a sequence has nothing to compute"
-        held.update(replaced := self._in_flight.replaced if self._in_flight else [])
-        for block in range(self.pool.num_blocks):
-            assert self.pool.reference_count(block) == held[block], f"block {block} is miscounted"
-        live = {*replaced, *(block for s in holders for block in s.table.block_ids.tolist())}
-        assert self.stats().blocks_live <= len(live), "what nobody holds counts as live"
+        check_blocks(self.pool, self._prefixes, self._admission, self._in_flight)
+
+    def _new(
+        self,
+        request_id: Hashable,
+        tokens: array[int],
+        prompt: int,
+        limit: int,
+        namespace: Hashable,
+        shares: bool,
+        priority: int = 0,
+    ) -> Sequence:
+        order = self._arrivals - priority, self._arrivals
+        self._arrivals += 1
+        table = BlockTable(self.pool, self.block_size)
+        return Sequence(request_id, tokens, prompt, limit, order, namespace, shares, table)
 
     def _land(self, in_flight: InFlight) -> None:
         """End a schedule."""
-        self._in_flight = None
         for sequence in in_flight.aborted:
             self._prefixes.release(sequence)
+        in_flight.end()
+        self._in_flight = None
 
-    def _drop(self, sequence: Sequence) -> None:
-        """Forget a request, and free its blocks unless they are being computed."""
-        del self._sequences[sequence.request_id]
-        was_running = sequence.running
+    def _end(self, sequence: Sequence) -> None:
+        """Forget a request and free its blocks."""
+        self._prefixes.release(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         self._admission.drop(sequence, len(self._sequences) - len(self._admission.running))
-        if was_running and self._in_flight and sequence in self._in_flight.sequences:
-            self._prefixes.leave(sequence)
-            self._in_flight.aborted.append(sequence)
-        elif was_running:
-            self._prefixes.release(sequence)
+        self._sequences.pop(sequence.request_id, None)
 
     def _get(self, request_id: Hashable) -> Sequence:
         if request_id not in self._sequences:

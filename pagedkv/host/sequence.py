@@ -6,6 +6,9 @@ from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.radix_node import RadixNode
 
@@ -69,3 +72,13 @@ def token_ids(values: list[int]) -> array[int]:
         return array("i", values)
     except (TypeError, OverflowError):
         raise ValueError(f"expected 32-bit token ids, got {values}") from None
+
+
+def prompt_ids(prompt: ArrayLike) -> array[int]:
+    """Return a prompt's token ids, at least one; ValueError for what is no prompt."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise ValueError("expected a prompt of at least one integer token")
+    if not np.array_equal(ids.astype(np.int32), ids):
+        raise ValueError("expected token ids to fit in 32 bits")
+    return array("i", ids.astype(np.int32).tobytes())

@@ -1,0 +1,168 @@
+"""What interrupts or listeners that raise leave of a scheduler."""
+
+import contextlib
+
+import pytest
+from engine import engine
+from interrupts import interrupted
+
+from pagedkv import PagedKVError
+
+
+def busy():
+    """Prompts in chunks, decodes, a fork, a request that waits for a prefix, little room."""
+    run = engine(num_blocks=9, block_size=2, max_tokens=6, max_running=4)
+    run.add("a", [1, 2, 3], 4)
+    run.add("b", [1, 2, 3, 4, 5, 6], 3)
+    run.step()
+    run.step()
+    run.scheduler.fork("a", "fork", 9)
+    run.tokens["fork"], run.limits["fork"] = [*run.tokens["a"][:-1], 9], run.limits["a"]
+    run.namespaces["fork"] = None
+    run.add("c", [1, 2, 3, 4, 5, 6, 7], 2)
+    run.add("d", [1, 2, 3, 4, 5, 6, 8], 2)
+    run.add("e", [40, 41, 42, 43, 44], 2)
+    return run
+
+
+def scheduled():
+    run = busy()
+    run.schedule = run.scheduler.schedule()
+    run.sampled = run.compute(run.schedule)
+    return run
+
+
+def update(run):
+    # An interrupt on the way out comes when all is done: then nothing is scheduled any more.
+    with contextlib.suppress(PagedKVError):
+        run.scheduler.update(run.sampled)
+    for request, token in run.sampled.items():
+        run.tokens[request].append(token)
+        if len(run.tokens[request]) == run.limits[request]:
+            run.finished.append(request)
+
+
+def schedule(run):
+    try:
+        run.schedule = run.scheduler.schedule()
+    except PagedKVError:
+        run.scheduler.retract()
+        run.schedule = run.scheduler.schedule()
+
+
+def retract(run):
+    with contextlib.suppress(PagedKVError):
+        run.scheduler.retract()
+
+
+def add(run):
+    with contextlib.suppress(ValueError):
+        run.scheduler.add("f", [60, 61, 62], 1)
+    run.tokens["f"], run.limits["f"], run.namespaces["f"] = [60, 61, 62], 4, None
+
+
+def end(call):
+    def once(run):
+        with contextlib.suppress(ValueError):
+            call(run)
+        run.finished.append("a")
+
+    return once
+
+
+OPERATIONS = {
+    "schedule": (busy, schedule),
+    "update": (scheduled, update),
+    "retract": (scheduled, retract),
+    "add": (busy, add),
+    "abort": (busy, end(lambda run: run.scheduler.abort("a"))),
+    "abort what is computed": (scheduled, end(lambda run: run.scheduler.abort("a"))),
+    "finish": (busy, end(lambda run: run.scheduler.finish("a"))),
+    "reset_cache": (busy, lambda run: run.scheduler.reset_cache()),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_was_interrupted_is_called_again(name):
+    """What an interrupt leaves locked too long stays cached, and nothing is lost."""
+    start, operation = OPERATIONS[name]
+    for run, done in interrupted(start, operation):
+        if not done:
+            operation(run)
+        if name == "schedule":
+            run.update(run.compute(run.schedule))
+        elif name == "abort what is computed":
+            run.update({key: token for key, token in run.sampled.items() if key != "a"})
+        run.drain()
+        everybody = ["a", "b", "c", "d", "e", *(["f"] if name == "add" else []), "fork"]
+        assert sorted(run.finished) == everybody
+        scheduler = run.scheduler
+        scheduler.pool.check_invariants()
+        scheduler.tree.check_invariants()
+        stats = scheduler.stats()
+        assert (stats.waiting, stats.running) == (0, 0)
+        assert scheduler.pool.num_free + scheduler.tree.num_blocks == 9
+
+
+class RefusedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+@pytest.mark.parametrize("retract", [False, True])
+def test_a_listener_that_raises_loses_nothing(count, retract):
+    run = busy()
+    left = count
+
+    def listener(event):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise RefusedError
+
+    run.scheduler.tree.on_event = listener
+    for _ in range(200):
+        try:
+            step = run.scheduler.schedule()
+        except RefusedError:
+            continue
+        if not step.request_ids:
+            break
+        run.sampled = run.compute(step)
+        if retract:
+            run.scheduler.retract()
+            retract = False
+            continue
+        try:
+            update(run)
+        except RefusedError:
+            update(run)
+    assert left < 1
+    run.scheduler.check_invariants()
+    assert sorted(run.finished) == ["a", "b", "c", "d", "e", "fork"]
+    assert run.scheduler.stats().blocks_live == 0
+
+
+def test_a_schedule_that_was_updated_in_part_is_not_retracted_but_updated():
+    """Two sequences compute one prefix; what the second gives back for it was given back twice."""
+    run = engine(num_blocks=30, block_size=2, max_running=3)
+    for name in "abcde":
+        run.add(name, [1, 2, 3], 2)
+    run.add("z", [9, 9, 9], 2)
+    run.sampled = run.compute(run.scheduler.schedule())
+
+    def listener(event):
+        if 9 in event.tokens.tolist():
+            run.scheduler.tree.on_event = None
+            raise RefusedError
+
+    run.scheduler.tree.on_event = listener
+    with pytest.raises(RefusedError):
+        run.scheduler.update(run.sampled)
+    with pytest.raises(PagedKVError, match="update to be called again"):
+        run.scheduler.retract()
+    update(run)
+    run.scheduler.check_invariants()
+    run.drain()
+    run.scheduler.check_invariants()
+    assert sorted(run.finished) == [*"abcdez"]
