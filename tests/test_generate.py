@@ -4,8 +4,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from examples.generate import HEAD_DIM, KV_HEADS, LAYERS, VOCABULARY, Model, compute, generate
-from pagedkv import BlockPool, PagedKVCache, Scheduler
+from examples.generate import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    QUERY_HEADS,
+    VOCABULARY,
+    Model,
+    compute,
+    generate,
+)
+from pagedkv import BlockPool, PagedKVCache, PagedKVError, Scheduler
 
 SIZES = {"block_size": 4, "num_blocks": 16}
 
@@ -105,3 +114,23 @@ def test_a_schedule_of_another_pool_is_refused():
     scheduler.add("a", [7], 3)
     with pytest.raises(ValueError, match="expected tables of this cache"):
         cache.steps(scheduler.schedule())
+
+
+@pytest.mark.parametrize("end", ["update", "retract"])
+def test_steps_of_a_schedule_that_is_over_write_nothing(end):
+    """Its slots may be somebody else's by then."""
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    scheduler.add("a", [1, 2, 3], 3)
+    schedule = scheduler.schedule()
+    [step] = cache.steps(schedule)
+    with pytest.raises(PagedKVError, match="a new schedule, this one is stepped"):
+        cache.steps(schedule)
+    scheduler.retract() if end == "retract" else scheduler.update({"a": 1})
+    before = np.array(cache.keys[0])
+    new = [mx.ones((1, heads, 3, HEAD_DIM)) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
+    with pytest.raises(PagedKVError, match="the schedule of this one is over"):
+        step.attend(0, *new, scale=1.0)
+    with pytest.raises(PagedKVError, match="a new schedule, this one is over"):
+        cache.steps(schedule)
+    assert np.array_equal(np.array(cache.keys[0]), before)

@@ -255,7 +255,7 @@ def refuses_every_use(paged, table, step):
             use()
 
 
-@pytest.mark.parametrize("noticed", ["rollback", "next step"])
+@pytest.mark.parametrize("noticed", ["rollback", "next step", "copy of a block"])
 def test_a_lost_pool_is_refused_where_the_host_runs_ahead(noticed, monkeypatch):
     """A failed write is part of the pool then: no later step may compute from it."""
     monkeypatch.setattr(pools, "_waiting_is_free", lambda: False)
@@ -272,6 +272,12 @@ def test_a_lost_pool_is_refused_where_the_host_runs_ahead(noticed, monkeypatch):
             step.rollback()
         assert (table.block_ids.tolist(), paged.pool.num_free) == before
         assert table.num_tokens == 6
+    elif noticed == "copy of a block":
+        step.commit()
+        fork = table.fork()
+        for _ in range(3):
+            with pytest.raises(PagedKVError, match=r"K and V are lost|a write failed"):
+                paged.extend([fork], [1])
     else:
         step.commit()
         late = paged.extend([table], [1])

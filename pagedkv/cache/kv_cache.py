@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.step import Extension, ScheduledStep
+from pagedkv.errors import PagedKVError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import reserve
@@ -164,14 +165,17 @@ class PagedKVCache(Pools):
         ValueError
             If the schedule is of another cache's blocks. Nothing has changed then.
         PagedKVError
-            If a pool is lost.
+            If steps were made of it before or it is over, or a pool is lost.
         """
         self._check_tables(schedule.tables)
+        if schedule.state != "new":
+            raise PagedKVError(f"expected a new schedule, this one is {schedule.state}")
         rows: dict[int, list[int]] = {}
         for row, count in enumerate(schedule.counts):
             rows.setdefault(count, []).append(row)
         steps = [ScheduledStep(self, schedule, rows[count]) for count in sorted(rows)[::-1]]
         self.copy_blocks(schedule.copies)
+        schedule.state = "stepped"
         return steps
 
     def _check_tables(self, tables: Sequence[BlockTable]) -> None:

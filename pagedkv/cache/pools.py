@@ -183,11 +183,10 @@ class Pools:
             id_below(self.num_blocks, block, "block ids")
         if len({*targets}) < len(targets) or {*targets} & {*sources}:
             raise ValueError(f"expected each target once and no source among them, got {copies}")
+        self.wait()
         read = mx.array(sources)
         blocks = [[pool[read] for pool in pools] for pools in (self._keys, self._values)]
-        # A reader that has not run would make MLX copy the pool.
-        mx.eval(blocks)
-        self.wait()
+        mx.eval(blocks)  # a reader that has not run would make MLX copy the pool
         to = mx.array(targets)
         for pools, copied in zip((self._keys, self._values), blocks, strict=True):
             pools[:] = [_scatter(p, to, b) for p, b in zip(pools, copied, strict=True)]

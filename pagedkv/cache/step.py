@@ -133,9 +133,14 @@ class ScheduledStep(Step):
         ends = np.cumsum(schedule.counts)[rows]
         self.tokens = mx.array(schedule.tokens[ends[:, None] + np.arange(-count, 0)])
         samples = set(schedule.samples)
+        self._schedule = schedule
         self.sample_rows = [
             row for row, request_id in enumerate(self.request_ids) if request_id in samples
         ]
+
+    def _check_open(self) -> None:
+        if self._schedule.state == "over":
+            raise PagedKVError("expected a step under way, the schedule of this one is over")
 
 
 class Extension(Step):
@@ -197,10 +202,15 @@ class Extension(Step):
     ) -> None:
         if self._over:
             return
-        if kind is None:
-            self.commit()
-        else:
+        if kind is not None:
             self.rollback()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            if self._reservation.is_open:
+                self.rollback()
+            raise
 
     def _check_open(self) -> None:
         if self._over:
