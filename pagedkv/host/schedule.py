@@ -99,36 +99,43 @@ class InFlight:
             has to follow.
         """
         first, left = len(self.sequences), self.left
+        chosen, sampled, new = self.sequences, self.sampled, self._tokens
+        tables, counts = self._tables, self._counts
         for sequence in sequences:
-            tokens, done = sequence.tokens, sequence.table.num_tokens
+            table, tokens = sequence.table, sequence.tokens
+            done = table.num_tokens
             count = len(tokens) - done
             if count <= left:
-                self.sampled.append(sequence)
+                sampled.append(sequence)
             elif left:
                 count = left
             else:
                 break
             left -= count
             if count == 1:  # most of them
-                self._tokens.append(tokens[done])
+                new.append(tokens[done])
             else:
-                self._tokens += tokens[done : done + count]
-            self.sequences.append(sequence)
-            self._tables.append(sequence.table)
-            self._counts.append(count)
+                new.extend(tokens[done : done + count])
+            chosen.append(sequence)
+            tables.append(table)
+            counts.append(count)
         self.left = left
-        if len(self.sequences) > first:
-            self._reservations.append(Reservation(self._tables[first:], self._counts[first:]))
+        if len(chosen) > first:
+            self._reservations.append(Reservation(tables[first:], counts[first:]))
 
     def schedule(self, preempted: list[Hashable]) -> Schedule:
         """Return it as the caller sees it."""
+        request_ids = [sequence.request_id for sequence in self.sequences]
+        samples = request_ids[:]  # most often
+        if len(self.sampled) < len(samples):
+            samples = [sequence.request_id for sequence in self.sampled]
         self._made = Schedule(
-            [sequence.request_id for sequence in self.sequences],
+            request_ids,
             self._tables,
             self._counts,
             np.array(self._tokens, np.int32),
             [copy for reservation in self._reservations for copy in reservation.copies],
-            [sequence.request_id for sequence in self.sampled],
+            samples,
             preempted,
         )
         return self._made
@@ -138,7 +145,7 @@ class InFlight:
         if self._made is not None:
             self._made.state = "over"
 
-    def sampled_tokens(self, tokens: Mapping[Hashable, int]) -> list[tuple[Sequence, int]]:
+    def sampled_tokens(self, tokens: Mapping[Hashable, int]) -> Iterable[tuple[Sequence, int]]:
         """Return each sequence that goes on with its next token, those aborted left out.
 
         Raises
@@ -154,7 +161,7 @@ class InFlight:
                 raise TypeError
             new = [tokens[sequence.request_id] for sequence in sequences]
             if len(tokens) - sum(request in tokens for request in aborted) == len(new):
-                return list(zip(sequences, token_ids(new), strict=True))
+                return zip(sequences, token_ids(new), strict=True)
         except (KeyError, TypeError):
             pass
         wanted = {sequence.request_id for sequence in sequences}
