@@ -36,7 +36,7 @@ class Scheduler:
     a prefix that both share, and then has it cached: requests that arrive together hold one copy.
 
     Methods may be called from any thread; one waits for the other. `pool` and `tree` are its own:
-    others read them between calls and change nothing.
+    others read them between calls and change nothing, but for evicting from `tree`.
 
     Parameters
     ----------
