@@ -102,6 +102,23 @@ QUICK_DONE = [1.0 if i in (1, 4, 13, 16) else NAN for i in range(24)]
 )
 def test_what_needs_no_run(values, quick, full):
     assert [grid.cells(GRID)[i] for i in (1, 16)] == [("1", "1024", "32"), ("4", "4096", "32")]
+    assert history.is_measured(as_values(values), GRID, "quick", explained=False) is quick
+    assert history.is_measured(as_values(values), GRID, "full", explained=False) is full
+
+
+@pytest.mark.parametrize(
+    ("values", "quick", "full"),
+    [
+        (QUICK_DONE, True, False),
+        ([1.0] * 24, True, True),
+        ([1.0] * 20 + ["too large"] * 4, True, True),
+        ([*QUICK_DONE[:23], 1.0], True, False),  # one cell beyond, chosen by hand
+        ([NAN] * 24, False, False),  # nothing was asked
+        (["lacks"] * 24, True, True),
+        (["lacks"] + [NAN] * 23, False, False),
+    ],
+)
+def test_what_needs_no_run_where_a_missing_number_is_explained(values, quick, full):
     assert history.is_measured(as_values(values), GRID, "quick") is quick
     assert history.is_measured(as_values(values), GRID, "full") is full
 

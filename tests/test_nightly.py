@@ -269,6 +269,7 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
                 change("memory.C.track_c", 3.0, "larger"),
                 change("scheduler.E.track_e", 0.5, "larger"),
                 change("gone.D.time_d", None),
+                change("settled.F.ratio_f", None),
             ],
             [
                 change("overhead.A.ratio_x", 1.01),
@@ -281,6 +282,7 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     monkeypatch.setattr(nightly, "changes", lambda *args: next(rounds))
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
     names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c", "scheduler.E.track_e")
+    names = (*names, "settled.F.ratio_f")  # the quick grid does not ask for it
     listed = {name: {"name": name, "params": []} for name in names}
     monkeypatch.setattr(nightly, "discover", lambda *args: listed)
     assert nightly.again("box", "config", "env", "head", "quick") == 0
@@ -291,6 +293,7 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     assert "track_e" in asked
     assert "track_c" not in asked
     assert "gone" not in asked
+    assert "settled" not in asked
     assert f"rounds={nightly.AGAIN}" in asked
     assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"
 

@@ -20,12 +20,12 @@ from tracking.repository import check_history, git, phase_commits
 from tracking.results import MISSING, RESULTS, measured, rename
 
 
-def is_measured(values, benchmark, grid):
+def is_measured(values, benchmark, grid, explained=True):
     """Whether a benchmark's Values at a commit need no run: none failed, and the grid's are there.
 
-    A cell is there with a number, or with the reason why it has none. Older results have no
-    reasons: a full run is complete with a number beyond the quick grid, and any run if there is no
-    number at all, which is what n/a looks like.
+    A cell is there with a number, or with the reason why it has none. Older results are not
+    `explained`: a full run is complete with a number beyond the quick grid, and any run if there is
+    no number at all, which is what n/a looks like.
     """
     there = [value.known or value.why in WHY.values() for value in values]
     quick = [in_quick_grid(cell, benchmark["param_names"]) for cell in cells(benchmark)]
@@ -33,9 +33,11 @@ def is_measured(values, benchmark, grid):
         return False
     if grid == "quick":
         complete = all(t for t, q in zip(there, quick, strict=True) if q)
+    elif explained:
+        complete = all(there)
     else:
         complete = all(quick) or any(t for t, q in zip(there, quick, strict=True) if not q)
-    return complete or not any(there)
+    return complete or not (explained or any(there))
 
 
 def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
@@ -48,7 +50,7 @@ def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
             if one.versions.get(name) == benchmark["version"]:
                 found = one.table[name]
                 values = [found.get(cell, MISSING) for cell in cells(benchmark)]
-                if is_measured(values, benchmark, grid):
+                if is_measured(values, benchmark, grid, one.explained):
                     done.add(name)
     return [n for n in sorted(benchmarks) if n not in done and asked(benchmarks[n], grid)]
 

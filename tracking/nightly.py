@@ -160,7 +160,8 @@ def again(machine, config, environment, head, grid):
     previous = [commit for commit in measured if commit != head][-1]
     factors, _, _ = recorded_noise(machine)
     listed = discover(machine, config)
-    asked = {name: selection(benchmark, grid) for name, benchmark in listed.items()}
+    names = in_quick_run(listed, is_head=True) if grid == "quick" else listed
+    asked = {name: selection(listed[name], grid) for name in names}
 
     def worse():
         found = {}

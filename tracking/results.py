@@ -16,6 +16,7 @@ from tracking.repository import ROOT, git
 
 RESULTS = ROOT / "results"
 HEADLINE = "overhead.Auto.ratio_vs_contiguous"
+NUMPY = "host.NumPy.track_version"
 
 # What benchmarks were called -> what they are called: other machines' results have the old names.
 RENAMED = {
@@ -77,6 +78,11 @@ class Measured:
     started_at: int  # of the last benchmark, milliseconds
     versions: dict  # {benchmark: version}
     table: dict  # {benchmark: {parameters: Value}}
+
+    @property
+    def explained(self):
+        """Whether cells without a number say why: NumPy's version is recorded since they do."""
+        return NUMPY in self.table
 
 
 def _today(by_name):

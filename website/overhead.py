@@ -21,6 +21,7 @@ from benchmarks.common import PARAM_NAMES, kv_bytes
 from tracking.repository import ROOT, commit_label, git
 from tracking.results import (
     MISSING,
+    NUMPY,
     RESULTS,
     environments,
     load,
@@ -34,7 +35,6 @@ TEMPLATE = Path(__file__).with_name("overhead.html")
 RATIO = re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous")
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
-NUMPY = "host.NumPy.track_version"
 
 
 def _path(name):
