@@ -20,17 +20,18 @@ SCALE = HEAD_DIM**-0.5
 
 
 class Model:
-    """Embedding, attention layers with residuals, logits."""
+    """Embedding, attention layers, logits. What a token attends to decides what follows it."""
 
     def __init__(self):
         rng = np.random.default_rng(21)
-        self.embedding = mx.array(rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32))
-        heads = {"q": QUERY_HEADS, "k": KV_HEADS, "v": KV_HEADS}
+
+        def random(*shape):
+            return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+        heads = {"q": QUERY_HEADS, "k": KV_HEADS, "v": KV_HEADS, "o": WIDTH // HEAD_DIM}
+        self.embedding, self.head = random(VOCABULARY, WIDTH), random(WIDTH, VOCABULARY)
         self.weights = [
-            {
-                name: mx.array(rng.standard_normal((WIDTH, count * HEAD_DIM)).astype(np.float32))
-                for name, count in {**heads, "o": WIDTH // HEAD_DIM}.items()
-            }
+            {name: random(WIDTH, count * HEAD_DIM) for name, count in heads.items()}
             for _ in range(LAYERS)
         ]
 
@@ -45,8 +46,8 @@ class Model:
                 for name in "qkv"
             )
             out = attend(layer, q, k, v, scale=SCALE).swapaxes(1, 2).reshape(rows, length, -1)
-            x = x + out @ w["o"] / WIDTH**0.5
-        return mx.fast.rms_norm(x, None, 1e-5) @ self.embedding.T
+            x = x / 4 + out @ w["o"]
+        return mx.fast.rms_norm(x, None, 1e-5) @ self.head
 
 
 def compute(model, cache, schedule):
