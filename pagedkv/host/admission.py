@@ -61,6 +61,8 @@ class Admission:
     def choose(self, in_flight: InFlight) -> list[Hashable]:
         """Choose what is computed next, take its blocks, and return who was preempted for it."""
         preempted: list[Hashable] = []
+        while self.running and not self.running[-1].running:  # what was interrupted
+            self._stop_last()
         if self._waiting and len(self.running) < self._max_running:
             # What was generated is cached when somebody may look for it.
             for sequence in self.running:
@@ -76,7 +78,7 @@ class Admission:
                     last = self.running[-1]
                     self._prefixes.cache(last)
                     self._prefixes.release(last)
-                    heapq.heappush(self._waiting, self.running.pop())
+                    self._stop_last()
                     self.preemptions += 1
                     preempted.append(last.request_id)
         if not preempted:
@@ -134,6 +136,11 @@ class Admission:
             self.prompt_tokens += len(sequence.tokens)
             self.hit_tokens += cached
         return sequence.running
+
+    def _stop_last(self) -> None:
+        """Let the last one wait that has given back what it held."""
+        heapq.heappush(self._waiting, self.running[-1])
+        self.running.pop()
 
     def _evict(self, num_blocks: int) -> int:
         freed = self._prefixes.tree.evict(num_blocks)

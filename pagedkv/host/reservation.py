@@ -24,19 +24,32 @@ class Reservation:
     copies : list of (int, int)
         Blocks to copy before anything is written: from which id, to which id.
     is_open : bool
-        Whether it was neither committed nor undone.
+        Whether it has taken blocks and was neither committed nor undone.
     """
 
     def __init__(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
-        needs = [table.missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
         self.copies: list[tuple[int, int]] = []
+        self.is_open = False
         self._tables, self._counts = tables, counts
         self._pool = tables[0].pool
         self._lengths = [table.num_tokens for table in tables]
         self._before: list[tuple[BlockTable, tuple[array[int], int]]] = []
         self._blocks: list[int] = []
-        self.is_open = True
+
+    def take(self) -> None:
+        """Take the blocks, all or nothing, and let the tables grow.
+
+        Whoever undoes it after an interrupt has to hold the object before.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the pool has too few free blocks. Nothing has changed then.
+        """
+        tables, counts = self._tables, self._counts
+        needs = [table.missing_blocks(count) for table, count in zip(tables, counts, strict=True)]
         try:
+            self.is_open = True
             self._blocks = self._pool.allocate(sum(needs))
             blocks = iter(self._blocks)
             for table, count, need in zip(tables, counts, needs, strict=True):
@@ -145,4 +158,11 @@ def reserve(tables: Sequence[BlockTable], counts: Sequence[int]) -> Reservation:
     pool, block_size = tables[0].pool, tables[0].block_size
     if any(table.pool is not pool or table.block_size != block_size for table in tables):
         raise ValueError("expected tables of one pool and block size")
-    return Reservation(tables, [count_of(count, "count") for count in counts])
+    reservation = Reservation(tables, [count_of(count, "count") for count in counts])
+    try:
+        reservation.take()
+        return reservation
+    except BaseException:
+        if reservation.is_open:
+            reservation.undo()
+        raise

@@ -121,7 +121,9 @@ class InFlight:
             counts.append(count)
         self.left = left
         if len(chosen) > first:
-            self._reservations.append(Reservation(tables[first:], counts[first:]))
+            reservation = Reservation(tables[first:], counts[first:])
+            self._reservations.append(reservation)
+            reservation.take()
 
     def schedule(self, preempted: list[Hashable]) -> Schedule:
         """Return it as the caller sees it."""
