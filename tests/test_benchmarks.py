@@ -171,6 +171,9 @@ ON_A_GPU = {
     "decode.Mixed",
     "overhead.Batch16",
     "overhead.Fused",
+    "step.Batch16",
+    "step.BoundBatch16",
+    "step.WaitingBatch16",
 }
 
 
