@@ -4,7 +4,15 @@ The queries of a step follow from the output of the one before, as a sampled tok
 step is in flight while the next is built, as in mlx-lm's `generate_step`.
 """
 
+import inspect
+import os
+import statistics
+import sys
+import time
+
 import mlx.core as mx
+
+import pagedkv
 
 from .caches import Bound as BoundCache
 from .caches import Contiguous, paged
@@ -16,11 +24,14 @@ from .common import (
     KV_HEADS,
     PARAM_NAMES,
     QUERY_HEADS,
+    feature,
+    kv_bytes,
     layers,
     on_gpu,
     require_cell,
     require_fast,
     require_gpu,
+    require_memory,
 )
 
 
@@ -211,3 +222,96 @@ class BoundBatch16(Bound):
     def setup(self, *cell):
         require_gpu()
         super().setup(*cell)
+
+
+class _OnTheHost:
+    version = "1"
+    params = [[1, 8, 32, 256]]
+    param_names = ["sequences"]
+    timeout = 600
+    better = "smaller"
+    context, block_size = 1024, 32
+    steps = 32  # each sequence takes one block
+
+    def setup(self, sequences):
+        feature("PagedKVCache")
+        cell = (sequences, self.context, self.block_size)
+        require_memory(4 * kv_bytes(*cell))
+        self.cache = paged(cell, 1, self.steps)
+        self.new = [tuple(_random(sequences, KV_HEADS, 1, HEAD_DIM) for _ in "kv")]
+        self.queries = _random(sequences, QUERY_HEADS, 1, HEAD_DIM)
+
+    def build(self):
+        self.out = self.cache.step(self.queries, self.new)
+
+    def mean(self, measure):
+        """Return the mean of what `measure` says of a call that builds one step."""
+        total = 0
+        for _ in range(self.steps):
+            total += measure(self.build)
+            if not on_gpu():
+                self.out = None  # 256 sequences would take a CPU seconds
+            mx.eval(self.out, self.cache.pools())
+        self.cache.back()
+        return total / self.steps
+
+
+class Host(_OnTheHost):
+    """Host time of a decode step of one layer, nothing computed: blocks, plan, write, attend.
+
+    Of contexts of 1024 tokens that go on by a block. What each further layer takes is
+    `host.Build`. A change is the package's Python; times of a noisy machine, see `Instructions`.
+    """
+
+    unit = "us"
+
+    def track_host(self, sequences):
+        self.mean(_seconds)
+        return statistics.median(self.mean(_seconds) for _ in range(7)) * 1e6
+
+
+class Instructions(_OnTheHost):
+    """Bytecode instructions of the package's own files in the same step.
+
+    The same on every machine of one Python version and kind of device, and in every run: a change
+    of 1% is a change of the code. What NumPy and MLX do inside a call counts for nothing.
+    """
+
+    unit = "instructions"
+
+    def track_instructions(self, sequences):
+        self.mean(instructions)
+        return self.mean(instructions)
+
+
+def _seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def instructions(call):
+    """Return how many bytecode instructions of the package's files `call` runs."""
+    folder = os.path.dirname(inspect.getfile(pagedkv)) + os.sep
+    count = 0
+
+    def in_frame(frame, event, _):
+        nonlocal count
+        count += event == "opcode"
+        return in_frame
+
+    def on_call(frame, event, _):
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return in_frame
+
+    # Python 3.12 traces instructions only where a frame had asked for it before.
+    sys._getframe().f_trace_opcodes = True
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count

@@ -1,5 +1,7 @@
 """What `benchmarks/step.py` measures is a whole step: planned, written, attended and right."""
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -179,3 +181,36 @@ def test_one_step_is_in_flight_while_the_next_is_built(ahead, order, monkeypatch
         "build 1 of ['b', 0]",
         "build 2 of ['c', 1]",
     ]
+
+
+def test_instructions_of_the_package_are_counted_and_no_others():
+    assert step.instructions(lambda: sorted(range(100), key=lambda x: -x)) == 0
+    once = step.instructions(lambda: pagedkv.blocks_needed(5, 2))
+    assert once > 0
+    assert step.instructions(lambda: [pagedkv.blocks_needed(5, 2) for _ in "abc"]) == 3 * once
+    assert sys.gettrace() is None
+
+
+def test_instructions_of_a_step_are_the_same_each_time():
+    counts = []
+    for _ in range(2):
+        benchmark = step.Instructions()
+        benchmark.setup(8)
+        counts += [benchmark.track_instructions(8), benchmark.track_instructions(8)]
+    assert len(set(counts)) == 1
+    assert benchmark.cache.tables[0].num_tokens == benchmark.context
+
+
+def test_three_percent_more_instructions_are_seen(monkeypatch):
+    benchmark = step.Instructions()
+    benchmark.setup(1)
+    before = benchmark.track_instructions(1)
+    extend = pagedkv.PagedKVCache.extend
+
+    def slower(self, tables, counts):
+        for _ in range(2):
+            pagedkv.blocks_needed(1, 2)
+        return extend(self, tables, counts)
+
+    monkeypatch.setattr(pagedkv.PagedKVCache, "extend", slower)
+    assert 1.03 < benchmark.track_instructions(1) / before < 1.06
