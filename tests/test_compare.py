@@ -14,6 +14,7 @@ from tracking.results import Value
 
 FACTORS = {"ratio": 1.05, "time": 1.5}
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
+COUNT = "step.Instructions.track_instructions(1)"
 
 
 def change(before, after, *, name=RATIO, significant=True, samples=25, better="smaller"):
@@ -34,6 +35,9 @@ def change(before, after, *, name=RATIO, significant=True, samples=25, better="s
         (change(1.06, 1.0, better="larger"), "worsened"),
         (change(1.0, 1.4, name=TIME), "unchanged"),
         (change(1.0, 1.6, name=TIME), "worsened"),
+        (change(1000, 1030, name=COUNT, significant=False), "worsened"),
+        (change(1000, 980, name=COUNT), "improved"),
+        (change(1000, 1005, name=COUNT), "unchanged"),
         (change(None, 1.0), "repaired"),
         (change(1.0, None), "failed"),
         (change(None, math.nan), "failed"),
@@ -149,7 +153,7 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
     assert "`make noise` was not run" in output.read_text()
     [(before, after, options)] = measured.asked
     assert (before, after) == ("a" * 40, "b" * 40)
-    assert options["benchmarks"] == ("overhead.", "decode.", "host.")
+    assert options["benchmarks"] == compare.COMPARED
     assert options["rounds"] == 3
 
 

@@ -1,10 +1,12 @@
 """What asv publishes as a regression, by which direction is better."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
+from tracking.project import asv_settings
 from website.regressions import DirectedRegressions
 
 
@@ -67,3 +69,18 @@ def test_what_says_nothing_is_better_smaller(tmp_path, monkeypatch):
 
 def test_ours_is_published_after_asvs_own():
     assert DirectedRegressions.order > DirectedRegressions.__base__.order
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [
+        ("step.Instructions.track_instructions(1)", 0.01),
+        ("step.Host.track_host(1)", 0.1),
+        ("host.NumPy.track_version", 0.1),
+        ("step.Auto.ratio_step_vs_contiguous(1, 1024, 32)", 0.1),
+        ("decode.Auto.time_decode(1, 1024, 32)", 0.75),
+    ],
+)
+def test_one_percent_more_of_what_is_counted_is_published_as_a_regression(name, threshold):
+    given = asv_settings()["regressions_thresholds"]
+    assert max(value for regex, value in given.items() if re.match(regex, name)) == threshold

@@ -1,7 +1,8 @@
 """What changed between two commits: measured by `asv continuous`, judged by asv's statistics.
 
 A cell has changed if its samples differ significantly and its median by more than a factor. The
-factor of a machine is what keeps identical commits apart from changed ones there.
+factor of a machine is what keeps identical commits apart from changed ones there. What is counted
+has no noise: its samples are all the same, and one percent is a change.
 """
 
 import shutil
@@ -14,6 +15,8 @@ from tracking.grid import selection
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
 from tracking.results import MISSING, Value, measured
+
+COUNTED = 1.01
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Change:
 
     @property
     def kind(self):
-        """Return "ratio", or "time" for everything that is absolute."""
+        """Return "ratio", "count", or "time" for everything else that is absolute."""
+        if ".track_instructions" in self.name:
+            return "count"
         return "ratio" if ".ratio_" in self.name else "time"
 
     @property
@@ -48,8 +53,9 @@ class Change:
             return "n/a" if lacked and self.after.value is not None else "failed"
         if not self.before.known:
             return "repaired" if self.before.value is None else "n/a"
-        factor, ratio = factors[self.kind], self.ratio.value
-        if not self.significant or 1 / factor <= ratio <= factor:
+        counted, ratio = self.kind == "count", self.ratio.value
+        factor = COUNTED if counted else factors[self.kind]
+        if not (self.significant or counted) or 1 / factor <= ratio <= factor:
             return "unchanged"
         return "improved" if (ratio > 1) == (self.better == "larger") else "worsened"
 

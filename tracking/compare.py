@@ -18,7 +18,7 @@ from tracking.project import machine_name, record_machine
 from tracking.repository import check_history, git, resolve
 from tracking.tables import as_markdown
 
-COMPARED = ("overhead.", "decode.", "host.")
+COMPARED = ("overhead.", "decode.", "host.", "step.Auto.", "step.Instructions.")
 ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
 
 
