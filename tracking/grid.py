@@ -13,6 +13,10 @@ HISTORY = (
     "prefill.Write.",
     "prefix_cache.Match.",
     "scheduler.Decode.",
+    "step.Auto.",
+    "step.Bound.",
+    "step.Host.",
+    "step.Instructions.",
 )
 
 
