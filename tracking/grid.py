@@ -13,8 +13,6 @@ HISTORY = (
     "prefill.Write.",
     "prefix_cache.Match.",
     "scheduler.Decode.",
-    "step.Auto.",
-    "step.Bound.",
     "step.Host.",
     "step.Instructions.",
 )
