@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at every place where one can come; work counted in instructions."""
+"""KeyboardInterrupt at every place where one can come."""
 
 import sys
 from pathlib import Path
@@ -41,24 +41,3 @@ def interrupted(start, operation):
         if done:
             assert number > 3, "nothing was interrupted"
             return
-
-
-def instructions(operation):
-    """Return how many bytecode instructions of the package `operation()` executes."""
-    count = 0
-
-    def trace(frame, event, _):
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        operation()
-    finally:
-        sys.settrace(before)
-    return count

@@ -5,7 +5,8 @@ import tracemalloc
 
 import numpy as np
 from engine import engine
-from interrupts import instructions
+
+from benchmarks.step import instructions
 
 
 def test_cold_prefixes_go_before_anyone_is_preempted():
