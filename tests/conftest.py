@@ -31,3 +31,29 @@ def versions(tmp_path):
         (folder / f"0b9e8013-{name}.json").write_text(json.dumps(result))
         environments.append(name)
     return tmp_path / "results", "h200", result["commit_hash"], environments
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """Stands in for `pagedkv.kernels.kernel` on a CPU."""
+    from emulator import COMPILER, Emulator
+
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to run the Metal text with")
+    return Emulator(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def attend(request):
+    """Run a case through plan and kernels: the GPU's own, or on a CPU their Metal text."""
+    from launching import BACKEND, run
+
+    from pagedkv import kernels
+
+    if BACKEND != "cpu":
+        yield run
+        return
+    emulator = request.getfixturevalue("emulator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "kernel", emulator.kernel)
+        yield run

@@ -106,9 +106,9 @@ class Emulator:
 
 
 def as_numpy(array):
-    """An array's bytes; bfloat16 as the uint16 it is."""
+    """The memory of an array, which a kernel may write; bfloat16 as the uint16 it is."""
     if isinstance(array, np.ndarray):
         return array
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
-    return np.ascontiguousarray(np.array(array))
+    return np.ascontiguousarray(np.asarray(array))

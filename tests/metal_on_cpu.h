@@ -74,7 +74,7 @@ namespace fast {
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 }  // namespace fast
-enum class mem_flags { mem_threadgroup };
+enum class mem_flags { mem_threadgroup, mem_device };
 
 namespace fibers {
 constexpr int MOST = 1024, STACK = 1 << 16;

@@ -4,73 +4,16 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from cases import OPTIONS, Case, poison, score_options
-from emulator import COMPILER, Emulator, signature
+from cases import OPTIONS, Case, poison
+from emulator import signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import BACKEND, TOLERANCE, TUNING, WHOLE, assert_close, on_a_cpu
 
 from pagedkv import kernels
 from pagedkv.attention import fused
-from pagedkv.attention.paths import backend_of
 
-# Relative error of one sequence's output.
-TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
-# Small groups and items, so that short contexts are cut and joined.
-TUNING = fused.Tuning(warps=2, heavy_warps=2, groups=32, fewest=16, merge_warps=2)
-WHOLE = fused.Tuning(warps=2, heavy_warps=2, groups=1, fewest=10**6, merge_warps=2)
 LENS = [5, 33, 100]
-
-
-BACKEND = backend_of(mx.default_device())
-on_a_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="about the emulator; there is a GPU here")
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("no C++ compiler to run the Metal text with")
-    return Emulator(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture(scope="module")
-def attend(request):
-    """Run a case through plan and kernels: the GPU's own, or on a CPU their Metal text."""
-    if BACKEND != "cpu":
-        yield run
-        return
-    emulator = request.getfixturevalue("emulator")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "kernel", emulator.kernel)
-        yield run
-
-
-def run(case, tuning=TUNING, pools=None, **options):
-    scores = score_options(options)
-    keys, values = pools or (case.keys, case.values)
-    assert fused.refusal(case.queries.shape, keys.shape) is None
-    plan = fused.make_plan(
-        case.batch(),
-        "metal" if BACKEND == "cpu" else BACKEND,
-        case.queries.shape,
-        keys.shape,
-        case.queries.dtype,
-        case.scale,
-        scores,
-        tuning,
-    )
-    assert plan.launches == (1 if plan.items == len(case.lens) else 2)
-    out = plan.attend(case.queries, keys, values, scores.alibi_slopes, scores.sinks)
-    assert out.dtype == case.queries.dtype
-    return out
-
-
-def assert_close(out, case, **options):
-    expected = case.expected(**options)
-    assert out.shape == expected.shape
-    numbers = np.array(out.astype(mx.float32), dtype=np.float64)
-    for b in range(len(numbers)):
-        error = np.linalg.norm(numbers[b] - expected[b]) / np.linalg.norm(expected[b])
-        assert error <= TOLERANCE[out.dtype], f"sequence {b}"
 
 
 @pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
@@ -179,7 +122,7 @@ def test_launches(attend, emulator, tuning, expected):
 CUDA_WORDS = ["blockIdx", "threadIdx", "__shared__", "__syncthreads", "__half", "asm", "_sync("]
 
 
-@pytest.mark.parametrize("body", ["split", "merge"])
+@pytest.mark.parametrize("body", kernels.INPUTS)
 def test_metal_text(body):
     constants = (("D", 64), ("WARPS", 4), ("T", "Float16"))
     header, text = kernels.source(body, "metal", constants)
@@ -190,11 +133,11 @@ def test_metal_text(body):
     for attribute in ("threadgroup_position_in_grid", "thread_position_in_threadgroup"):
         assert attribute in text
     for name in kernels.INPUTS[body]:
-        assert re.search(rf"\b{name}\b", text)
+        assert name == "after" or re.search(rf"\b{name}\b", text)
         assert not re.search(rf"\b{name}_(shape|strides|ndim)\b", text)
     # Of fewer than 8 elements an input is `constant`, else `device`: what may be small is never
     # named by a pointer of one kind.
-    small = "block_tables|plan|sinks|slopes"
+    small = "block_tables|plan|sinks|slopes|new_keys|new_values|slots|copies|after"
     assert not re.search(rf"(device|constant)[^;]*\*\s*\w+\s*=\s*({small})", text)
 
 
@@ -206,7 +149,7 @@ def test_small_inputs_are_constant():
     )
 
 
-@pytest.mark.parametrize("body", ["split", "merge"])
+@pytest.mark.parametrize("body", kernels.INPUTS)
 def test_cuda_text_is_short_and_tells_versions_apart(body, tmp_path, monkeypatch):
     header, text = kernels.source(body, "cuda", (("D", 64),))
     assert f'#include "{kernels.FOLDER / "cuda.h"}"\n#define D 64\n' == header

@@ -43,7 +43,7 @@ def _tuned(tuning):
         shapes = cell.queries.shape, cell.layers[0].key_pool.shape
         backend = backend_of(mx.default_device())
         plan = make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning)
-        return lambda q, k, v: plan.attend(q, k, v, None, None)
+        return lambda q, k, v: plan.attend(q, k, v, PLAIN)
 
     return of_cell
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,23 +26,21 @@ class DecodeBatch:
     Attributes
     ----------
     block_tables : mx.array
-        Block ids, shape [B, M], int32. M is the largest number of blocks any sequence needs;
-        shorter rows repeat their own first block.
-    context_lens : mx.array
-        Tokens to attend over, shape [B], int32.
+        Block ids, shape [B, M], int32. M is the largest number of blocks any sequence needs, or
+        more; shorter rows repeat their own first block.
     block_size : int
         S, tokens in a block.
     num_blocks : int
         N, blocks in the pool that the ids index.
     lens : ndarray
-        The context lengths on the host, shape [B], int64.
+        Tokens to attend over, on the host, shape [B], int64.
     """
 
     block_tables: mx.array
-    context_lens: mx.array
     block_size: int
     num_blocks: int
     lens: NDArray[np.int64]
+    _before: tuple[Mapping[Hashable, Any], int] = ({}, 0)  # what a shorter batch made; how much
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -118,11 +116,35 @@ class DecodeBatch:
         padded = ids[starts[:, None] + np.where(columns < needed[:, None], columns, 0)]
         return cls(
             block_tables=mx.array(padded.astype(np.int32)),
-            context_lens=mx.array(lens.astype(np.int32)),
             block_size=block_size,
             num_blocks=num_blocks,
             lens=lens,
         )
+
+    def advanced(self, by: int, block_tables: mx.array | None = None) -> DecodeBatch:
+        """Return the same sequences, each `by` tokens longer, with what their plans have in common.
+
+        Parameters
+        ----------
+        by : int
+            Tokens, 1 or more.
+        block_tables : mx.array, optional
+            As `block_tables` has them, checked by the caller; without it the present ones, whose
+            rows have to reach that far.
+
+        Returns
+        -------
+        DecodeBatch
+            Another batch. This one stays as it is.
+        """
+        tables = self.block_tables if block_tables is None else block_tables
+        before = self._made, by
+        return DecodeBatch(tables, self.block_size, self.num_blocks, self.lens + by, before)
+
+    def before(self, what: Hashable) -> tuple[Any, int] | None:
+        """Return what the batch that this one was advanced from made, and by how many tokens."""
+        made, by = self._before
+        return (made[what], by) if what in made else None
 
     def once(self, what: Hashable, make: Callable[..., T], *arguments: Any) -> T:
         """Return what `make` returned when this batch was first asked for `what`.
@@ -134,6 +156,11 @@ class DecodeBatch:
         if made is None:
             made = self._made[what] = make(*arguments)
         return made
+
+    @cached_property
+    def context_lens(self) -> mx.array:
+        """Tokens to attend over, shape [B], int32."""
+        return mx.array(self.lens.astype(np.int32))
 
     @cached_property
     def shortest(self) -> int:

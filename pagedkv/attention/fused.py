@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -171,7 +172,77 @@ class Plan:
 
     items: int
     launches: int
-    attend: Callable[[mx.array, mx.array, mx.array, mx.array | None, mx.array | None], mx.array]
+    _tables: mx.array
+    _numbers: NDArray[np.int32]  # what the kernels read beside the tables, on the host
+    _growth: NDArray[np.int32]  # what one more token of each sequence adds to them
+    _room: int  # tokens by which all may grow before it is better to cut anew
+    _on_device: mx.array
+    _splits: _Splits
+    _split: dict[str, Any]  # arguments of the launches
+    _merge: dict[str, Any]
+    _joins: Callable[..., list[mx.array]]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scores: ScoreOptions,
+        after: mx.array | None = None,
+        new: tuple[mx.array, mx.array] | None = None,
+    ) -> mx.array:
+        """Attend in one layer; see `DecodePath.attend`."""
+        slopes, sinks = scores.alibi_slopes, scores.sinks
+        inputs = [queries, keys, values, self._tables, self._on_device]
+        if new is not None:
+            inputs += new
+        if after is not None:
+            inputs.append(after)
+        if slopes is not None:
+            inputs.append(slopes)
+        splits = self._splits(new is not None, after is not None)
+        if self.launches == 1:
+            if sinks is not None:
+                inputs.append(sinks)
+            return splits(inputs=inputs, **self._split)[0]
+        [parts] = splits(inputs=inputs, **self._split)
+        inputs = [parts, self._on_device]
+        if sinks is not None:
+            inputs.append(sinks)
+        return self._joins(inputs=inputs, **self._merge)[0]
+
+    def advanced(self, batch: DecodeBatch, by: int) -> Plan | None:
+        """Return the plan of the same sequences, each `by` tokens longer; None to cut anew."""
+        if by > self._room:
+            return None
+        numbers = self._numbers + by * self._growth
+        numbers[3] = batch.block_tables.shape[1]
+        return replace(
+            self,
+            _tables=batch.block_tables,
+            _numbers=numbers,
+            _room=self._room - by,
+            _on_device=mx.array(numbers),
+        )
+
+
+class _Splits:
+    """The variants of one kernel that a plan may launch: with or without writing and order."""
+
+    def __init__(self, backend: str, constants: kernels.Constants, extra: tuple[str, ...]) -> None:
+        self._of = backend, constants, extra
+        self._made: dict[tuple[bool, bool], Callable[..., list[mx.array]]] = {}
+
+    def __call__(self, writes: bool, ordered: bool) -> Callable[..., list[mx.array]]:
+        made = self._made.get((writes, ordered))
+        if made is None:
+            backend, constants, extra = self._of
+            constants = (*constants, ("WRITE", int(writes)))
+            new = ("new_keys", "new_values") if writes else ()
+            after = ("after",) if ordered else ()
+            made = kernels.kernel("split", backend, constants, (*new, *after, *extra))
+            self._made[writes, ordered] = made
+        return made
 
 
 def make_plan(
@@ -226,15 +297,19 @@ def make_plan(
         starts = np.maximum(lens - query_len + 1 - scores.window, 0) // tokens * tokens
     slots = max(1, tuning.groups // (kv_heads * chunks))
     work, rows_of_work = cut(lens, starts, slots=slots, tile=tile, fewest=tuning.fewest)
-    divided = len(work) > rows_of_batch
-    numbers = np.array([scale, scores.softcap or 0.0], np.float32).view(np.int32)
-    header = [*numbers, scores.window or 0, batch.block_tables.shape[1], len(work), 0, 0, 0]
-    plan = mx.array(np.concatenate([header, work.ravel(), rows_of_work.ravel()]).astype(np.int32))
+    items = len(work)
+    divided = items > rows_of_batch
+    header = np.array([scale, scores.softcap or 0.0, 0, 0, 0, 0, 0, 0], np.float32).view(np.int32)
+    header[2:5] = scores.window or 0, batch.block_tables.shape[1], items
+    numbers = np.concatenate([header, work.ravel(), rows_of_work.ravel()]).astype(np.int32)
+    # One more token of each sequence: every context is longer, and so is the item at its end.
+    growth = np.zeros_like(numbers)
+    growth[HEADER : HEADER + 4 * items].reshape(-1, 4)[:, 3] = 1
+    growth[HEADER : HEADER + 4 * items].reshape(-1, 4)[rows_of_work[:, 1] - 1, 2] = 1
 
     shape = (("D", head_dim), ("HKV", kv_heads), ("G", group), ("Q", query_len))
     sinks = scores.sinks is not None
-    attends = kernels.kernel(
-        "split",
+    splits = _Splits(
         backend,
         (
             *shape,
@@ -262,34 +337,33 @@ def make_plan(
         (*shape, ("WARPS", tuning.merge_warps), ("SINKS", int(sinks)), ("OUT", TYPES[dtype])),
         ("sinks",) if sinks else (),
     )
-    tables = batch.block_tables
-    grid = (kv_heads * chunks * warps * 32, len(work), 1)
-    threads = (warps * 32, 1, 1)
     output = {"output_shapes": [queries], "output_dtypes": [dtype]}
     # Outputs first, then their log-sum-exps.
     partial = {
-        "output_shapes": [(len(work) * heads * query_len * (head_dim + 1),)],
+        "output_shapes": [(items * heads * query_len * (head_dim + 1),)],
         "output_dtypes": [mx.float32],
     }
-    merge_grid = (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1)
-    merge_threads = (tuning.merge_warps * 32, 1, 1)
-
-    def in_one(
-        q: mx.array, k: mx.array, v: mx.array, slopes: mx.array | None, sinks: mx.array | None
-    ) -> mx.array:
-        inputs = [q, k, v, tables, plan]
-        inputs += [array for array in (slopes, sinks) if array is not None]
-        return attends(inputs=inputs, grid=grid, threadgroup=threads, **output)[0]
-
-    def in_two(
-        q: mx.array, k: mx.array, v: mx.array, slopes: mx.array | None, sinks: mx.array | None
-    ) -> mx.array:
-        inputs = [q, k, v, tables, plan] if slopes is None else [q, k, v, tables, plan, slopes]
-        [parts] = attends(inputs=inputs, grid=grid, threadgroup=threads, **partial)
-        inputs = [parts, plan] if sinks is None else [parts, plan, sinks]
-        return joins(inputs=inputs, grid=merge_grid, threadgroup=merge_threads, **output)[0]
-
-    return Plan(len(work), 1 + divided, in_two if divided else in_one)
+    return Plan(
+        items=items,
+        launches=1 + divided,
+        _tables=batch.block_tables,
+        _numbers=numbers,
+        _growth=growth,
+        _room=tile,
+        _on_device=mx.array(numbers),
+        _splits=splits,
+        _split={
+            "grid": (kv_heads * chunks * warps * 32, items, 1),
+            "threadgroup": (warps * 32, 1, 1),
+            **(partial if divided else output),
+        },
+        _merge={
+            "grid": (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1),
+            "threadgroup": (tuning.merge_warps * 32, 1, 1),
+            **output,
+        },
+        _joins=joins,
+    )
 
 
 def _power_of_two(number: int) -> int:

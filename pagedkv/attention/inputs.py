@@ -15,6 +15,8 @@ DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 """What pools and queries may hold."""
 
 Shape = tuple[int, ...]
+New = tuple[mx.array, mx.array]
+"""K and V of query tokens, [B, Hkv, Q, D] each."""
 
 
 class Layout(Enum):

@@ -17,7 +17,7 @@ import mlx.core as mx
 from pagedkv.attention import fused
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.gather import take_blocks, take_rows
-from pagedkv.attention.inputs import DTYPES, Call, Layout, Shape
+from pagedkv.attention.inputs import DTYPES, Call, Layout, New, Shape
 from pagedkv.attention.scores import ScoreOptions
 
 
@@ -30,9 +30,15 @@ class DecodePath:
     layout : Layout
         The pool layout it reads.
     attend : callable
-        (queries, keys, values, prepared, scores) -> output, arguments already checked.
+        (queries, keys, values, prepared, scores) -> output, arguments already checked. One that
+        `writes` also takes (after, new), see `AttentionPlan.attend`.
     prepare : callable
         (batch, call, scores) -> what `attend` takes for every layer; it must not hold the batch.
+    advance : callable or None
+        (prepared, batch, by) -> the same for a batch that goes on by so many tokens, or None to
+        prepare anew. Paths without it always do.
+    writes : bool
+        Whether it can put new tokens' K and V into the pools itself.
     supports : callable
         (device, dtype, head_dim) -> whether it can run.
     causal : bool
@@ -44,9 +50,11 @@ class DecodePath:
     """
 
     layout: Layout
-    attend: Callable[[mx.array, mx.array, mx.array, Any, ScoreOptions], mx.array]
+    attend: Callable[..., mx.array]
     prepare: Callable[[DecodeBatch, Call, ScoreOptions], Any]
     supports: Callable[[mx.Device, mx.Dtype, int], bool]
+    advance: Callable[[Any, DecodeBatch, int], Any] | None = None
+    writes: bool = False
     causal: bool = False
     options: frozenset[str] = frozenset()
     refusal: Callable[[Shape, Shape], str | None] = lambda queries, keys: None
@@ -59,6 +67,10 @@ class Blocks(NamedTuple):
     block_tables: mx.array  # [B, M]
     mask: mx.array | None  # [B, 1, 1, M * S]
 
+    def ordered(self, after: mx.array) -> Blocks:
+        """Return the same, known only when `after` is computed."""
+        return self._replace(block_tables=_ordered(self.block_tables, after))
+
 
 class Rows(NamedTuple):
     """What a gather of rows takes from a batch."""
@@ -68,6 +80,16 @@ class Rows(NamedTuple):
     mask: mx.array | None  # [B, 1, Q, L]
     distances: mx.array | None  # [B, 1, Q, L]
     headroom: mx.array  # HEADROOM, float32
+
+    def ordered(self, after: mx.array) -> Rows:
+        """Return the same, known only when `after` is computed."""
+        return self._replace(rows=_ordered(self.rows, after))
+
+
+def _ordered(indices: mx.array, after: mx.array) -> mx.array:
+    """Return indices that are not known before `after` is: what they are for comes later still."""
+    nothing = after.reshape(-1)[:1].view(mx.uint8)[:1] & 0
+    return indices + nothing.astype(indices.dtype)
 
 
 def _gather_then_sdpa(
@@ -145,10 +167,16 @@ def _gather_rows_grouped(
 
 
 def _fused(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: fused.Plan, scores: ScoreOptions
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    plan: fused.Plan,
+    scores: ScoreOptions,
+    after: mx.array | None = None,
+    new: New | None = None,
 ) -> mx.array:
     """Read K and V where they lie; see `pagedkv.attention.fused`."""
-    return plan.attend(queries, keys, values, scores.alibi_slopes, scores.sinks)
+    return plan.attend(queries, keys, values, scores, after, new)
 
 
 def _prepare_blocks(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Blocks:
@@ -210,6 +238,8 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
             _fused,
             _prepare_fused,
             _fused_supports,
+            advance=fused.Plan.advanced,
+            writes=True,
             causal=True,
             options=EVERY_OPTION,
             refusal=fused.refusal,

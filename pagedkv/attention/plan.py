@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.inputs import Call, Layout, check_heads, check_pool, finite
+from pagedkv.attention.inputs import Call, Layout, New, check_heads, check_pool, finite
 from pagedkv.attention.paths import DECODE_PATHS, DecodePath, choose, refusal
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.errors import UnsupportedPathError
@@ -39,10 +39,36 @@ class AttentionPlan:
     prepared: Any
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scores: ScoreOptions
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scores: ScoreOptions,
+        after: mx.array | None = None,
+        new: New | None = None,
     ) -> mx.array:
-        """Attend in one layer, with arguments of this kind."""
-        return self.path.attend(queries, keys, values, self.prepared, scores)
+        """Attend in one layer, with arguments of this kind.
+
+        Parameters
+        ----------
+        queries, keys, values, scores
+            As for `paged_attention`.
+        after : mx.array, optional
+            Of the pools' dtype: K and V are not read before it is computed.
+        new : tuple of (mx.array, mx.array), optional
+            K and V of the query tokens, [B, Hkv, Q, D] each, to be put into the pools first, if the
+            path `writes`. MLX does not know of it: what reads or writes the pools next has to take
+            the output as its `after`.
+        """
+        if self.path.writes:
+            return self.path.attend(queries, keys, values, self.prepared, scores, after, new)
+        prepared = self.prepared if after is None else self.prepared.ordered(after)
+        return self.path.attend(queries, keys, values, prepared, scores)
+
+    def advanced(self, batch: DecodeBatch, by: int) -> AttentionPlan | None:
+        """Return the plan of the same sequences, each `by` tokens longer; None to plan anew."""
+        prepared = self.path.advance and self.path.advance(self.prepared, batch, by)
+        return prepared and replace(self, prepared=prepared)
 
 
 def plan_for(
@@ -87,6 +113,11 @@ def plan_for(
 
 
 def _make_plan(batch: DecodeBatch, kind: tuple[Any, ...], scores: ScoreOptions) -> AttentionPlan:
+    if before := batch.before(kind):
+        plan: AttentionPlan
+        plan, by = before
+        if advanced := plan.advanced(batch, by):
+            return advanced
     call = Call(*kind)
     path = call.path
     if path == "auto":

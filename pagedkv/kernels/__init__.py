@@ -1,7 +1,12 @@
-"""The fused kernels' sources, loaded for a backend: one algorithm, a dialect for each.
+"""The kernels' sources, loaded for a backend: one algorithm, a dialect for each.
 
-``split.h`` and ``merge.h`` are bodies of kernels in what C++ and Metal's language have in common.
-``cuda.h`` and ``metal.h`` give them vector loads, shuffles and barriers.
+``split.h`` and ``merge.h`` attend, ``write.h`` and ``copy.h`` move what a pool holds: bodies of
+kernels in what C++ and Metal's language have in common. ``cuda.h`` and ``metal.h`` give them vector
+loads, shuffles and barriers.
+
+MLX takes a kernel's inputs for constant. Those that write into a pool do it all the same, which is
+sound while whoever reads or writes the pool next takes an output of the last one who did as an
+input; `pagedkv.cache.in_place` sees to that.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ def source(body: str, backend: str, constants: Constants) -> tuple[str, str]:
     Parameters
     ----------
     body : str
-        Name of an algorithm: ``"split"`` or ``"merge"``.
+        Name of an algorithm, a key of `INPUTS`.
     backend : str
         ``"cuda"`` or ``"metal"``: whose dialect.
     constants : tuple of (str, int or str)
@@ -64,6 +69,8 @@ def _without_comments(text: str) -> str:
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "split": ("queries", "keys", "values", "block_tables", "plan"),
     "merge": ("partials", "plan"),
+    "write": ("keys", "values", "new_keys", "new_values", "slots", "after"),
+    "copy": ("keys", "values", "copies", "after"),
 }
 
 
@@ -76,7 +83,7 @@ def kernel(
     Parameters
     ----------
     body : str
-        Name of an algorithm: ``"split"`` or ``"merge"``.
+        Name of an algorithm, a key of `INPUTS`.
     backend : str
         ``"cuda"`` or ``"metal"``.
     constants : tuple of (str, int or str)

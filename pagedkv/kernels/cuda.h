@@ -1,4 +1,4 @@
-// What split.h and merge.h need of CUDA.
+// What the kernels need of CUDA.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -80,3 +80,8 @@ __device__ __forceinline__ float as_float(int x) {
 __device__ __forceinline__ void group_barrier() {
   __syncthreads();
 }
+// For the threads of a group: what each wrote into a pool is there for all.
+__device__ __forceinline__ void pool_barrier() {
+  __syncthreads();
+}
+#define WRITABLE(pool) const_cast<T*>(pool)

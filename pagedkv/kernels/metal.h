@@ -1,4 +1,4 @@
-// What split.h and merge.h need of Metal.
+// What the kernels need of Metal.
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHARED threadgroup
 
@@ -67,3 +67,8 @@ inline float as_float(int x) {
 inline void group_barrier() {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
+// For the threads of a group: what each wrote into a pool is there for all.
+inline void pool_barrier() {
+  threadgroup_barrier(mem_flags::mem_device);
+}
+#define WRITABLE(pool) const_cast<device T*>(pool)

@@ -9,6 +9,10 @@
 // keeps a softmax of its own; teams meet in shared memory at the end. The R * TOKENS scores of a trip
 // are summed over the team by halves, so that each lane ends up with one of them, whose token and
 // row its seat tells: an exponential is taken once, and fetched by those who need it.
+//
+// With WRITE the K and V of the Q new tokens go into the pool first, each in the items that attend
+// over it. MLX takes inputs for constant and does not know: what orders this write among all who
+// read and write the pool is that each of them takes an output of the one before (`after`).
 constexpr float LOG2E = 1.44269504f;
 // Finite stand-ins for -infinity: a maximum over nothing, and below it a score that never counts.
 constexpr float NOTHING = -1e30f, MASKED = -2e30f;
@@ -30,6 +34,18 @@ const int sequence = item[0], start = item[1], end = item[2], context = item[3];
 auto table = block_tables + size_t(sequence) * max_blocks;
 auto key_rows = keys + head * D + column;
 auto value_rows = values + head * D + column;
+
+#if WRITE
+const int oldest_new = context - Q, first_new = max(start, oldest_new);
+for (int i = thread_id; i < (end - first_new) * D; i += WARPS * 32) {
+  const uint token = first_new + i / D;
+  const size_t slot = size_t(table[token / BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE;
+  const size_t to = (slot * HKV + head) * D + i % D;
+  const size_t from = (size_t(sequence * HKV + head) * Q + token - oldest_new) * D + i % D;
+  WRITABLE(keys)[to] = new_keys[from];
+  WRITABLE(values)[to] = new_values[from];
+}
+#endif
 
 float query[R][8], total[R][8];
 UNROLL for (int r = 0; r < R; ++r) {
@@ -55,6 +71,9 @@ int block = table[uint(min(start + part * TOKENS, end - 1)) / BLOCK_SIZE];  // o
 
 for (int trip = start; trip < end; trip += TRIP) {  // the same trips for every lane
   const int base = trip + part * TOKENS;
+#if WRITE
+  if (trip + TRIP > oldest_new) pool_barrier();
+#endif
   decltype(load(keys)) raw_key[TOKENS], raw_value[TOKENS];
   // Past the end the last token is read again, so that stale slots are never touched. K comes in an
   // order of the seat's own, which spares the first sums a selection.

@@ -1,0 +1,46 @@
+"""The fused kernels on a case of attention: the GPU's own, or on a CPU their Metal text."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cases import score_options
+
+from pagedkv.attention import fused
+from pagedkv.attention.paths import backend_of
+
+# Relative error of one sequence's output.
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+# Small groups and items, so that short contexts are cut and joined.
+TUNING = fused.Tuning(warps=2, heavy_warps=2, groups=32, fewest=16, merge_warps=2)
+WHOLE = fused.Tuning(warps=2, heavy_warps=2, groups=1, fewest=10**6, merge_warps=2)
+
+
+BACKEND = backend_of(mx.default_device())
+on_a_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="about the emulator; there is a GPU here")
+
+
+def make_plan(case, tuning=TUNING, shape=None, **options):
+    shapes = case.queries.shape, shape or case.keys.shape
+    assert fused.refusal(*shapes) is None
+    backend = "metal" if BACKEND == "cpu" else BACKEND
+    more = case.queries.dtype, case.scale, score_options(options), tuning
+    plan = fused.make_plan(case.batch(), backend, *shapes, *more)
+    assert plan.launches == (1 if plan.items == len(case.lens) else 2)
+    return plan
+
+
+def run(case, tuning=TUNING, pools=None, **options):
+    keys, values = pools or (case.keys, case.values)
+    plan = make_plan(case, tuning, keys.shape, **options)
+    out = plan.attend(case.queries, keys, values, score_options(options))
+    assert out.dtype == case.queries.dtype
+    return out
+
+
+def assert_close(out, case, **options):
+    expected = case.expected(**options)
+    assert out.shape == expected.shape
+    numbers = np.array(out.astype(mx.float32), dtype=np.float64)
+    for b in range(len(numbers)):
+        error = np.linalg.norm(numbers[b] - expected[b]) / np.linalg.norm(expected[b])
+        assert error <= TOLERANCE[out.dtype], f"sequence {b}"
