@@ -3,6 +3,7 @@
 import functools
 
 import mlx.core as mx
+import numpy as np
 
 import pagedkv
 
@@ -191,13 +192,9 @@ class _Pipelined:
         require_memory((2 * num_layers + 6) * pool_bytes)
         self.attend = feature("decode_attention")
         sizes = {"num_blocks": self.num_blocks, "block_size": block_size}
-        self.cache = feature("PagedKVCache")(
-            num_layers=num_layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=DTYPE, **sizes
-        )
         mx.random.seed(0)
-        for pools in (self.cache.keys, self.cache.values):
-            for layer in range(num_layers):
-                pools[layer] = _random(*pools[layer].shape)
+        self.layers = range(num_layers)
+        self.make_pools(**sizes)
         tables, _ = block_tables(batch, context, block_size)
         self.batch = feature("DecodeBatch").from_tables(tables, [context] * batch, **sizes)
         last = [table[-1] * block_size for table in tables]
@@ -208,11 +205,9 @@ class _Pipelined:
     def decode(self, write):
         for _ in range(self.steps):
             out = self.queries
-            for layer in range(len(self.cache.keys)):
+            for layer in self.layers:
                 write(layer)
-                keys, values = self.cache.keys[layer], self.cache.values[layer]
-                out = self.attend(out, keys, values, self.batch, scale=SCALE)
-            del keys, values
+                out = self.read(layer, out)
             mx.async_eval(out)
         mx.synchronize()
 
@@ -221,10 +216,32 @@ class _Pipelined:
 
 
 class PipelinedWrite(_Pipelined):
-    """`PagedKVCache.write`, which waits once a step for the step in flight.
+    """`PagedKVCache.write`; until phase 7 it waits once a step for the step in flight.
 
     What it takes above 1.0 is the most that a way to write without waiting could gain.
     """
+
+    def make_pools(self, num_blocks, block_size):
+        sizes = {"num_blocks": num_blocks, "block_size": block_size}
+        self.cache = feature("PagedKVCache")(
+            num_layers=len(self.layers),
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            dtype=DTYPE,
+            **sizes,
+        )
+        num_slots = num_blocks * block_size
+        slots = feature("SlotMapping").from_slots(np.arange(num_slots), **sizes)
+        for layer in self.layers:
+            new = [_random(1, KV_HEADS, num_slots, HEAD_DIM) for _ in "kv"]
+            self.cache.write(layer, *new, slots)
+            mx.eval(self.cache.keys, self.cache.values)
+
+    def read(self, layer, queries):
+        if hasattr(self.cache, "attend"):
+            return self.cache.attend(layer, queries, self.batch, scale=SCALE)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return self.attend(queries, keys, values, self.batch, scale=SCALE)
 
     def write(self, layer):
         self.cache.write(layer, self.token, self.token, self.slots)

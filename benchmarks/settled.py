@@ -8,12 +8,13 @@ from inspect import signature
 import mlx.core as mx
 import numpy as np
 
-from .append import _Pipelined
+from .append import _Pipelined, _random
 from .common import (
     DTYPE,
     HEAD_DIM,
     KV_HEADS,
     PARAM_NAMES,
+    SCALE,
     feature,
     require_cell,
     require_gpu,
@@ -120,9 +121,17 @@ class BlockOrder:
 class PipelinedCopy(_Pipelined):
     """The same scatter without waiting: MLX copies a pool that the step in flight reads."""
 
+    def make_pools(self, num_blocks, block_size):
+        shape = num_blocks, block_size, KV_HEADS, HEAD_DIM
+        self.pools = [[_random(*shape) for _ in self.layers] for _ in "kv"]
+
+    def read(self, layer, queries):
+        keys, values = (pools[layer] for pools in self.pools)
+        return self.attend(queries, keys, values, self.batch, scale=SCALE)
+
     def write(self, layer):
         tokens = self.token.swapaxes(1, 2).reshape(-1, KV_HEADS, HEAD_DIM)
-        for pools in (self.cache.keys, self.cache.values):
+        for pools in self.pools:
             flat = pools[layer].reshape(-1, KV_HEADS, HEAD_DIM)
             flat[self.slots.slots] = tokens
             pools[layer] = flat.reshape(pools[layer].shape)

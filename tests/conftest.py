@@ -57,3 +57,19 @@ def attend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "kernel", emulator.kernel)
         yield run
+
+
+@pytest.fixture(scope="module", params=["donated", "in place"])
+def storage(request):
+    """How pools are written: as on a CPU, or as on a GPU, which on a CPU is emulated."""
+    from launching import BACKEND, emulate
+
+    if BACKEND != "cpu":
+        if request.param == "donated":
+            pytest.skip("there is a GPU here")
+        yield request.param
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in place":
+            emulate(patch, request.getfixturevalue("emulator"))
+        yield request.param

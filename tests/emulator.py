@@ -109,6 +109,7 @@ def as_numpy(array):
     """The memory of an array, which a kernel may write; bfloat16 as the uint16 it is."""
     if isinstance(array, np.ndarray):
         return array
+    mx.eval(array)  # NumPy would not hear of a failure
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(np.asarray(array))

@@ -1,12 +1,16 @@
 """The fused kernels on a case of attention: the GPU's own, or on a CPU their Metal text."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from cases import score_options
 
-from pagedkv.attention import fused
+from pagedkv import DECODE_PATHS, kernels
+from pagedkv.attention import fused, paths, plan
 from pagedkv.attention.paths import backend_of
+from pagedkv.cache import pools
 
 # Relative error of one sequence's output.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -44,3 +48,18 @@ def assert_close(out, case, **options):
     for b in range(len(numbers)):
         error = np.linalg.norm(numbers[b] - expected[b]) / np.linalg.norm(expected[b])
         assert error <= TOLERANCE[out.dtype], f"sequence {b}"
+
+
+def emulate(patch, emulator):
+    """Let a CPU pass for a GPU that runs the kernels' Metal text, through `patch`."""
+    fused_path = replace(
+        DECODE_PATHS["fused"],
+        supports=lambda device, dtype, head_dim: head_dim in fused.HEAD_DIMS,
+    )
+    emulated = {**DECODE_PATHS, "fused": fused_path}
+    for module in (paths, plan):
+        patch.setattr(module, "DECODE_PATHS", emulated)
+    for module in (paths, pools):
+        patch.setattr(module, "backend_of", lambda device: "cuda")  # whose choice is `fused`
+    patch.setattr(fused, "TUNING", {"cuda": TUNING})
+    patch.setattr(kernels, "kernel", emulator.kernel)

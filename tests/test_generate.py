@@ -18,6 +18,8 @@ from pagedkv import BlockPool, PagedKVCache, PagedKVError, Scheduler
 
 SIZES = {"block_size": 4, "num_blocks": 16}
 
+pytestmark = pytest.mark.usefixtures("storage")
+
 
 def new_cache():
     return PagedKVCache(

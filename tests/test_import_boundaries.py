@@ -15,7 +15,7 @@ ROOMS = {
     "kernels": set(),
     "host": {"errors", "limits"},
     "attention": {"errors", "limits", "kernels"},
-    "cache": {"errors", "limits", "host", "attention"},
+    "cache": {"errors", "limits", "host", "kernels", "attention"},
 }
 HOST_ONLY = {"errors", "limits", "host"}
 

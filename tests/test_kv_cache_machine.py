@@ -4,7 +4,13 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from test_kv_cache import Fault, stored
 
 from pagedkv import OutOfBlocksError, PagedKVCache, blocks_needed
@@ -113,5 +119,6 @@ class CacheMachine(RuleBasedStateMachine):
         assert held.tolist() == [pool.reference_count(block) for block in range(9)]
 
 
-CacheMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
-TestCache = CacheMachine.TestCase
+def test_cache(storage):
+    checks = settings(max_examples=200, stateful_step_count=50, deadline=None)
+    run_state_machine_as_test(CacheMachine, settings=checks)

@@ -10,6 +10,8 @@ from pagedkv.cache.kv_cache import MemoryUsage
 
 MIB = 2**20
 
+pytestmark = pytest.mark.usefixtures("storage")
+
 
 def slots(*numbers):
     return SlotMapping.from_slots(numbers, block_size=4, num_blocks=6)
@@ -68,7 +70,10 @@ BAD_WRITES = {
     "KV heads": ({"keys": mx.ones((1, 3, 2, 8))}, r"\[B, 2, L, 8\], got \(1, 3, 2, 8\)"),
     "head dim": ({"keys": mx.ones((1, 2, 2, 4))}, r"\[B, 2, L, 8\], got \(1, 2, 2, 4\)"),
     "rank": ({"keys": mx.ones((2, 2, 8))}, r"\[B, 2, L, 8\], got \(2, 2, 8\)"),
-    "too many tokens": ({"keys": mx.ones((2, 2, 2, 8))}, "2 tokens, one a slot, got 2 sequences"),
+    "too many tokens": (
+        {"keys": mx.ones((2, 2, 2, 8)), "values": mx.ones((2, 2, 2, 8))},
+        "2 tokens, one a slot, got 2 sequences",
+    ),
     "values differ": ({"values": mx.ones((2, 2, 1, 8))}, r"values of shape \(1, 2, 2, 8\)"),
     "dtype of keys": ({"keys": mx.ones((1, 2, 2, 8), mx.float16)}, "float32, got keys of .*16"),
     "dtype of values": ({"values": mx.ones((1, 2, 2, 8), mx.int32)}, "values of .*int32"),

@@ -9,9 +9,13 @@ import pytest
 import pagedkv
 from benchmarks import caches, common, step
 from benchmarks.caches import Attended, Bound, Contiguous, Copied, Extended, Written
+from pagedkv.cache.donated import Donated
+from pagedkv.cache.in_place import InPlace
 
 CELL = (2, 256, 32)
 STEPS = 5
+# On a GPU a pool that is read without the cache is not ordered among later writes.
+OVER_A_CACHE = [Attended] if common.on_gpu() else [Attended, Extended, Written]
 
 
 @pytest.fixture(autouse=True)
@@ -33,37 +37,44 @@ def test_each_commit_takes_the_step_that_it_has(owner, lacking, kind, monkeypatc
     assert type(caches.paged(CELL, 1, STEPS)) is kind
 
 
-@pytest.mark.parametrize("kind", [Attended, Extended, Written, Copied])
+@pytest.mark.parametrize("kind", [*OVER_A_CACHE, Copied])
 def test_every_way_to_take_a_step_is_right(kind, monkeypatch):
     monkeypatch.setattr(step, "paged", kind)
     step.require_step(*CELL)
 
 
-def a_write_that_fails_at(number):
-    """`PagedKVCache.write` that leaves out the tokens of one step."""
-    write, seen = pagedkv.PagedKVCache.write, []
+def lose_tokens_of_step(number, monkeypatch):
+    """Let whatever writes K and V leave out the tokens of one step."""
+    seen = []
 
-    def broken(self, layer, keys, values, slots):
-        if keys.shape[2] == 1:
-            seen.append(layer)
-            if (len(seen) - 1) % STEPS == number:
-                return
-        write(self, layer, keys, values, slots)
+    def lost(new):
+        if new is None or new[0].shape[2] > 1:
+            return False
+        seen.append(new)
+        return (len(seen) - 1) % STEPS == number
 
-    return broken
+    def attend(self, layer, plan, queries, scores, new=None, *, whole=InPlace.attend):
+        return whole(self, layer, plan, queries, scores, None if lost(new) else new)
+
+    def write(self, layer, new, slots, *, whole=Donated.write):
+        if not lost(new):
+            whole(self, layer, new, slots)
+
+    monkeypatch.setattr(InPlace, "attend", attend)
+    monkeypatch.setattr(Donated, "write", write)
 
 
 @pytest.mark.parametrize("number", range(STEPS))
-@pytest.mark.parametrize("kind", [Attended, Extended, Written])
+@pytest.mark.parametrize("kind", OVER_A_CACHE)
 def test_a_step_that_writes_nothing_is_noticed(kind, number, monkeypatch):
-    monkeypatch.setattr(pagedkv.PagedKVCache, "write", a_write_that_fails_at(number))
+    lose_tokens_of_step(number, monkeypatch)
     monkeypatch.setattr(step, "paged", kind)
     monkeypatch.setattr(step, "require_fast", lambda call: None)
     with pytest.raises(AssertionError, match=f"step {number} is off from contiguous attention"):
         step.require_step(*CELL)
 
 
-@pytest.mark.parametrize("kind", [Attended, Extended, Written, Copied])
+@pytest.mark.parametrize("kind", [*OVER_A_CACHE, Copied])
 def test_k_and_v_of_every_step_and_layer_land_in_its_sequence(kind):
     inputs = step.Generation(*CELL[:2], 2, STEPS)
     cache = kind(CELL, 2, STEPS, inputs.contents)
@@ -114,7 +125,7 @@ def test_blocks_of_a_sequence_lie_scattered():
             assert np.abs(np.diff(ids)).mean() > 10
 
 
-@pytest.mark.parametrize("kind", [Attended, Extended, Written, Copied, Contiguous])
+@pytest.mark.parametrize("kind", [*OVER_A_CACHE, Copied, Contiguous])
 def test_every_sample_starts_from_the_same_and_nothing_grows(kind):
     inputs = step.Generation(*CELL[:2], 2, STEPS)
     cache = kind(inputs.contents) if kind is Contiguous else kind(CELL, 2, STEPS, inputs.contents)
@@ -123,7 +134,10 @@ def test_every_sample_starts_from_the_same_and_nothing_grows(kind):
     held = mx.get_active_memory()
     for _ in range(3):
         again = inputs.run(cache)
-        assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, again, strict=True))
+        # MLX takes another kernel once the contiguous cache has grown.
+        apart = 1e-2 if kind is Contiguous else 0
+        for out, same in zip(first, again, strict=True):
+            assert np.allclose(out, np.array(same), apart, apart)
     del again
     mx.synchronize()
     assert mx.get_active_memory() <= held + 2**16
@@ -206,11 +220,14 @@ def test_three_percent_more_instructions_are_seen(monkeypatch):
     benchmark.setup(1)
     before = benchmark.track_instructions(1)
     extend = pagedkv.PagedKVCache.extend
+    more = step.instructions(lambda: pagedkv.blocks_needed(1, 2))
+    times = -int(-0.03 * before // more)
 
     def slower(self, tables, counts):
-        for _ in range(2):
+        for _ in range(times):
             pagedkv.blocks_needed(1, 2)
         return extend(self, tables, counts)
 
     monkeypatch.setattr(pagedkv.PagedKVCache, "extend", slower)
-    assert 1.03 < benchmark.track_instructions(1) / before < 1.06
+    after = benchmark.track_instructions(1)
+    assert 1.03 < after / before < 1.04 + 2 * more / before

@@ -94,7 +94,7 @@ class PagedKVCache(Pools):
         return MemoryUsage(
             allocated_blocks=self.pool.num_blocks,
             live_blocks=self.pool.num_blocks - self.pool.num_free,
-            block_bytes=2 * len(self.keys) * self.keys[0].nbytes // self.pool.num_blocks,
+            block_bytes=self.block_bytes,
         )
 
     def new_table(self) -> BlockTable:
@@ -129,8 +129,6 @@ class PagedKVCache(Pools):
         ValueError
             If the tables are not distinct sequences of this cache, the counts are not one a table,
             negative or all 0, or a sequence stays empty. Nothing has changed then.
-        PagedKVError
-            If a pool is lost.
         """
         self._check_tables(tables)
         reservation = None
@@ -165,7 +163,7 @@ class PagedKVCache(Pools):
         ValueError
             If the schedule is of another cache's blocks. Nothing has changed then.
         PagedKVError
-            If steps were made of it before or it is over, or a pool is lost.
+            If steps were made of it before or it is over.
         """
         self._check_tables(schedule.tables)
         if schedule.state != "new":
@@ -179,6 +177,5 @@ class PagedKVCache(Pools):
         return steps
 
     def _check_tables(self, tables: Sequence[BlockTable]) -> None:
-        self.check_whole()
         if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
             raise ValueError("expected tables of this cache")

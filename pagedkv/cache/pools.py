@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.attention.inputs import DTYPES
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import DTYPES, New
+from pagedkv.attention.paths import backend_of
+from pagedkv.attention.plan import plan_for
+from pagedkv.attention.scores import PLAIN, ScoreOptions
+from pagedkv.cache.donated import Donated
+from pagedkv.cache.in_place import InPlace
 from pagedkv.cache.slots import SlotMapping
-from pagedkv.errors import PagedKVError
 from pagedkv.limits import id_below, integers, positive_int32
 
 
 class Pools:
     """K and V pools of all layers, [N, S, Hkv, D] each.
 
-    The pools are allocated once, zeroed, and written in place. MLX writes in place only into an
-    array that nobody else holds and no evaluation in flight reads; it copies all of it otherwise.
-    So read `keys[layer]` anew each time instead of keeping it in a variable; the pools see to the
-    rest.
-
-    A write that fails when it is evaluated must not take what other sequences have written with
-    it. On a CPU, K and V are evaluated before they are written. On a GPU that would keep the host
-    from running ahead: there, a pool whose write failed is found out before the next step's
-    writes and when a step is rolled back, and the pools are refused from then on.
+    The pools are allocated once, zeroed, on the default device, and written in place: on a GPU by
+    kernels of ours, see `pagedkv.cache.in_place`, on a CPU by MLX, see `pagedkv.cache.donated`.
+    What is written and read through the methods here takes effect in the order of the calls,
+    however far the host runs ahead of the device.
 
     Parameters
     ----------
@@ -62,47 +63,44 @@ class Pools:
             "kv_heads": kv_heads,
             "head_dim": head_dim,
         }
-        num_layers, *shape = (positive_int32(size, name) for name, size in sizes.items())
-        positive_int32(shape[0] * shape[1], "num_blocks * block_size")
+        self.num_layers, *shape = (positive_int32(size, name) for name, size in sizes.items())
+        self.num_blocks, self.block_size, self._kv_heads, self._head_dim = shape
+        positive_int32(self.num_blocks * self.block_size, "num_blocks * block_size")
         if dtype not in DTYPES:
             raise ValueError(f"expected float16, bfloat16 or float32, got {dtype}")
-        self._keys = [mx.zeros(shape, dtype) for _ in range(num_layers)]
-        self._values = [mx.zeros(shape, dtype) for _ in range(num_layers)]
-        mx.eval(self._keys, self._values)
-        self._written = [False] * num_layers  # since the last wait for work in flight
-        self._lost = False
+        self._dtype, self._device = dtype, mx.default_device().type
+        keys, values = ([mx.zeros(shape, dtype) for _ in range(self.num_layers)] for _ in "kv")
+        mx.eval(keys, values)
+        backend = backend_of(mx.default_device())
+        self._store: InPlace | Donated
+        self._store = Donated(keys, values) if backend == "cpu" else InPlace(keys, values, backend)
 
     @property
-    def keys(self) -> list[mx.array]:
-        """K pools, one a layer, for `decode_attention`. A write replaces the entry."""
-        self.check_whole()
-        return self._keys
+    def block_bytes(self) -> int:
+        """Bytes of a block in all layers, K and V."""
+        block = self.block_size * self._kv_heads * self._head_dim
+        return 2 * self.num_layers * block * self._dtype.size
 
     @property
-    def values(self) -> list[mx.array]:
+    def keys(self) -> tuple[mx.array, ...]:
+        """K pools by layer, to be looked at: all that was written so far is in them.
+
+        On a GPU this waits for it, and what is built from a pool has to be evaluated before the
+        next write: use `attend` in a model. On a CPU a pool that somebody holds is copied by the
+        next write.
+        """
+        return self._store.settled()[0]
+
+    @property
+    def values(self) -> tuple[mx.array, ...]:
         """V pools, as `keys`."""
-        self.check_whole()
-        return self._values
-
-    @property
-    def num_blocks(self) -> int:
-        """N, blocks of each pool."""
-        return self._keys[0].shape[0]
-
-    @property
-    def block_size(self) -> int:
-        """S, tokens in a block."""
-        return self._keys[0].shape[1]
+        return self._store.settled()[1]
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
-        """Write tokens into one layer's pools, in place; lazily on a GPU.
+        """Write tokens into one layer's pools: a prompt, a chunk of it; lazily on a GPU.
 
-        Costs what the tokens cost, whatever the size of the pool. The second write of a layer waits
-        for what is in flight on the default stream, once for all layers: a decode step still being
-        computed reads the pool, and MLX would copy it to keep that step's view. A step that is not
-        even being computed cannot be waited for: start it (`mx.async_eval`) before the next one.
-
-        Slots from `extend` are the sequences' own; of others it is not checked who holds them.
+        Costs what the tokens cost, whatever the size of the pool. Slots from `extend` are the
+        sequences' own; of others it is not checked who holds them.
 
         Parameters
         ----------
@@ -116,51 +114,101 @@ class Pools:
         Raises
         ------
         ValueError
-            If there is no such layer, or shapes, dtypes, or the pool the slots were made for do
-            not fit. Nothing has changed then.
-        PagedKVError
-            If a pool is lost.
+            If there is no such layer, or shapes, dtypes, the default device, or the pool the slots
+            were made for do not fit. Nothing has changed then.
         RuntimeError
-            On a CPU, if MLX cannot compute K or V. Nothing has changed then.
+            On a CPU, if MLX cannot compute K or V. Nothing has changed then. On a GPU that shows
+            when something of the step is evaluated; `wait` says what follows.
         """
-        layer = id_below(len(self.keys), layer, "a layer")
-        num_blocks, block_size, kv_heads, head_dim = self._keys[layer].shape
-        if (slots.num_blocks, slots.block_size) != (num_blocks, block_size):
+        layer = self._check_layer(layer)
+        if (slots.num_blocks, slots.block_size) != (self.num_blocks, self.block_size):
             raise ValueError(
-                f"expected slots of {num_blocks} blocks of {block_size} tokens, "
+                f"expected slots of {self.num_blocks} blocks of {self.block_size} tokens, "
                 f"got {slots.num_blocks} of {slots.block_size}"
             )
-        if keys.ndim != 4 or keys.shape[1] != kv_heads or keys.shape[3] != head_dim:
-            raise ValueError(
-                f"expected keys of shape [B, {kv_heads}, L, {head_dim}], got {keys.shape}"
-            )
+        self._check_new(keys, values)
         if keys.shape[0] * keys.shape[2] != slots.slots.size:
             raise ValueError(
                 f"expected {slots.slots.size} tokens, one a slot, "
                 f"got {keys.shape[0]} sequences of {keys.shape[2]}"
             )
-        if values.shape != keys.shape:
-            raise ValueError(f"expected values of shape {keys.shape}, got {values.shape}")
-        dtype = self._keys[layer].dtype
-        if not keys.dtype == values.dtype == dtype:
-            raise ValueError(
-                f"expected {dtype}, got keys of {keys.dtype} and values of {values.dtype}"
-            )
-        if _waiting_is_free():
-            mx.eval(keys, values)
-        if self._written[layer]:
-            self.wait()
-        written = [
-            _scatter(pool, slots.slots, new.swapaxes(1, 2).reshape(-1, kv_heads, head_dim))
-            for pool, new in ((self._keys[layer], keys), (self._values[layer], values))
-        ]
-        self._written[layer] = True
-        self._keys[layer], self._values[layer] = written
+        self._store.write(layer, (keys, values), slots.slots)
+
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        batch: DecodeBatch,
+        *,
+        scale: float,
+        path: str = "auto",
+        scores: ScoreOptions = PLAIN,
+    ) -> mx.array:
+        """Attend over one layer's pools with what was written before; `Step.attend` also writes.
+
+        Parameters
+        ----------
+        layer : int
+            Which layer, from 0.
+        queries, batch, scale, path, scores
+            As for `paged_attention`.
+
+        Returns
+        -------
+        mx.array
+            Shape [B, Hq, Q, D], dtype of `queries`; lazy.
+
+        Raises
+        ------
+        ValueError, UnsupportedPathError
+            As `paged_attention`, and if there is no such layer or the default device is another.
+        """
+        layer = self._check_layer(layer)
+        plan = plan_for(queries, *self._store.pools(layer), batch, scale, path, scores)
+        return self._store.attend(layer, plan, queries, scores)
+
+    def write_and_attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        new: New,
+        batch: DecodeBatch,
+        slots: Callable[[], SlotMapping],
+        scale: float,
+        path: str,
+        scores: ScoreOptions,
+    ) -> mx.array:
+        """Write the batch's last tokens and attend with them: what `Step.attend` does.
+
+        Parameters
+        ----------
+        layer, queries, batch, scale, path, scores
+            As for `attend`.
+        new : tuple of (mx.array, mx.array)
+            K and V of the queries' tokens, [B, Hkv, Q, D] each.
+        slots : callable
+            Returns their slots, if they are needed.
+
+        Returns
+        -------
+        mx.array
+            As `attend`.
+
+        Raises
+        ------
+        ValueError, UnsupportedPathError, RuntimeError
+            As `attend` and `write`. Nothing has changed then.
+        """
+        layer, store = self._check_layer(layer), self._store
+        plan = plan_for(queries, *store.pools(layer), batch, scale, path, scores)
+        self._check_new(*new)
+        if store.writes(plan):
+            return store.attend(layer, plan, queries, scores, new)
+        store.write(layer, new, slots().slots)
+        return store.attend(layer, plan, queries, scores)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks in every layer, in place; `extend` and `steps` do it by themselves.
-
-        Waits for what is in flight: a block is copied when a fork first writes, which is seldom.
 
         Parameters
         ----------
@@ -170,59 +218,62 @@ class Pools:
         Raises
         ------
         ValueError
-            If an id is not in the pool, or is written twice or both read and written. Nothing has
-            changed then.
-        PagedKVError
-            If a pool is lost.
+            If an id is not in the pool, or is written twice or both read and written, or the
+            default device is another. Nothing has changed then.
         """
-        self.check_whole()
         if not copies:
             return
+        self._check_device()
         sources, targets = (integers(ids, "block ids") for ids in zip(*copies, strict=True))
         for block in (*sources, *targets):
             id_below(self.num_blocks, block, "block ids")
         if len({*targets}) < len(targets) or {*targets} & {*sources}:
             raise ValueError(f"expected each target once and no source among them, got {copies}")
-        self.wait()
-        read = mx.array(sources)
-        blocks = [[pool[read] for pool in pools] for pools in (self._keys, self._values)]
-        mx.eval(blocks)  # a reader that has not run would make MLX copy the pool
-        to = mx.array(targets)
-        for pools, copied in zip((self._keys, self._values), blocks, strict=True):
-            pools[:] = [_scatter(p, to, b) for p, b in zip(pools, copied, strict=True)]
-
-    def check_whole(self) -> None:
-        """Raise PagedKVError if a pool is lost."""
-        if self._lost:
-            raise PagedKVError(
-                "expected pools that hold what was written, but a write failed when it was "
-                "evaluated: make a new cache and compute its sequences again"
-            )
+        self._store.copy(copies)
 
     def wait(self) -> None:
-        """Wait for what is in flight, so that it holds no pool.
+        """Wait for all that was written and read so far.
+
+        Only needed after a failure. A step that MLX cannot compute raises when its output is
+        evaluated. On a GPU, if that cannot even be launched, so does every later step that attends
+        over the same layer, of whatever sequences. This makes an end of it: the pools hold what was
+        written before the step that failed, and go on from there.
 
         Raises
         ------
         PagedKVError
-            If a write has failed; the pools are lost then.
+            On a GPU, if a step since the last wait cannot be computed.
         """
-        try:
-            mx.eval(self._keys, self._values)
-        except Exception as error:
-            self._lost = True
-            raise PagedKVError(f"K and V are lost: a write failed with {error}") from error
-        mx.synchronize()
-        self._written = [False] * len(self._written)
+        self._store.wait()
 
+    def mark(self) -> object:
+        """Return what `rewind` takes: the accesses so far."""
+        return self._store.mark()
 
-def _waiting_is_free() -> bool:
-    """Whether the host may wait for K and V: on a CPU it has nothing to run ahead of."""
-    return mx.default_device().type == mx.cpu
+    def rewind(self, mark: Any) -> None:
+        """Wait, as `wait` does, and pass over a failure of what came after `mark`."""
+        self._store.rewind(mark)
 
+    def _check_layer(self, layer: int) -> int:
+        self._check_device()
+        return id_below(self.num_layers, layer, "a layer")
 
-def _scatter(pool: mx.array, indices: mx.array, rows: mx.array) -> mx.array:
-    """Write rows of any number of trailing dimensions of the pool."""
-    flat = pool.reshape(-1, *rows.shape[1:])
-    flat[indices] = rows
-    return flat.reshape(pool.shape)
+    def _check_device(self) -> None:
+        if mx.default_device().type != self._device:
+            raise ValueError(
+                f"expected the default device {self._device}, where the pools are, "
+                f"got {mx.default_device().type}"
+            )
+
+    def _check_new(self, keys: mx.array, values: mx.array) -> None:
+        shape = keys.shape
+        if len(shape) != 4 or shape[1] != self._kv_heads or shape[3] != self._head_dim:
+            raise ValueError(
+                f"expected keys of shape [B, {self._kv_heads}, L, {self._head_dim}], got {shape}"
+            )
+        if values.shape != shape:
+            raise ValueError(f"expected values of shape {shape}, got {values.shape}")
+        if not keys.dtype == values.dtype == self._dtype:
+            raise ValueError(
+                f"expected {self._dtype}, got keys of {keys.dtype} and values of {values.dtype}"
+            )

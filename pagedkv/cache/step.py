@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.plan import plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.slots import SlotMapping
@@ -18,7 +17,6 @@ from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import Reservation
 from pagedkv.host.schedule import Schedule
-from pagedkv.limits import id_below
 
 
 class Step:
@@ -62,7 +60,8 @@ class Step:
         """Write the new tokens' K and V into a layer's pools, and attend with the same tokens.
 
         Each token sees those before it and itself. All sequences have Q new tokens; where their
-        counts differ, `PagedKVCache.write` takes K and V, and `paged_attention` some of them.
+        counts differ, `PagedKVCache.write` takes K and V, and `PagedKVCache.attend` some of them.
+        On a GPU the kernel that attends also writes where it can: up to 8 tokens a sequence.
 
         Parameters
         ----------
@@ -85,11 +84,13 @@ class Step:
         ValueError, UnsupportedPathError
             If an argument does not fit, as `paged_attention` and `PagedKVCache.write` say, or the
             sequences have different counts of new tokens. Nothing has changed then.
+        RuntimeError
+            As `PagedKVCache.write`.
         PagedKVError
-            If the step is over, or a pool is lost.
+            If the step is over.
         """
         self._check_open()
-        pools, shape = self._pools, self._shape
+        shape = self._shape
         if len(self._counts) > 1:
             raise ValueError(
                 f"expected as many new tokens of each sequence, got counts {sorted(self._counts)}"
@@ -99,12 +100,12 @@ class Step:
                 raise ValueError(
                     f"expected {name} of shape [{shape[0]}, H, {shape[1]}, D], got {array.shape}"
                 )
-        layer = id_below(len(pools.keys), layer, "a layer")
-        before = pools.keys[layer], pools.values[layer]
-        plan = plan_for(queries, *before, self.batch, scale, path, scores)
-        del before  # MLX writes in place only what nobody else holds
-        pools.write(layer, keys, values, self.slots)
-        return plan.attend(queries, pools.keys[layer], pools.values[layer], scores)
+        return self._pools.write_and_attend(
+            layer, queries, (keys, values), self.batch, self._get_slots, scale, path, scores
+        )
+
+    def _get_slots(self) -> SlotMapping:
+        return self.slots
 
     def _check_open(self) -> None:
         """Raise PagedKVError if the step is over."""
@@ -159,6 +160,7 @@ class Extension(Step):
         counts: Sequence[int],
         reservation: Reservation,
     ) -> None:
+        self._mark = pools.mark()
         super().__init__(pools, tables, counts, reservation.slots)
         self.copies = reservation.copies
         self._reservation = reservation
@@ -182,13 +184,13 @@ class Extension(Step):
         Raises
         ------
         PagedKVError
-            If the step is over; or if a write failed when it was evaluated and took a pool with
-            it. Pool and tables are as they were also then.
+            If the step is over; or, on a GPU, as `PagedKVCache.wait`, if an earlier step failed
+            when it was evaluated. Pool and tables are as they were also then.
         """
         self._check_open()
         self._reservation.undo()
         self._over = "rolled back"
-        self._pools.wait()
+        self._pools.rewind(self._mark)
 
     def __enter__(self) -> Extension:
         self._check_open()

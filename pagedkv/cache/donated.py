@@ -1,0 +1,95 @@
+"""K and V on a CPU, written in place by donation: MLX's own way, while nobody else holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from pagedkv.attention.inputs import New
+from pagedkv.attention.plan import AttentionPlan
+from pagedkv.attention.scores import ScoreOptions
+
+
+class Donated:
+    """Pools that MLX writes into if nobody else holds them and nothing in flight reads them.
+
+    It copies all of a pool otherwise. So a layer is written for the second time only after a wait
+    for what is in flight, once for all layers. New K and V are computed before they are written:
+    one that fails must not take with it what others have written. On a CPU the host has nothing to
+    run ahead of, and pays nothing for either.
+
+    Parameters
+    ----------
+    keys, values : sequence of mx.array
+        Pools by layer, [N, S, Hkv, D] each, evaluated.
+    """
+
+    def __init__(self, keys: Sequence[mx.array], values: Sequence[mx.array]) -> None:
+        self._keys, self._values = list(keys), list(values)
+        self._written = [False] * len(keys)  # since the last wait
+
+    def pools(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Return K and V of a layer."""
+        return self._keys[layer], self._values[layer]
+
+    def settled(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+        """Return K and V by layer."""
+        return tuple(self._keys), tuple(self._values)
+
+    def writes(self, plan: AttentionPlan) -> bool:
+        """Whether `attend` takes `new` with this plan: never."""
+        return False
+
+    def attend(
+        self,
+        layer: int,
+        plan: AttentionPlan,
+        queries: mx.array,
+        scores: ScoreOptions,
+        new: New | None = None,
+    ) -> mx.array:
+        """Attend over what has been written."""
+        return plan.attend(queries, *self.pools(layer), scores)
+
+    def write(self, layer: int, new: New, slots: mx.array) -> None:
+        """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""
+        mx.eval(new)
+        if self._written[layer]:
+            self.wait()
+        _, _, kv_heads, head_dim = self._keys[layer].shape
+        written = [
+            _scatter(pool, slots, tokens.swapaxes(1, 2).reshape(-1, kv_heads, head_dim))
+            for pool, tokens in zip(self.pools(layer), new, strict=True)
+        ]
+        self._written[layer] = True
+        self._keys[layer], self._values[layer] = written
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks in every layer."""
+        self.wait()
+        sources, targets = (mx.array(ids) for ids in zip(*copies, strict=True))
+        blocks = [[pool[sources] for pool in pools] for pools in (self._keys, self._values)]
+        mx.eval(blocks)  # a reader that has not run would make MLX copy the pool
+        for pools, copied in zip((self._keys, self._values), blocks, strict=True):
+            pools[:] = [_scatter(p, targets, b) for p, b in zip(pools, copied, strict=True)]
+
+    def wait(self) -> None:
+        """Wait for what is in flight, so that it holds no pool."""
+        mx.eval(self._keys, self._values)
+        mx.synchronize()
+        self._written = [False] * len(self._written)
+
+    def mark(self) -> None:
+        """Return nothing: what failed was not written."""
+
+    def rewind(self, mark: object) -> None:
+        """Wait."""
+        self.wait()
+
+
+def _scatter(pool: mx.array, indices: mx.array, rows: mx.array) -> mx.array:
+    """Write rows of any number of trailing dimensions of the pool."""
+    flat = pool.reshape(-1, *rows.shape[1:])
+    flat[indices] = rows
+    return flat.reshape(pool.shape)

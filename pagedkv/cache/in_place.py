@@ -1,0 +1,147 @@
+"""K and V on a GPU, written in place by kernels, in an order that data alone says.
+
+MLX takes the inputs of a kernel for constant, so it does not know that some of ours write into a
+pool, and orders nothing by it. What it does order is data: an output is computed before what takes
+it. So each access to a layer's pools, read or write, takes an output of the access before as an
+input, whether it has a use for it or not. All accesses to a layer form one chain, in the order in
+which they are built, on whatever stream and however many steps ahead of the device the host is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from pagedkv import kernels
+from pagedkv.attention.fused import TYPES
+from pagedkv.attention.inputs import New
+from pagedkv.attention.plan import AttentionPlan
+from pagedkv.attention.scores import ScoreOptions
+from pagedkv.errors import PagedKVError
+
+WARPS = 8  # of a group that moves a token
+SMALL = 2**20  # bytes of an output that may be kept until the next access
+
+
+class InPlace:
+    """Pools that are never replaced and never waited for.
+
+    Parameters
+    ----------
+    keys, values : sequence of mx.array
+        Pools by layer, [N, S, Hkv, D] each, row-contiguous, evaluated.
+    backend : str
+        ``"cuda"`` or ``"metal"``.
+    """
+
+    def __init__(self, keys: Sequence[mx.array], values: Sequence[mx.array], backend: str) -> None:
+        self._keys, self._values, self._backend = list(keys), list(values), backend
+        self._dtype = keys[0].dtype
+        self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
+        mx.eval(self._nothing)
+        self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
+
+    def pools(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Return K and V of a layer for their shape and dtype: what they hold is not ordered."""
+        return self._keys[layer], self._values[layer]
+
+    def settled(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+        """Wait for every access and return K and V by layer.
+
+        These are other Python objects: what is assigned to them is not assigned to the pools.
+        """
+        self.wait()
+        pools = self._keys, self._values
+        keys, values = (tuple(pool.reshape(pool.shape) for pool in each) for each in pools)
+        return keys, values
+
+    def writes(self, plan: AttentionPlan) -> bool:
+        """Whether `attend` takes `new` with this plan."""
+        return plan.path.writes
+
+    def attend(
+        self,
+        layer: int,
+        plan: AttentionPlan,
+        queries: mx.array,
+        scores: ScoreOptions,
+        new: New | None = None,
+    ) -> mx.array:
+        """Attend after all accesses so far; put `new`, K and V of the queries' tokens, first."""
+        keys, values = self._keys[layer], self._values[layer]
+        out = plan.attend(queries, keys, values, scores, self._last[layer], new)
+        self._last[layer] = out if out.size >= 8 and out.nbytes <= SMALL else _part_of(out)
+        return out
+
+    def write(self, layer: int, new: New, slots: mx.array) -> None:
+        """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""
+        _, _, kv_heads, head_dim = self._keys[layer].shape
+        rows = [tokens.swapaxes(1, 2).reshape(-1, kv_heads, head_dim) for tokens in new]
+        self._move("write", layer, [*rows, slots], (slots.size, 1))
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks in every layer."""
+        pairs = mx.array([*copies])
+        for layer, pool in enumerate(self._keys):
+            self._move("copy", layer, [pairs], (len(copies), pool.shape[1]))
+
+    def _move(self, body: str, layer: int, inputs: list[mx.array], groups: tuple[int, int]) -> None:
+        keys, values = self._keys[layer], self._values[layer]
+        _, block_size, kv_heads, head_dim = keys.shape
+        name = TYPES[self._dtype]
+        sizes = (("BLOCK_SIZE", block_size), ("HKV", kv_heads), ("D", head_dim), ("WARPS", WARPS))
+        moves = kernels.kernel(body, self._backend, (*sizes, ("T", name), ("OUT", name)))
+        threads = WARPS * 32
+        [self._last[layer]] = moves(
+            inputs=[keys, values, *inputs, self._last[layer]],
+            grid=(groups[0] * threads, groups[1], 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(8,)],
+            output_dtypes=[self._dtype],
+        )
+
+    def wait(self) -> None:
+        """Wait for every access.
+
+        Raises
+        ------
+        PagedKVError
+            If MLX could not compute one, or what it depends on. Those after it have not been
+            computed either. What was written before is as it was, and the pools can be used.
+        """
+        try:
+            mx.eval(self._last)
+        except Exception as error:
+            self._forget([self._nothing] * len(self._last))
+            raise PagedKVError(
+                f"a step failed when it was evaluated: {error}. Its tokens and those of later "
+                "steps are not in the pools: take them back from the sequences, or give these up"
+            ) from error
+
+    def mark(self) -> list[mx.array]:
+        """Return where the chains end now, for `rewind`."""
+        return self._last[:]
+
+    def rewind(self, mark: list[mx.array]) -> None:
+        """Wait for every access; pass over a failure of those since `mark`.
+
+        Raises
+        ------
+        PagedKVError
+            As `wait`, of those before.
+        """
+        try:
+            mx.eval(self._last)
+        except Exception:
+            self._forget(mark)
+            self.wait()
+
+    def _forget(self, last: list[mx.array]) -> None:
+        mx.synchronize()  # what did run ends before what comes now
+        self._last = last
+
+
+def _part_of(out: mx.array) -> mx.array:
+    """Return 8 elements that are computed after an output: they do not keep its memory."""
+    return mx.contiguous(mx.broadcast_to(out[:1, :1, :1, :1], (1, 1, 1, 8)))
