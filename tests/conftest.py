@@ -6,6 +6,21 @@ import pytest
 
 # On CUDA MLX multiplies float32 in TF32 unless told otherwise, which is 1e-3 from the oracle.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# Tests neither measure this machine nor write into the user's cache folder.
+os.environ["PAGEDKV_AUTOTUNE"] = "0"
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """An empty folder in place of the user's, of which nothing was read yet."""
+    from pagedkv.attention import findings  # not before the environment is set
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    findings.findings.cache_clear()
+    findings.environment.cache_clear()
+    yield tmp_path / "pagedkv"
+    findings.findings.cache_clear()
+    findings.environment.cache_clear()
 
 
 @pytest.fixture
