@@ -6,7 +6,6 @@ S block size, L context length.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from pagedkv.attention import fused
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import DTYPES, Call, check_heads, check_one_token, check_rank, finite
 from pagedkv.attention.paths import DECODE_PATHS, refusal
-from pagedkv.attention.plan import FORCE, plan_for
+from pagedkv.attention.plan import plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 
 
@@ -82,7 +81,9 @@ def decode_attention(
         Factor on the scores, usually D ** -0.5.
     path : str
         A key of `DECODE_PATHS`, or ``"auto"`` for what the package chooses; `explain` tells what
-        that is, and the environment variable PAGEDKV_DECODE_PATH replaces it.
+        that is, and the environment variable PAGEDKV_DECODE_PATH replaces it. On a GPU that nobody
+        has measured, the first call of a kind measures what is faster, unless PAGEDKV_AUTOTUNE=0
+        in the environment.
     scores : ScoreOptions
         What else happens to the scores.
 
@@ -97,6 +98,11 @@ def decode_attention(
         If the path is unknown, shapes or dtypes do not fit together, or `scale` is not finite.
     UnsupportedPathError
         If the path cannot run this dtype, shape or option on the default device.
+
+    Warns
+    -----
+    RuntimeWarning
+        If a measurement found a kernel that fails on this GPU. It is not used then.
     """
     check_one_token(queries)
     plan = plan_for(queries, keys, values, batch, scale, path, scores)
@@ -151,7 +157,8 @@ class Explanation:
     path : str
         The key of `DECODE_PATHS`.
     because : str
-        Who chose it: the argument, the environment, or the package.
+        Who chose it: the argument, the environment, the package's table and where that was
+        measured, or a measurement on this machine, with its times or what was wrong.
     refused : dict of str to str
         Why each of the other paths could not run it, if it could not.
     launches : int or None
@@ -179,6 +186,9 @@ def explain(
 ) -> Explanation:
     """Tell what `paged_attention` would run with these arguments, without running it.
 
+    On a GPU that nobody has measured that has to be found out: if no such call came before, this
+    measures as the first one would, which it then need not.
+
     Parameters
     ----------
     queries, keys, values, batch, scale, path, scores
@@ -195,14 +205,10 @@ def explain(
         As `paged_attention`.
     """
     plan = plan_for(queries, keys, values, batch, scale, path, scores)
-    if path != "auto":
-        because = "asked for by name"
-    elif os.environ.get(FORCE):
-        because = f"{FORCE}={os.environ[FORCE]}"
-    else:
-        because = "the package's choice"
     reasons = {other: refusal(other, plan.call) for other in DECODE_PATHS if other != plan.name}
     refused = {other: reason for other, reason in reasons.items() if reason}
     if not isinstance(plan.prepared, fused.Plan):
-        return Explanation(plan.name, because, refused)
-    return Explanation(plan.name, because, refused, plan.prepared.launches, plan.prepared.items)
+        return Explanation(plan.name, plan.because, refused)
+    return Explanation(
+        plan.name, plan.because, refused, plan.prepared.launches, plan.prepared.items
+    )

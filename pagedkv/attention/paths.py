@@ -264,9 +264,18 @@ AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
             (math.inf, "gather_rows"),
             (math.inf, "gather_rows_grouped"),
         ),
-        # Not measured: until somebody runs `make tune` on a Mac, the gather that SDPA
-        # reads without a copy. path="fused" runs the kernels there.
+        # Not measured: the gather that SDPA reads without a copy, unless the fused kernels turn
+        # out to be right and faster there, see `pagedkv.attention.auto`.
         "metal": ((math.inf, "gather_rows"), (math.inf, "gather_rows_grouped")),
+    }
+)
+
+# The GPUs that the table was measured on, by MLX's `device_name`, and where the numbers are. On any
+# other the table decides only what cannot be measured.
+KNOWN_GPUS: Mapping[str, str] = MappingProxyType(
+    {
+        "NVIDIA H100 80GB HBM3": "by hand",  # results/h100 are of phase 0
+        "NVIDIA H200": "results/h200",
     }
 )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from pagedkv.attention.auto import auto
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import Call, Layout, New, check_heads, check_pool, finite
-from pagedkv.attention.paths import DECODE_PATHS, DecodePath, choose, refusal
+from pagedkv.attention.paths import DECODE_PATHS, DecodePath, refusal
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.errors import UnsupportedPathError
 
@@ -31,12 +32,15 @@ class AttentionPlan:
         The path that runs.
     prepared : object
         What the path made of the batch. It holds arrays of the batch, never the batch.
+    because : str
+        Where the choice comes from.
     """
 
     call: Call
     name: str
     path: DecodePath
     prepared: Any
+    because: str
 
     def attend(
         self,
@@ -109,19 +113,27 @@ def plan_for(
         values.dtype,
         scores.kind,
     )
-    return batch.once(kind, _make_plan, batch, kind, scores)
+    return batch.once(kind, _make_plan, batch, kind, scores, queries, keys, values)
 
 
-def _make_plan(batch: DecodeBatch, kind: tuple[Any, ...], scores: ScoreOptions) -> AttentionPlan:
+def _make_plan(
+    batch: DecodeBatch,
+    kind: tuple[Any, ...],
+    scores: ScoreOptions,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+) -> AttentionPlan:
     if before := batch.before(kind):
         plan: AttentionPlan
         plan, by = before
         if advanced := plan.advanced(batch, by):
             return advanced
     call = Call(*kind)
-    path = call.path
+    path, because = call.path, "asked for by name"
     if path == "auto":
         path = os.environ.get(FORCE) or "auto"
+        because = f"{FORCE}={path}"
     if path != "auto" and path not in DECODE_PATHS:
         known = ", ".join(["auto", *DECODE_PATHS])
         raise ValueError(f"expected path to be one of {known}, got {path!r}")
@@ -137,8 +149,9 @@ def _make_plan(batch: DecodeBatch, kind: tuple[Any, ...], scores: ScoreOptions) 
         raise ValueError(
             f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
         )
-    name = choose(call, sequences * batch.longest) if path == "auto" else path
-    if reason := refusal(name, call):
-        raise UnsupportedPathError(f"path {name!r} {reason}")
-    chosen = DECODE_PATHS[name]
-    return AttentionPlan(call, name, chosen, chosen.prepare(batch, call, scores))
+    if path == "auto":
+        path, because = auto(batch, call, (queries, keys, values), scores)
+    if reason := refusal(path, call):
+        raise UnsupportedPathError(f"path {path!r} {reason}")
+    chosen = DECODE_PATHS[path]
+    return AttentionPlan(call, path, chosen, chosen.prepare(batch, call, scores), because)

@@ -1,0 +1,118 @@
+"""What "auto" is: the table's path where somebody has measured, else what is found out here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import mlx.core as mx
+
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.findings import kind_of
+from pagedkv.attention.inputs import Call
+from pagedkv.attention.measured import Trial, find
+from pagedkv.attention.paths import DECODE_PATHS, KNOWN_GPUS, choose, refusal
+from pagedkv.attention.scores import ScoreOptions
+
+AUTOTUNE = "PAGEDKV_AUTOTUNE"  # environment variable: whether to measure what nobody has measured
+KERNEL = "fused"
+GATHERS = "gather_rows", "gather_rows_grouped"  # the first that can take a call is trusted
+
+Arrays = tuple[mx.array, mx.array, mx.array]
+
+
+def auto(batch: DecodeBatch, call: Call, arrays: Arrays, scores: ScoreOptions) -> tuple[str, str]:
+    """Return the path behind "auto" and where that choice comes from.
+
+    On a GPU that nobody has measured, the first call of a kind is measured; see `find` for what
+    that costs.
+
+    Parameters
+    ----------
+    batch : DecodeBatch
+        The block tables.
+    call : Call
+        The kind of call, checked.
+    arrays : tuple of mx.array
+        Queries [B, Hq, Q, D] and the pools [N, S, Hkv, D] of K and V. Read, at most.
+    scores : ScoreOptions
+        What else happens to the scores.
+
+    Returns
+    -------
+    tuple of (str, str)
+        A key of `DECODE_PATHS`, and a text for `explain`.
+
+    Raises
+    ------
+    ValueError
+        If PAGEDKV_AUTOTUNE is neither 0 nor 1.
+
+    Warns
+    -----
+    RuntimeWarning
+        As `find`.
+    """
+    tokens = call.queries[0] * batch.longest
+    setting = os.environ.get(AUTOTUNE) or "1"
+    if setting not in ("0", "1"):
+        raise ValueError(f"expected {AUTOTUNE} to be 0 or 1, got {setting!r}")
+    gpu = gpu_name(call.device)
+    if gpu is None:
+        return choose(call, tokens), "the package's choice"
+    if gpu in KNOWN_GPUS:
+        return choose(call, tokens), f"the package's table, measured on {gpu} ({KNOWN_GPUS[gpu]})"
+    if refusal(KERNEL, call):
+        return choose(call, tokens), "the package's choice"
+    if setting == "0":
+        return choose(call, tokens), f"the package's table, {AUTOTUNE}=0"
+    rivals = KERNEL, next(name for name in GATHERS if refusal(name, call) is None)
+    found = find(
+        gpu, kind_of(call, tokens), rivals, lambda: _trial(batch, call, arrays, scores, rivals)
+    )
+    return found.path or choose(call, tokens), found.because
+
+
+@cache
+def gpu_name(device: mx.DeviceType) -> str | None:
+    """Return what MLX calls the GPU, None for a CPU."""
+    if device == mx.cpu:
+        return None
+    return str(mx.device_info(mx.Device(device)).get("device_name", "unknown GPU"))
+
+
+def _trial(
+    batch: DecodeBatch,
+    call: Call,
+    arrays: Arrays,
+    scores: ScoreOptions,
+    rivals: tuple[str, str],
+) -> Trial:
+    queries, *pools = arrays
+
+    def attend(name: str) -> Callable[[], mx.array]:
+        path = DECODE_PATHS[name]
+        prepared = cache(lambda: path.prepare(batch, call, scores))
+        return lambda: path.attend(*arrays, prepared(), scores)
+
+    def exact() -> mx.array:
+        """Gather in float32, the batch's own blocks alone: the pools may be large."""
+        gather, tables = DECODE_PATHS[rivals[1]], batch.block_tables
+        keys, values = (
+            mx.take(pool, tables.reshape(-1), axis=0).astype(mx.float32) for pool in pools
+        )
+        own = replace(
+            batch,
+            block_tables=mx.arange(tables.size).reshape(tables.shape),
+            num_blocks=tables.size,
+        )
+        shape, dtype = keys.shape, mx.float32
+        exactly = call._replace(
+            keys=shape, values=shape, dtype=dtype, keys_dtype=dtype, values_dtype=dtype
+        )
+        prepared = gather.prepare(own, exactly, scores)
+        return gather.attend(queries.astype(mx.float32), keys, values, prepared, scores)
+
+    return Trial({name: attend(name) for name in rivals}, exact, arrays)
