@@ -5,6 +5,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.common import workload
+from pagedkv.attention import auto, findings
 from tracking import tune
 
 
@@ -47,6 +48,18 @@ def test_the_constants_are_those_of_the_candidate():
     expected = tune._named("fused")(cell)(cell.queries, layer.key_pool, layer.value_pool)
     got = attend(cell.queries, layer.key_pool, layer.value_pool)
     assert mx.array_equal(got, expected).item()
+
+
+def test_what_auto_is_for_a_cell_is_measured_where_nobody_has(monkeypatch):
+    found = findings.Finding("gather_rows", {"fused": 2.0, "gather_rows": 1.0})
+    monkeypatch.setenv("PAGEDKV_AUTOTUNE", "1")
+    monkeypatch.setattr(auto, "gpu_name", lambda device: "A GPU of nobody")
+    monkeypatch.setattr(auto, "refusal", lambda name, call: None)
+    monkeypatch.setattr(auto, "find", lambda *arguments: found)
+    told = tune.auto_of(workload(3, 64, 32, num_layers=1))
+    assert (
+        told == "auto is gather_rows, measured here by this process: fused 2 ms, gather_rows 1 ms"
+    )
 
 
 @pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="there is a GPU here")

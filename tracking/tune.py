@@ -3,6 +3,9 @@
 `make tune` prints, for the suite's heads and dtype and blocks of 32, each candidate's time over
 contiguous SDPA, then the constants `TUNING` and the table `AUTO` of the package to commit. A sample
 is a decode step of several layers, evaluated once, between two steps over contiguous K/V.
+
+On a GPU that nobody has measured it fills the user's cache folder for the grid on the way, as the
+first calls of these kinds would.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import mlx.core as mx
 
 from benchmarks.common import DTYPE, SCALE, layers, workload
 from benchmarks.ratio import ratios
-from pagedkv import decode_attention
+from pagedkv import decode_attention, explain
 from pagedkv.attention.fused import TUNING, Tuning, make_plan
 from pagedkv.attention.paths import AUTO, backend_of
 from pagedkv.attention.scores import PLAIN
@@ -46,6 +49,13 @@ def _tuned(tuning):
         return lambda q, k, v: plan.attend(q, k, v, PLAIN)
 
     return of_cell
+
+
+def auto_of(cell):
+    """Return what "auto" is for a cell, and why; measured and kept where nobody has."""
+    layer = cell.layers[0]
+    told = explain(cell.queries, layer.key_pool, layer.value_pool, cell.batch, scale=SCALE)
+    return f"auto is {told.path}, {told.because}"
 
 
 def over_contiguous(cell, attend, samples):
@@ -120,6 +130,7 @@ def main():
             where = batch, context, BLOCK_SIZE
             cell = workload(*where, num_layers=layers(*where), order="random")
             sizes.append(batch * context)
+            print(f"batch {batch}, {context} tokens: {auto_of(cell)}", flush=True)
             for name, of_cell in candidates.items():
                 try:
                     ratio = over_contiguous(cell, of_cell(cell), args.samples)
