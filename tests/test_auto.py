@@ -295,18 +295,27 @@ def test_a_step_that_measures_is_a_step_like_others(gpu, monkeypatch):
 
 
 @pytest.mark.skipif(not ON_CPU or COMPILER is None, reason="about the emulator")
-@pytest.mark.parametrize("missing", ["", "group_barrier();"])
-def test_the_fused_kernel_itself(tmp_path, monkeypatch, missing):
-    """Its Metal text, whole and without what a GPU needs, on a clock that shows the gather slow."""
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("", ""),
+        ("group_barrier();", ""),
+        ("WRITABLE(keys)[to]", "WRITABLE(keys)[to + D]"),
+        ("WRITABLE(values)[to] = new_values[from];", ""),
+    ],
+)
+def test_the_fused_kernel_itself(tmp_path, monkeypatch, right, wrong):
+    """Its Metal text, whole and broken, on a clock that shows the gather slow."""
     source = kernels.source
 
-    def without(body, backend, constants):
+    def broken(body, backend, constants):
         header, text = source(body, backend, constants)
-        return header, text.replace(missing, "") if missing else text
+        assert body != "split" or right in text
+        return header, text.replace(right, wrong) if right else text
 
     clock = itertools.cycle([0, 1, 1, 3])  # seconds: fused takes 1, the gather 2
     monkeypatch.setattr(measured, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(kernels, "source", without)
+    monkeypatch.setattr(kernels, "source", broken)
     monkeypatch.setattr(kernels, "kernel", Emulator(tmp_path).kernel)
     monkeypatch.setattr(paths, "backend_of", lambda device: "metal")
     monkeypatch.setattr(auto, "gpu_name", lambda device: NAME)
@@ -315,9 +324,9 @@ def test_the_fused_kernel_itself(tmp_path, monkeypatch, missing):
     for module in (auto, calls, paths, plan):
         monkeypatch.setattr(module, "DECODE_PATHS", table)
     case = Case([5, 33, 100])
-    with pytest.warns(RuntimeWarning, match="fused") if missing else nullcontext():
+    with pytest.warns(RuntimeWarning, match="fused") if right else nullcontext():
         explanation = told(case, sinks=np.ones(8))
-    assert explanation.path == ("gather_rows" if missing else "fused")
-    assert (explanation.launches is None) == bool(missing)
+    assert explanation.path == ("gather_rows" if right else "fused")
+    assert (explanation.launches is None) == bool(right)
     expected = case.expected(sinks=np.ones(8))
     assert_close(case.attend("auto", sinks=np.ones(8)), expected, mx.float32)

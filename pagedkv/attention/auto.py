@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.findings import kind_of
@@ -23,7 +24,13 @@ GATHERS = "gather_rows", "gather_rows_grouped"  # the first that can take a call
 Arrays = tuple[mx.array, mx.array, mx.array]
 
 
-def auto(batch: DecodeBatch, call: Call, arrays: Arrays, scores: ScoreOptions) -> tuple[str, str]:
+def auto(
+    batch: DecodeBatch,
+    call: Call,
+    arrays: Arrays,
+    scores: ScoreOptions,
+    after: mx.array | None = None,
+) -> tuple[str, str]:
     """Return the path behind "auto" and where that choice comes from.
 
     On a GPU that nobody has measured, the first call of a kind is measured; see `find` for what
@@ -39,6 +46,8 @@ def auto(batch: DecodeBatch, call: Call, arrays: Arrays, scores: ScoreOptions) -
         Queries [B, Hq, Q, D] and the pools [N, S, Hkv, D] of K and V. Read, at most.
     scores : ScoreOptions
         What else happens to the scores.
+    after : mx.array, optional
+        The pools may be read once it is computed.
 
     Returns
     -------
@@ -69,8 +78,12 @@ def auto(batch: DecodeBatch, call: Call, arrays: Arrays, scores: ScoreOptions) -
     if setting == "0":
         return choose(call, tokens), f"the package's table, {AUTOTUNE}=0"
     rivals = KERNEL, next(name for name in GATHERS if refusal(name, call) is None)
+    inputs = arrays if after is None else (*arrays, after)
     found = find(
-        gpu, kind_of(call, tokens), rivals, lambda: _trial(batch, call, arrays, scores, rivals)
+        gpu,
+        kind_of(call, tokens),
+        rivals,
+        lambda: _trial(batch, call, arrays, scores, rivals, inputs),
     )
     return found.path or choose(call, tokens), found.because
 
@@ -89,8 +102,20 @@ def _trial(
     arrays: Arrays,
     scores: ScoreOptions,
     rivals: tuple[str, str],
+    inputs: Sequence[mx.array],
 ) -> Trial:
     queries, *pools = arrays
+    kernel = DECODE_PATHS[KERNEL]
+    tables = batch.block_tables
+    # The batch's own blocks alone: the pools may be large.
+    own = replace(
+        batch,
+        block_tables=mx.arange(tables.size).reshape(tables.shape),
+        num_blocks=tables.size,
+    )
+
+    def own_blocks(dtype: mx.Dtype) -> list[mx.array]:
+        return [mx.take(pool, tables.reshape(-1), axis=0).astype(dtype) for pool in pools]
 
     def attend(name: str) -> Callable[[], mx.array]:
         path = DECODE_PATHS[name]
@@ -98,16 +123,9 @@ def _trial(
         return lambda: path.attend(*arrays, prepared(), scores)
 
     def exact() -> mx.array:
-        """Gather in float32, the batch's own blocks alone: the pools may be large."""
-        gather, tables = DECODE_PATHS[rivals[1]], batch.block_tables
-        keys, values = (
-            mx.take(pool, tables.reshape(-1), axis=0).astype(mx.float32) for pool in pools
-        )
-        own = replace(
-            batch,
-            block_tables=mx.arange(tables.size).reshape(tables.shape),
-            num_blocks=tables.size,
-        )
+        """Gather in float32."""
+        gather = DECODE_PATHS[rivals[1]]
+        keys, values = own_blocks(mx.float32)
         shape, dtype = keys.shape, mx.float32
         exactly = call._replace(
             keys=shape, values=shape, dtype=dtype, keys_dtype=dtype, values_dtype=dtype
@@ -115,4 +133,28 @@ def _trial(
         prepared = gather.prepare(own, exactly, scores)
         return gather.attend(queries.astype(mx.float32), keys, values, prepared, scores)
 
-    return Trial({name: attend(name) for name in rivals}, exact, arrays)
+    def written() -> mx.array:
+        """Let the kernel write the queries' own K and V into copies that lack them."""
+        query_len, size = call.queries[2], batch.block_size
+        positions = batch.lens[:, None] + np.arange(-query_len, 0)
+        rows = np.arange(len(positions))[:, None] * tables.shape[1]
+        slots = mx.array(((rows + positions // size) * size + positions % size).astype(np.int32))
+        whole, new, lacking = own_blocks(call.dtype), [], []
+        for pool in whole:
+            flat = pool.reshape(-1, *pool.shape[2:])
+            new.append(mx.contiguous(flat[slots].swapaxes(1, 2)))
+            flat[slots] = mx.array(0, call.dtype)
+            lacking.append(mx.contiguous(flat.reshape(pool.shape)))
+        mx.eval(new, lacking)
+        shape = whole[0].shape
+        prepared = kernel.prepare(own, call._replace(keys=shape, values=shape), scores)
+        out = kernel.attend(queries, *lacking, prepared, scores, None, tuple(new))
+        mx.eval(out)
+        if not all(
+            mx.array_equal(a, b, equal_nan=True).item() for a, b in zip(lacking, whole, strict=True)
+        ):
+            raise ValueError("expected just the new tokens to be written, got other contents")
+        return out
+
+    calls = {name: attend(name) for name in rivals}
+    return Trial(calls, exact, inputs, written if kernel.writes else None)

@@ -40,11 +40,15 @@ class Trial:
         The gather's output in float32. Asked only if the two outputs differ.
     inputs : sequence of mx.array
         What the call is given. Evaluated first, so that its time is nobody's.
+    written : callable or None
+        The output of the kernel where it also writes, if it does, into copies. It raises if
+        something else was written than should be.
     """
 
     attend: Mapping[str, Callable[[], mx.array]]
     exact: Callable[[], mx.array]
     inputs: Sequence[mx.array]
+    written: Callable[[], mx.array] | None = None
 
 
 def find(
@@ -121,6 +125,8 @@ def measure(rivals: tuple[str, str], trial: Trial) -> Finding:
         return Finding(None, {}, undecided=_quoted(failure))
     try:
         outputs, seconds = in_turns({name: trial.attend[name] for name in rivals})
+        if trial.written:
+            outputs[kernel].append(trial.written())
         rows = [_rows(output).reshape(expected.shape) for output in outputs[kernel]]
     except Exception as failure:
         return Finding(gather, {}, fault=f"{kernel} raised {_quoted(failure)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.attention.auto import auto
+from pagedkv.attention.auto import Arrays, auto
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import Call, Layout, New, check_heads, check_pool, finite
 from pagedkv.attention.paths import DECODE_PATHS, DecodePath, refusal
@@ -83,6 +83,7 @@ def plan_for(
     scale: float,
     path: str,
     scores: ScoreOptions,
+    after: mx.array | None = None,
 ) -> AttentionPlan:
     """Return the batch's plan for such a call, made when the first one comes.
 
@@ -90,6 +91,8 @@ def plan_for(
     ----------
     queries, keys, values, batch, scale, path, scores
         As for `paged_attention`.
+    after : mx.array, optional
+        K and V may be read once it is computed: if there is something to measure.
 
     Returns
     -------
@@ -113,16 +116,15 @@ def plan_for(
         values.dtype,
         scores.kind,
     )
-    return batch.once(kind, _make_plan, batch, kind, scores, queries, keys, values)
+    return batch.once(kind, _make_plan, batch, kind, scores, (queries, keys, values), after)
 
 
 def _make_plan(
     batch: DecodeBatch,
     kind: tuple[Any, ...],
     scores: ScoreOptions,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    arrays: Arrays,
+    after: mx.array | None,
 ) -> AttentionPlan:
     if before := batch.before(kind):
         plan: AttentionPlan
@@ -150,7 +152,7 @@ def _make_plan(
             f"expected 1 to {batch.shortest} query tokens, the shortest context, got {query_len}"
         )
     if path == "auto":
-        path, because = auto(batch, call, (queries, keys, values), scores)
+        path, because = auto(batch, call, arrays, scores, after)
     if reason := refusal(path, call):
         raise UnsupportedPathError(f"path {path!r} {reason}")
     chosen = DECODE_PATHS[path]

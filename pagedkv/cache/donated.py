@@ -33,6 +33,9 @@ class Donated:
         """Return K and V of a layer."""
         return self._keys[layer], self._values[layer]
 
+    def last(self, layer: int) -> None:
+        """Return nothing: MLX knows of every write."""
+
     def settled(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
         """Return K and V by layer."""
         return tuple(self._keys), tuple(self._values)

@@ -46,6 +46,10 @@ class InPlace:
         """Return K and V of a layer for their shape and dtype: what they hold is not ordered."""
         return self._keys[layer], self._values[layer]
 
+    def last(self, layer: int) -> mx.array:
+        """Return an output of the newest access: once it is computed a layer can be read."""
+        return self._last[layer]
+
     def settled(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
         """Wait for every access and return K and V by layer.
 

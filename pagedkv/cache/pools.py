@@ -163,9 +163,10 @@ class Pools:
         ValueError, UnsupportedPathError
             As `paged_attention`, and if there is no such layer or the default device is another.
         """
-        layer = self._check_layer(layer)
-        plan = plan_for(queries, *self._store.pools(layer), batch, scale, path, scores)
-        return self._store.attend(layer, plan, queries, scores)
+        layer, store = self._check_layer(layer), self._store
+        pools, last = store.pools(layer), store.last(layer)
+        plan = plan_for(queries, *pools, batch, scale, path, scores, last)
+        return store.attend(layer, plan, queries, scores)
 
     def write_and_attend(
         self,
@@ -200,7 +201,9 @@ class Pools:
             As `attend` and `write`. Nothing has changed then.
         """
         layer, store = self._check_layer(layer), self._store
-        plan = plan_for(queries, *store.pools(layer), batch, scale, path, scores)
+        pools, last = store.pools(layer), store.last(layer)
+        plan = plan_for(queries, *pools, batch, scale, path, scores, last)
+        del pools  # MLX donates only what nobody else holds
         self._check_new(*new)
         if store.writes(plan):
             return store.attend(layer, plan, queries, scores, new)
