@@ -149,7 +149,7 @@ def test_the_bound_attends_over_what_the_contiguous_cache_holds():
     bound = Bound(inputs.contents, inputs.new)
     before = [id(layer.keys) for layer in bound.layers]
     for out, right in zip(inputs.run(bound), expected, strict=True):
-        assert np.array_equal(np.array(out), np.array(right))
+        assert np.allclose(np.array(out), np.array(right), 1e-2, 1e-2 if common.on_gpu() else 0)
     assert [id(layer.keys) for layer in bound.layers] == before
 
 
