@@ -253,6 +253,27 @@ def test_a_reservation_is_undone_to_the_order_of_free_blocks():
             call()
 
 
+def test_what_was_shared_while_a_reservation_was_open_stays_so():
+    """It brought back the block that `share` had given away, which others may hold by then."""
+    pool = BlockPool(8)
+    other, table = BlockTable(pool, 4), BlockTable(pool, 4)
+    other.append(4)
+    table.append(6)
+    fork = table.fork()
+    assert table.block_ids.tolist() == [1, 2]
+    first = reserve([table], [1])  # copies block 2
+    second = reserve([table], [3])  # a second one before the first is over
+    assert (first.copies, table.block_ids.tolist()) == ([(2, 3)], [1, 3, 4])
+    fork.share(0, [0])
+    table.share(0, [0])
+    assert pool.reference_count(1) == 0
+    second.undo()
+    assert (table.num_tokens, table.block_ids.tolist()) == (7, [0, 3])
+    first.undo()
+    assert (table.num_tokens, table.block_ids.tolist()) == (6, [0, 2])
+    assert [pool.reference_count(block) for block in range(8)] == [3, 0, 2, 0, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "operation",
     [lambda tables: tables[0].truncate(3), lambda tables: tables[3].adopt([0, 1], 8)],

@@ -104,8 +104,10 @@ class Reservation:
         self._restore()
 
     def _restore(self) -> None:
-        for table, state in self._before:
-            table.state = state
+        for table, (ids, length) in self._before:
+            # The blocks that were full may have been exchanged for others' since (`share`).
+            full = length // table.block_size
+            table.state = table.state[0][:full] + ids[full:], length
         for table, length in zip(self._tables, self._lengths, strict=True):
             table.num_tokens = length
         blocks = self._blocks
