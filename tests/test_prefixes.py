@@ -79,6 +79,13 @@ def test_what_is_generated_is_cached_while_it_runs():
     run.scheduler.check_invariants()
 
 
+def test_what_follows_a_prompt_of_one_token_is_cached():
+    run = engine()
+    run.add("a", [1], 8)
+    run.drain()
+    assert run.scheduler.stats().blocks_cached == 2
+
+
 def test_a_request_that_does_not_use_the_cache():
     run = engine()
     run.add("a", range(8), 5, use_cache=False)

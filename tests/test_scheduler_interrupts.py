@@ -32,9 +32,18 @@ def scheduled():
     return run
 
 
+def ahead():
+    """As `scheduled`, and one more step in flight."""
+    run = scheduled()
+    run.ahead = run.scheduler.schedule()
+    assert run.ahead.unknown
+    run.compute(run.ahead)
+    return run
+
+
 def update(run):
-    # An interrupt on the way out comes when all is done: then nothing is scheduled any more.
-    with contextlib.suppress(PagedKVError):
+    # An interrupt on the way out comes when all is done.
+    if run.schedule in run.scheduler.in_flight:
         run.scheduler.update(run.sampled)
     for request, token in run.sampled.items():
         run.tokens[request].append(token)
@@ -43,16 +52,21 @@ def update(run):
 
 
 def schedule(run):
-    try:
-        run.schedule = run.scheduler.schedule()
-    except PagedKVError:
-        run.scheduler.retract()
-        run.schedule = run.scheduler.schedule()
+    if not run.scheduler.in_flight:
+        run.scheduler.schedule()
+    [run.schedule] = run.scheduler.in_flight
+
+
+def schedule_ahead(run):
+    if len(run.scheduler.in_flight) < 2:
+        run.scheduler.schedule()
+    run.compute(run.scheduler.in_flight[1])
 
 
 def retract(run):
-    with contextlib.suppress(PagedKVError):
-        run.scheduler.retract()
+    for step in run.scheduler.in_flight[::-1]:
+        if step in run.scheduler.in_flight:
+            run.scheduler.retract()
 
 
 def add(run):
@@ -79,6 +93,11 @@ OPERATIONS = {
     "abort what is computed": (scheduled, end(lambda run: run.scheduler.abort("a"))),
     "finish": (busy, end(lambda run: run.scheduler.finish("a"))),
     "reset_cache": (busy, lambda run: run.scheduler.reset_cache()),
+    "schedule ahead": (scheduled, schedule_ahead),
+    "update, one ahead": (ahead, update),
+    "retract both": (ahead, retract),
+    "abort what is ahead": (ahead, end(lambda run: run.scheduler.abort("a"))),
+    "finish what is ahead": (ahead, end(lambda run: run.scheduler.finish("a"))),
 }
 
 
@@ -90,9 +109,10 @@ def test_what_was_interrupted_is_called_again(name):
         if not done:
             operation(run)
         if name == "schedule":
-            run.update(run.compute(run.schedule))
-        elif name == "abort what is computed":
-            run.update({key: token for key, token in run.sampled.items() if key != "a"})
+            run.compute(run.schedule)
+        for step in run.scheduler.in_flight:
+            sampled = run.results[step]
+            run.update({key: sampled[key] for key in sampled if key not in run.finished})
         run.drain()
         everybody = ["a", "b", "c", "d", "e", *(["f"] if name == "add" else []), "fork"]
         assert sorted(run.finished) == everybody
@@ -110,7 +130,9 @@ class RefusedError(Exception):
 
 @pytest.mark.parametrize("count", range(1, 5))
 @pytest.mark.parametrize("retract", [False, True])
-def test_a_listener_that_raises_loses_nothing(count, retract):
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_listener_that_raises_loses_nothing(count, retract, most):
+    """Also while one step is ahead of the other."""
     run = busy()
     left = count
 
@@ -121,18 +143,22 @@ def test_a_listener_that_raises_loses_nothing(count, retract):
             raise RefusedError
 
     run.scheduler.tree.on_event = listener
-    for _ in range(200):
-        try:
-            step = run.scheduler.schedule()
-        except RefusedError:
-            continue
-        if not step.request_ids:
-            break
-        run.sampled = run.compute(step)
-        if retract:
-            run.scheduler.retract()
-            retract = False
-            continue
+    for _ in range(300):
+        in_flight = run.scheduler.in_flight
+        if len(in_flight) < most:
+            try:
+                step = run.scheduler.schedule()
+            except RefusedError:
+                continue
+            if step.request_ids:
+                run.compute(step)
+                if retract:
+                    run.scheduler.retract()
+                    retract = False
+                continue
+            if not in_flight:
+                break
+        run.schedule, run.sampled = in_flight[0], run.results[in_flight[0]]
         try:
             update(run)
         except RefusedError:
@@ -149,7 +175,8 @@ def test_a_schedule_that_was_updated_in_part_is_not_retracted_but_updated():
     for name in "abcde":
         run.add(name, [1, 2, 3], 2)
     run.add("z", [9, 9, 9], 2)
-    run.sampled = run.compute(run.scheduler.schedule())
+    run.schedule = run.scheduler.schedule()
+    run.sampled = run.compute(run.schedule)
 
     def listener(event):
         if 9 in event.tokens.tolist():

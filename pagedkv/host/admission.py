@@ -9,10 +9,11 @@ from collections.abc import Hashable
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import blocks_needed
+from pagedkv.host.in_flight import InFlight
 from pagedkv.host.prefixes import Prefixes
 from pagedkv.host.radix_node import PrefixMatch
-from pagedkv.host.schedule import InFlight
 from pagedkv.host.sequence import Sequence
+from pagedkv.host.stats import Stats
 
 
 class Admission:
@@ -58,8 +59,11 @@ class Admission:
             self._waiting = [sequence for sequence in self._waiting if not sequence.dropped]
             heapq.heapify(self._waiting)
 
-    def choose(self, in_flight: InFlight) -> list[Hashable]:
-        """Choose what is computed next, take its blocks, and return who was preempted for it."""
+    def choose(self, in_flight: InFlight, *, preempts: bool) -> list[Hashable]:
+        """Choose what is computed next, take its blocks, and return who was preempted for it.
+
+        Nothing is chosen if somebody would have to be preempted, and `preempts` is false.
+        """
         preempted: list[Hashable] = []
         while self.running and not self.running[-1].running:  # what was interrupted
             self._stop_last()
@@ -75,6 +79,8 @@ class Admission:
                 in_flight.clear()
                 short = error.needed - self._pool.num_free
                 if self._evict(short) < short:
+                    if not preempts:
+                        return []
                     last = self.running[-1]
                     self._prefixes.cache(last)
                     self._prefixes.release(last)
@@ -146,6 +152,23 @@ class Admission:
         freed = self._prefixes.tree.evict(num_blocks)
         self.evicted_blocks += freed
         return freed
+
+    def stats(self, requests: int, block_bytes: int) -> Stats:
+        """Return plain numbers; `requests` is how many wait or run."""
+        cached, free = self._prefixes.tree.num_evictable, self._pool.num_free
+        return Stats(
+            blocks_allocated=self._pool.num_blocks,
+            blocks_live=self._pool.num_blocks - free - cached,
+            blocks_cached=cached,
+            blocks_free=free,
+            block_bytes=block_bytes,
+            waiting=requests - len(self.running),
+            running=len(self.running),
+            prompt_tokens=self.prompt_tokens,
+            hit_tokens=self.hit_tokens,
+            preemptions=self.preemptions,
+            evicted_blocks=self.evicted_blocks,
+        )
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless sequences wait or run, and only the latter hold blocks."""

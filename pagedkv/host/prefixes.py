@@ -56,22 +56,12 @@ class Prefixes:
         sequence.node, sequence.shared = match.node, len(match.blocks)
 
     def cache(self, sequence: Sequence) -> None:
-        """Cache the blocks that a sequence has filled, and hold those that the tree has instead."""
-        size, first, node = self.tree.block_size, sequence.shared, sequence.node
-        whole = sequence.table.num_tokens // size
-        if node is None or whole == first:
-            return
-        own = sequence.table.block_ids[first:whole]
-        new = np.array(sequence.tokens[first * size : whole * size], np.int32)
-        added = self.tree.extend(node, new, own)
-        if added.blocks:
-            if added.blocks != own.tolist():
-                sequence.table.share(first, added.blocks)
-            self.tree.lock(added.node)
-            sequence.node, sequence.shared = added.node, whole
-        else:  # the tree was reset
-            sequence.node, sequence.shared = None, 0
-        self.tree.unlock(node)
+        """Cache the blocks that a sequence has filled, and hold those that the tree has instead.
+
+        What is in flight is not computed yet, and left out.
+        """
+        if not sequence.prefilling:  # then `progress` has cached what there is
+            self._cache(sequence, len(sequence.tokens) - 1)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let a sequence that has nothing hold what another one holds."""
@@ -81,10 +71,10 @@ class Prefixes:
             self.tree.lock(parent.node)
         child.node, child.shared = parent.node, parent.shared
 
-    def progress(self, sequence: Sequence) -> None:
-        """Cache what was computed of a prompt, and announce what comes next."""
-        self.cache(sequence)
-        sequence.prefilling = sequence.missing > 0
+    def progress(self, sequence: Sequence, computed: int) -> None:
+        """Cache so many tokens of a prompt as are computed now, and announce what comes next."""
+        self._cache(sequence, computed)
+        sequence.prefilling = computed < len(sequence.tokens)
         self.announce(sequence)
 
     def announce(self, sequence: Sequence) -> None:
@@ -125,6 +115,24 @@ class Prefixes:
             assert sequence.prefilling, "a prompt that is computed is announced"
             assert sequence.node is not None, "somebody who does not share is announced"
             assert block == self._next_block(sequence, sequence.node, sequence.shared), "outdated"
+
+    def _cache(self, sequence: Sequence, computed: int) -> None:
+        """Cache a sequence's blocks up to so many tokens."""
+        size, first, node = self.tree.block_size, sequence.shared, sequence.node
+        whole = computed // size
+        if node is None or whole == first:
+            return
+        own = sequence.table.block_ids[first:whole]
+        new = np.array(sequence.tokens[first * size : whole * size], np.int32)
+        added = self.tree.extend(node, new, own)
+        if added.blocks:
+            if added.blocks != own.tolist():
+                sequence.table.share(first, added.blocks)
+            self.tree.lock(added.node)
+            sequence.node, sequence.shared = added.node, whole
+        else:  # the tree was reset
+            sequence.node, sequence.shared = None, 0
+        self.tree.unlock(node)
 
     def _withdraw(self, sequence: Sequence) -> None:
         block = self._of.pop(sequence, None)

@@ -13,9 +13,10 @@ from pagedkv.host.admission import Admission
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
 from pagedkv.host.cache_event import Listener
+from pagedkv.host.in_flight import InFlight
 from pagedkv.host.invariants import check_blocks
 from pagedkv.host.prefixes import Prefixes
-from pagedkv.host.schedule import InFlight, Schedule
+from pagedkv.host.schedule import Schedule
 from pagedkv.host.sequence import Sequence, prompt_ids, token_ids
 from pagedkv.host.stats import Stats
 from pagedkv.host.turns import one_at_a_time
@@ -35,6 +36,7 @@ class Scheduler:
     Blocks are cached as prompts and generation fill them. A request waits while a sequence computes
     a prefix that both share, and then has it cached: requests that arrive together hold one copy.
 
+    A schedule is in flight until `update` or `retract` ends it; the next may be chosen meanwhile.
     Methods may be called from any thread; one waits for the other. `pool` and `tree` are its own:
     others read them between calls and change nothing, but for evicting from `tree`.
 
@@ -86,7 +88,7 @@ class Scheduler:
         self._prefixes = Prefixes(pool, self.block_size, on_event)
         self.tree = self._prefixes.tree
         self._admission = Admission(pool, self._prefixes, self.max_running, self.watermark)
-        self._in_flight: InFlight | None = None
+        self._in_flight: list[InFlight] = []  # oldest first, two at most
         self._arrivals = 0
 
     @one_at_a_time
@@ -148,40 +150,52 @@ class Scheduler:
 
     @one_at_a_time
     def schedule(self) -> Schedule:
-        """Choose what is computed next and take its blocks.
+        """Choose what is computed next and take its blocks; one schedule may be in flight.
+
+        Sequences go on from what that one samples: `Schedule.unknown`. Nobody is preempted for it:
+        if blocks run out, nothing is scheduled before the one in flight has ended.
 
         Returns
         -------
         Schedule
-            Empty if there is nothing to do. Otherwise `update` has to follow when it was computed,
-            `retract` if it was not.
+            Empty if there is nothing to do, or nothing before the schedule in flight has ended.
+            Otherwise `update` has to follow when it was computed, `retract` if it was not.
 
         Raises
         ------
         PagedKVError
-            If the schedule before was neither updated nor retracted.
+            If two schedules are in flight, or an `update` was interrupted.
         """
-        self._check_idle()
+        earlier = self._in_flight
+        if len(earlier) > 1:
+            raise PagedKVError("expected update or retract of one of two schedules in flight")
+        for before in earlier:
+            before.check_whole()
         in_flight = InFlight(self.max_tokens)
         try:
-            self._in_flight = in_flight
-            schedule = in_flight.schedule(self._admission.choose(in_flight))
-            if not in_flight.sequences:
-                self._in_flight = None
+            preempted = self._admission.choose(in_flight, preempts=not earlier)
+            schedule = in_flight.schedule(preempted, *earlier)
+            if in_flight.sequences:
+                self._in_flight = [*earlier, in_flight]
             return schedule
         except BaseException:
             in_flight.clear()
-            self._in_flight = None
+            self._in_flight = earlier
             raise
+
+    @property
+    def in_flight(self) -> list[Schedule]:
+        """The schedules that were neither updated nor retracted, oldest first, two at most."""
+        return [flight.made for flight in self._in_flight if flight.made]
 
     @one_at_a_time
     def update(self, sampled: Mapping[Hashable, int]) -> list[Hashable]:
-        """Note that what was scheduled has been computed, and its new tokens.
+        """Note that the oldest schedule in flight has been computed, and its new tokens.
 
         Parameters
         ----------
         sampled : mapping of request id to int
-            The next token of each request in `Schedule.samples`; those aborted since may lack.
+            The next token of each request in `Schedule.samples`; those that have ended may lack.
 
         Returns
         -------
@@ -196,19 +210,20 @@ class Scheduler:
             If the tokens are not those of the requests in `samples`. Nothing has changed then.
 
         Whatever else interrupts it, a listener of cache events for example: called again with the
-        same tokens, it goes on where it was.
+        same tokens, it goes on where it was, if the schedule is still `in_flight`.
         """
-        in_flight = self._scheduled("update")
+        in_flight, *later = self._scheduled("update")
         new = in_flight.sampled_tokens(sampled)
         again = in_flight.committed
         in_flight.commit()
-        for sequence in in_flight.sequences:
+        for sequence, computed in in_flight.prompts:
             if sequence.prefilling:
-                self._prefixes.progress(sequence)
+                self._prefixes.progress(sequence, computed)
         finished = []
         for sequence, token in new:
             tokens = sequence.tokens
-            if not again or len(tokens) == sequence.table.num_tokens:
+            ahead = again and any(sequence in flight.sequences for flight in later)
+            if not again or len(tokens) == sequence.table.num_tokens - ahead:
                 tokens.append(token)
             if len(tokens) >= sequence.limit:
                 finished.append(sequence)
@@ -220,55 +235,47 @@ class Scheduler:
 
     @one_at_a_time
     def retract(self) -> None:
-        """Undo a schedule that was not computed: its blocks go back, its sequences run on.
+        """Undo the newest schedule in flight: its blocks go back, its sequences run on.
 
         Raises
         ------
         PagedKVError
             If nothing is scheduled, or an `update` of it was interrupted.
         """
-        in_flight = self._scheduled("retract")
-        if in_flight.committed:
-            raise PagedKVError("expected update to be called again, it was interrupted")
+        in_flight = self._scheduled("retract")[-1]
+        in_flight.check_whole()
         in_flight.clear()
         self._land(in_flight)
 
     @one_at_a_time
     def finish(self, request_id: Hashable) -> None:
-        """End a request between steps; what it has computed stays cached.
+        """End a request at any time; what it has computed stays cached.
+
+        What is in flight of it is thrown away: it may end with a token from which the schedule in
+        flight goes on. `update` needs no token of it then.
 
         Raises
         ------
         ValueError
             If there is no such request. Nothing has changed then.
-        PagedKVError
-            If a schedule was neither updated nor retracted. Nothing has changed then.
         """
-        self._check_idle()
         sequence = self._get(request_id)
         self._prefixes.cache(sequence)
-        self._end(sequence)
+        self._leave(sequence)
 
     @one_at_a_time
     def abort(self, request_id: Hashable) -> None:
         """End a request at any time.
 
-        Its blocks are free but for those that others hold: at once, or, if it is scheduled, with
-        `update` or `retract`.
+        Its blocks are free but for those that others hold: at once, or, if it is scheduled, when
+        no schedule in flight computes it any more.
 
         Raises
         ------
         ValueError
             If there is no such request. Nothing has changed then.
         """
-        sequence = self._get(request_id)
-        if self._in_flight is None or sequence not in self._in_flight.sequences:
-            self._end(sequence)
-            return
-        # Its blocks are being computed.
-        self._in_flight.aborted.append(sequence)
-        self._prefixes.leave(sequence)
-        self._forget(sequence)
+        self._leave(self._get(request_id))
 
     @one_at_a_time
     def fork(self, request_id: Hashable, new_id: Hashable, last_token: int) -> None:
@@ -291,9 +298,10 @@ class Scheduler:
             If an id or the token does not fit, the request has no token yet, or as many run as may.
             Nothing has changed then.
         PagedKVError
-            If a schedule was neither updated nor retracted. Nothing has changed then.
+            If a schedule is in flight. Nothing has changed then.
         """
-        self._check_idle()
+        if self._in_flight:
+            raise PagedKVError("expected update or retract of what is in flight")
         parent = self._get(request_id)
         self._check_new(new_id)
         if len(parent.tokens) == parent.prompt:
@@ -327,20 +335,7 @@ class Scheduler:
     @one_at_a_time
     def stats(self) -> Stats:
         """Return plain numbers for monitoring."""
-        cached, free = self.tree.num_evictable, self.pool.num_free
-        return Stats(
-            blocks_allocated=self.pool.num_blocks,
-            blocks_live=self.pool.num_blocks - free - cached,
-            blocks_cached=cached,
-            blocks_free=free,
-            block_bytes=self.block_bytes,
-            waiting=len(self._sequences) - len(self._admission.running),
-            running=len(self._admission.running),
-            prompt_tokens=self._admission.prompt_tokens,
-            hit_tokens=self._admission.hit_tokens,
-            preemptions=self._admission.preemptions,
-            evicted_blocks=self._admission.evicted_blocks,
-        )
+        return self._admission.stats(len(self._sequences), self.block_bytes)
 
     @one_at_a_time
     def check_invariants(self) -> None:
@@ -364,10 +359,22 @@ class Scheduler:
 
     def _land(self, in_flight: InFlight) -> None:
         """End a schedule."""
-        for sequence in in_flight.aborted:
-            self._prefixes.release(sequence)
+        others = [other for other in self._in_flight if other is not in_flight]
+        for sequence in in_flight.ended:
+            if not any(sequence in other.sequences for other in others):
+                self._prefixes.release(sequence)
         in_flight.end()
-        self._in_flight = None
+        self._in_flight = others
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Forget a request, and free its blocks when they are not being computed."""
+        if computing := [flight for flight in self._in_flight if sequence in flight.sequences]:
+            for flight in computing:
+                flight.ended.append(sequence)
+            self._prefixes.leave(sequence)
+        else:
+            self._prefixes.release(sequence)
+        self._forget(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request and free its blocks."""
@@ -387,11 +394,7 @@ class Scheduler:
         if request_id in self._sequences:
             raise ValueError(f"expected a new request id, got {request_id!r} again")
 
-    def _check_idle(self) -> None:
-        if self._in_flight:
-            raise PagedKVError("expected update or retract of the schedule before")
-
-    def _scheduled(self, call: str) -> InFlight:
+    def _scheduled(self, call: str) -> list[InFlight]:
         if self._in_flight:
             return self._in_flight
         raise PagedKVError(f"expected a schedule to {call}, got none")
