@@ -4,7 +4,7 @@
 
 The model has two layers and random weights, so that nothing is downloaded and what it says means
 nothing. What is worth reading is `generate`: the scheduler chooses what to compute, the cache makes
-steps of it, and the model attends through them.
+steps of it, and the model attends through them. `generate_ahead` keeps one step in flight.
 """
 
 import argparse
@@ -50,14 +50,27 @@ class Model:
         return mx.fast.rms_norm(x, None, 1e-5) @ self.head
 
 
+def compute_lazily(model, cache, schedule, sampled=None):
+    """Begin to compute a schedule; return the next token of each of its `samples`, in order, lazy.
+
+    `sampled` are those of the schedule before, if that is in flight.
+    """
+    request_ids, following = [], []
+    for step in cache.steps(schedule, sampled):
+        logits = model(step.tokens, step.attend)
+        rows = mx.array(step.sample_rows, mx.int32)
+        following.append(mx.argmax(logits[:, -1], axis=-1)[rows])
+        request_ids += [step.request_ids[row] for row in step.sample_rows]
+    order = mx.array([request_ids.index(name) for name in schedule.samples], mx.int32)
+    sampled = mx.concatenate(following)[order].astype(mx.int32)
+    mx.async_eval(sampled, cache.keys, cache.values)
+    return sampled
+
+
 def compute(model, cache, schedule):
     """Return the most likely next token of each request in the schedule's `samples`."""
-    sampled = {}
-    for step in cache.steps(schedule):
-        logits = model(step.tokens, step.attend)
-        following = mx.argmax(logits[:, -1], axis=-1).tolist()
-        sampled |= {step.request_ids[row]: following[row] for row in step.sample_rows}
-    return sampled
+    sampled = compute_lazily(model, cache, schedule).tolist()
+    return dict(zip(schedule.samples, sampled, strict=True))
 
 
 def generate(model, cache, scheduler, requests):
@@ -72,11 +85,32 @@ def generate(model, cache, scheduler, requests):
     return generated
 
 
+def generate_ahead(model, cache, scheduler, requests):
+    """As `generate`, but choose each step while the one before is computed."""
+    generated = {request_id: [] for request_id in requests}
+    running = set(requests)
+    in_flight = []  # schedules and their tokens, oldest first
+    while running:
+        schedule = scheduler.schedule()
+        if schedule.request_ids:
+            before = in_flight[-1][1] if in_flight else None
+            in_flight.append((schedule, compute_lazily(model, cache, schedule, before)))
+            if len(in_flight) == 1:
+                continue
+        computed, tokens = in_flight.pop(0)
+        sampled = dict(zip(computed.samples, tokens.tolist(), strict=True))
+        for request_id, token in sampled.items():
+            generated[request_id].append(token)
+        running -= set(scheduler.update(sampled))
+    return generated
+
+
 def main():
     """Parse the command line, generate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=24, help="of 4 tokens")
+    parser.add_argument("--ahead", action="store_true", help="one step in flight")
     args = parser.parse_args()
 
     cache = PagedKVCache(
@@ -91,7 +125,8 @@ def main():
     rng = np.random.default_rng(22)
     for number in range(args.requests):
         scheduler.add(number, rng.integers(0, VOCABULARY, rng.integers(1, 24)), max_new_tokens=8)
-    generated = generate(Model(), cache, scheduler, range(args.requests))
+    run = generate_ahead if args.ahead else generate
+    generated = run(Model(), cache, scheduler, range(args.requests))
     for number, tokens in generated.items():
         print(f"request {number}: {tokens}")
 

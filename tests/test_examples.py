@@ -43,3 +43,4 @@ def test_generate(monkeypatch, capsys):
     assert [name for name, _ in lines] == [f"request {number}" for number in range(5)]
     assert all(len(json.loads(tokens)) == 8 for _, tokens in lines)
     assert run(monkeypatch, capsys, "--requests", "5", script="generate.py") == out
+    assert run(monkeypatch, capsys, "--requests", "5", "--ahead", script="generate.py") == out

@@ -12,7 +12,9 @@ from examples.generate import (
     VOCABULARY,
     Model,
     compute,
+    compute_lazily,
     generate,
+    generate_ahead,
 )
 from pagedkv import BlockPool, PagedKVCache, PagedKVError, Scheduler
 
@@ -53,22 +55,30 @@ def test_what_the_model_says_depends_on_all_that_it_attends_to():
     assert equal <= 6
 
 
-@pytest.mark.parametrize("max_tokens", [7, 64])
-def test_generation_under_pressure_equals_dense(max_tokens):
-    model = Model()
+def requests_that_share():
     rng = np.random.default_rng(22)
     shared = rng.integers(0, VOCABULARY, 14).tolist()
     requests = {}
     for number in range(14):
         own = rng.integers(0, VOCABULARY, rng.integers(1, 12)).tolist()
         requests[number] = (shared + own if number % 3 else own), int(rng.integers(1, 16))
+    return requests
+
+
+def under_pressure(requests, **options):
     cache = new_cache()
-    scheduler = Scheduler(
-        cache.pool, cache.block_size, max_tokens=max_tokens, max_running=6, watermark=0
-    )
+    scheduler = Scheduler(cache.pool, cache.block_size, max_running=6, watermark=0, **options)
     for number, (prompt, count) in requests.items():
         scheduler.add(number, prompt, count)
-    generated = generate(model, cache, scheduler, requests)
+    return cache, scheduler
+
+
+@pytest.mark.parametrize("run", [generate, generate_ahead])
+@pytest.mark.parametrize("max_tokens", [7, 64])
+def test_generation_under_pressure_equals_dense(max_tokens, run):
+    model, requests = Model(), requests_that_share()
+    cache, scheduler = under_pressure(requests, max_tokens=max_tokens)
+    generated = run(model, cache, scheduler, requests)
     for number, (prompt, count) in requests.items():
         assert generated[number] == generate_dense(model, prompt, count), number
     stats = scheduler.stats()
@@ -78,6 +88,51 @@ def test_generation_under_pressure_equals_dense(max_tokens):
     assert stats.blocks_live == 0
     assert len({token for tokens in generated.values() for token in tokens}) > 10
     assert cache.pool.num_free + stats.blocks_cached == SIZES["num_blocks"]
+
+
+def test_a_step_in_flight_that_is_retracted_aborted_or_past_the_end_changes_nothing():
+    """Every third step fails on its way; requests end at a multiple of 5 or are aborted."""
+    model, requests = Model(), requests_that_share()
+    cache, scheduler = under_pressure(requests)
+    generated = {number: [] for number in requests}
+    running, sampled, unknown, ahead = set(requests), {}, 0, 0
+    for turn in range(10_000):
+        schedule = scheduler.schedule()
+        before = scheduler.in_flight[0] if scheduler.in_flight else None
+        if schedule.request_ids:
+            sampled[schedule] = compute_lazily(model, cache, schedule, sampled.get(before))
+            unknown += len(schedule.unknown)
+            if turn % 3 == 0:
+                scheduler.retract()
+        if turn == 20:
+            for number in (5, 6, 7):
+                if number in running:
+                    scheduler.abort(number)
+                    running.remove(number)
+        if not running:
+            break
+        if len(scheduler.in_flight) == 2 or (scheduler.in_flight and not schedule.request_ids):
+            oldest = scheduler.in_flight[0]
+            tokens = dict(zip(oldest.samples, sampled.pop(oldest).tolist(), strict=True))
+            tokens = {number: tokens[number] for number in tokens if number in running}
+            ahead += len(scheduler.in_flight) == 2
+            running -= set(scheduler.update(tokens))
+            for number, token in tokens.items():
+                generated[number].append(token)
+                if token % 5 == 0 and number in running:
+                    scheduler.finish(number)
+                    running.remove(number)
+        scheduler.check_invariants()
+    for number, (prompt, count) in requests.items():
+        expected = generate_dense(model, prompt, count)
+        ends = [at for at, token in enumerate(expected) if token % 5 == 0]
+        expected = expected[: ends[0] + 1] if ends else expected
+        if number in (5, 6, 7):
+            expected = expected[: len(generated[number])]
+        assert generated[number] == expected, number
+    while scheduler.in_flight:
+        scheduler.retract()
+    assert (scheduler.stats().blocks_live, unknown > 10, ahead > 10) == (0, True, True)
 
 
 def test_steps_are_the_sequences_that_compute_equally_many_tokens():
@@ -123,6 +178,18 @@ def test_shared_blocks_are_copied_before_they_are_written():
     assert tokens["child"] == generate_dense(model, [*prompt, 9], 2)
 
 
+def test_forks_go_on_with_a_step_in_flight():
+    cache, model = new_cache(), Model()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    prompt = [3, 1, 4, 1, 5]
+    scheduler.add("parent", prompt, 8)
+    scheduler.update(compute(model, cache, scheduler.schedule()))
+    scheduler.fork("parent", "child", 9)
+    tokens = generate_ahead(model, cache, scheduler, ["parent", "child"])
+    assert tokens["parent"] == generate_dense(model, prompt, 8)[1:]
+    assert tokens["child"] == generate_dense(model, [*prompt, 9], 7)
+
+
 def test_a_schedule_of_another_pool_is_refused():
     cache = new_cache()
     scheduler = Scheduler(BlockPool(16), 4)
@@ -150,3 +217,53 @@ def test_steps_of_a_schedule_that_is_over_write_nothing(end):
     with pytest.raises(PagedKVError, match="a new schedule, this one is over"):
         cache.steps(schedule)
     assert np.array_equal(np.array(cache.keys[0]), before)
+
+
+def test_tokens_that_only_the_device_knows_are_put_in_there():
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size, max_tokens=5)
+    for name, prompt in (("a", [7]), ("b", [1, 2, 3]), ("c", [8, 9]), ("d", [4, 5, 6])):
+        scheduler.add(name, prompt, 3)
+    first = scheduler.schedule()
+    assert first.samples == ["a", "b"]
+    cache.steps(first, mx.array(0.5))  # nothing is unknown yet
+    scheduler.abort("a")
+    second = scheduler.schedule()
+    assert (second.request_ids, second.counts) == (["b", "c", "d"], [1, 1, 3])
+    before = cache.memory_usage()
+    for bad, message in [
+        (None, "got None"),
+        ([40, 41], r"got \[40, 41\]"),
+        (mx.array([40, 41, 42]), r"got mlx.core.int32 of shape \(3,\)"),
+        (mx.array([[40, 41]]), r"got mlx.core.int32 of shape \(1, 2\)"),
+        (mx.array([40, 41], mx.uint32), r"got mlx.core.uint32 of shape \(2,\)"),
+    ]:
+        with pytest.raises(ValueError, match=rf"as an int32 array of shape \(2,\), {message}"):
+            cache.steps(second, bad)
+    assert (second.state, cache.memory_usage()) == ("new", before)
+    steps = cache.steps(second, mx.array([40, 41]))
+    assert [step.request_ids for step in steps] == [["d"], ["b", "c"]]
+    assert [step.tokens.tolist() for step in steps] == [[[4, 5, 6]], [[41], [9]]]
+    assert all(step.tokens.dtype == mx.int32 for step in steps)
+
+
+def test_tokens_are_not_waited_for():
+    """They cannot be computed, and nobody notices before they are looked at."""
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    scheduler.add("a", [7], 3)
+    cache.steps(scheduler.schedule())
+    singular = mx.linalg.inv(mx.zeros((1, 1)), stream=mx.cpu)
+    [step] = cache.steps(scheduler.schedule(), singular[0].astype(mx.int32))
+    with pytest.raises(RuntimeError, match="LU factorization failed"):
+        mx.eval(step.tokens)
+
+
+def test_steps_are_made_of_a_schedule_before_the_next_is_chosen():
+    """Its tables have room for the next one's tokens too afterwards."""
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    scheduler.add("a", [7], 3)
+    first, _ = scheduler.schedule(), scheduler.schedule()
+    with pytest.raises(PagedKVError, match="a new schedule, this one is late"):
+        cache.steps(first)

@@ -142,16 +142,22 @@ class PagedKVCache(Pools):
                 reservation.undo()
             raise
 
-    def steps(self, schedule: Schedule) -> list[ScheduledStep]:
+    def steps(self, schedule: Schedule, sampled: mx.array | None = None) -> list[ScheduledStep]:
         """Make steps of a schedule: sequences that compute equally many tokens go together.
 
         Blocks that the schedule shares and will write are copied first. `Step.attend` follows for
-        every layer of each step, then `Scheduler.update`, or `retract` if something failed.
+        every layer of each step, then `Scheduler.update`, or `retract` if something failed. The
+        next schedule may be chosen before that, but after this call; its steps are made when these
+        have attended in every layer.
 
         Parameters
         ----------
         schedule : Schedule
             What `Scheduler.schedule` returned last, of a scheduler with this cache's `pool`.
+        sampled : mx.array
+            The tokens that were sampled for `schedule.samples_before`, in this order, int32, shape
+            [len(samples_before)]. They may be lazy: nothing waits for them here. Needed, and looked
+            at, only if some of the schedule's tokens are `unknown`.
 
         Returns
         -------
@@ -161,17 +167,22 @@ class PagedKVCache(Pools):
         Raises
         ------
         ValueError
-            If the schedule is of another cache's blocks. Nothing has changed then.
+            If the schedule is of another cache's blocks, or `sampled` is missing or does not fit.
+            Nothing has changed then.
         PagedKVError
-            If steps were made of it before or it is over.
+            If steps were made of it before, the next was chosen before that, or it is over.
         """
         self._check_tables(schedule.tables)
         if schedule.state != "new":
             raise PagedKVError(f"expected a new schedule, this one is {schedule.state}")
+        if schedule.unknown:
+            _check_sampled(sampled, len(schedule.samples_before))
         rows: dict[int, list[int]] = {}
         for row, count in enumerate(schedule.counts):
             rows.setdefault(count, []).append(row)
-        steps = [ScheduledStep(self, schedule, rows[count]) for count in sorted(rows)[::-1]]
+        steps = [
+            ScheduledStep(self, schedule, rows[count], sampled) for count in sorted(rows)[::-1]
+        ]
         self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
         return steps
@@ -179,3 +190,13 @@ class PagedKVCache(Pools):
     def _check_tables(self, tables: Sequence[BlockTable]) -> None:
         if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
             raise ValueError("expected tables of this cache")
+
+
+def _check_sampled(sampled: mx.array | None, count: int) -> None:
+    if isinstance(sampled, mx.array):
+        if sampled.shape == (count,) and sampled.dtype == mx.int32:
+            return
+        got = f"{sampled.dtype} of shape {sampled.shape}"
+    else:
+        got = repr(sampled)
+    raise ValueError(f"expected sampled tokens as an int32 array of shape ({count},), got {got}")

@@ -121,18 +121,25 @@ class ScheduledStep(Step):
     request_ids : list
         Whose tokens, B of them.
     tokens : mx.array
-        The tokens to compute, shape [B, Q], int32.
+        The tokens to compute, shape [B, Q], int32; lazy if some are known to the device alone.
     sample_rows : list of int
         Which of the B sequences' next token follows from this step.
     """
 
-    def __init__(self, pools: Pools, schedule: Schedule, rows: list[int]) -> None:
+    def __init__(
+        self, pools: Pools, schedule: Schedule, rows: list[int], sampled: mx.array | None
+    ) -> None:
         tables, count = [schedule.tables[row] for row in rows], schedule.counts[rows[0]]
         slots = [table.slots(table.num_tokens - count) for table in tables]
         super().__init__(pools, tables, [count] * len(rows), np.concatenate(slots))
         self.request_ids = [schedule.request_ids[row] for row in rows]
         ends = np.cumsum(schedule.counts)[rows]
         self.tokens = mx.array(schedule.tokens[ends[:, None] + np.arange(-count, 0)])
+        last = [schedule.unknown.get(end - 1, -1) for end in ends.tolist()]
+        unknown = [row for row, index in enumerate(last) if index >= 0]
+        if sampled is not None and unknown:
+            indices = mx.array([last[row] for row in unknown])
+            self.tokens[mx.array(unknown), -1] = sampled[indices]
         samples = set(schedule.samples)
         self._schedule = schedule
         self.sample_rows = [
