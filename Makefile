@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # MLX backend: cpu (Linux CPU; on macOS this is Metal), cuda12 or cuda13.
 BACKEND ?= cpu
-# quick: contexts 1024 and 4096, block 32, old commits by their headline; full: all, a long wait.
+# quick: contexts 1024 and 4096, block 32, a few benchmarks of old commits; full: all, a long wait.
 GRID ?= quick
 # Name in results/; empty is the name asv has for this host.
 MACHINE ?=

@@ -90,9 +90,7 @@ def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
     said = re.search(r"--bench '(.*)'", (ROOT / "README.md").read_text())[1]
     cells = itertools.product(*common.GRID)
     chosen = [cell for cell in cells if re.search(said, f"overhead.Auto.ratio_x{cell}")]
-    assert chosen == [
-        cell
-        for cell in itertools.product(*common.GRID)
-        if grid.in_quick_grid([str(x) for x in cell], common.PARAM_NAMES)
-    ]
+    benchmark = {"name": "overhead.Auto.ratio_x", "param_names": common.PARAM_NAMES}
+    benchmark["params"] = [[str(x) for x in values] for values in common.GRID]
+    assert [tuple(map(str, cell)) for cell in chosen] == grid.asked(benchmark, "quick")
     assert not re.search(said, "append.Auto.time_append(1, 1024, 32)")

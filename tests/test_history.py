@@ -24,6 +24,7 @@ GRID = benchmark("decode.Auto.time_decode", (1, 4), (1024, 4096, 16384, 32768), 
 TREE = benchmark("prefix_cache.Match.time_match", (10**4, 10**6), names=["tokens"])
 
 
+STEP = benchmark("step.Auto.ratio_step_vs_contiguous", (1, 4), (1024, 4096, 16384, 32768), (32,))
 PLAIN = benchmark("memory.Index.track_bytes")
 OFF_THE_QUICK_GRID = benchmark("long.Long.time_decode", (4,), (32768,), (16, 64))
 
@@ -53,8 +54,19 @@ def test_benchmarks_with_other_parameters_are_whole_in_both_grids(size):
 
 def test_the_quick_grid_keeps_to_the_headline_at_old_commits_and_leaves_settled_questions():
     names = ["append.Auto.time_append", "decode.Auto.time_decode", "settled.Slabs.ratio_x"]
-    assert grid.in_quick_run(names, is_head=True) == names[:2]
-    assert grid.in_quick_run(names, is_head=False) == names[:1]
+    assert grid.in_run(names, "full") == names
+    assert grid.in_run(names, "quick") == names[:2]
+    assert grid.in_run(names, "history") == names[:1]
+
+
+def test_old_commits_take_their_steps_at_the_shortest_context_alone():
+    cells = ["(1, 1024, 32)", "(4, 1024, 32)"]
+    assert chosen(STEP, "history") == [STEP["name"] + cell for cell in cells]
+    assert len(chosen(STEP, "quick")) == 4
+    assert chosen(GRID, "history") == chosen(GRID, "quick")
+    done = [1.0 if cell[1] == "1024" else NAN for cell in grid.cells(STEP)]
+    measured = [history.is_measured(as_values(done), STEP, size) for size in ("history", "quick")]
+    assert measured == [True, False]
 
 
 def test_a_quick_run_starts_asv_once_for_a_module():
@@ -208,9 +220,12 @@ def recording(tmp_path, monkeypatch):
     return asv
 
 
-@pytest.mark.parametrize("size", ["quick", "full"])
-def test_what_is_measured_needs_no_second_run(size, recording):
+@pytest.mark.parametrize(("size", "old", "new"), [("quick", 2, 4), ("full", 8, 8)])
+def test_what_is_measured_needs_no_second_run(size, old, new, recording, tmp_path):
     assert history.run(size, "box", "cpu", 1) == 0
+    tables = [one.table for one in results.measured("box", tmp_path)]
+    steps = [[value.known for value in table[STEP["name"]].values()] for table in tables]
+    assert [sum(known) for known in steps] == [new, old]
     calls = recording.calls
     assert calls > 4
     assert history.run(size, "box", "cpu", 1) == 0

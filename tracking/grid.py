@@ -1,11 +1,16 @@
-"""Which cells of which benchmarks a run asks for."""
+"""Which cells of which benchmarks a run asks for.
+
+The grid "full" is all of them, "quick" a few contexts at one block size. "history" is what a quick
+run asks of old commits: a few benchmarks, and the step, whose cells take ten seconds and more, at
+the shortest context.
+"""
 
 import itertools
 import re
 
 from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
-# The quick grid measures old commits by these alone; every path of today is measured at HEAD.
+# A quick run measures old commits by these alone; every path of today is measured at HEAD.
 HISTORY = (
     "host.NumPy.",
     "overhead.Auto.",
@@ -13,6 +18,7 @@ HISTORY = (
     "prefill.Write.",
     "prefix_cache.Match.",
     "scheduler.Decode.",
+    "step.Auto.",
     "step.Host.",
     "step.Instructions.",
 )
@@ -23,18 +29,19 @@ def cells(benchmark):
     return list(itertools.product(*benchmark["params"]))
 
 
-def in_quick_grid(cell, names):
-    """Whether a cell, as asv names it, is measured in the quick grid; all are off the big grid."""
-    if names != PARAM_NAMES:
+def belongs(cell, benchmark, grid):
+    """Whether a cell, as asv names it, is measured in a grid; all are off the big grid."""
+    if grid == "full" or benchmark["param_names"] != PARAM_NAMES:
         return True
     _, context, block_size = cell
-    return int(context) in QUICK_CONTEXTS and int(block_size) in QUICK_BLOCK_SIZES
+    short = grid == "history" and benchmark["name"].startswith("step.")
+    contexts = QUICK_CONTEXTS[:1] if short else QUICK_CONTEXTS
+    return int(context) in contexts and int(block_size) in QUICK_BLOCK_SIZES
 
 
 def asked(benchmark, grid):
     """Return the cells of a benchmark that belong to a grid; some have none in the quick one."""
-    names = benchmark["param_names"]
-    return [cell for cell in cells(benchmark) if grid == "full" or in_quick_grid(cell, names)]
+    return [cell for cell in cells(benchmark) if belongs(cell, benchmark, grid)]
 
 
 def selection(benchmark, grid):
@@ -46,12 +53,14 @@ def selection(benchmark, grid):
     return ["--bench", rf"^{name}\(({labels})\)$"] if labels else []
 
 
-def in_quick_run(names, is_head):
-    """Return the benchmarks of a commit that the quick grid asks for.
+def in_run(names, grid):
+    """Return the benchmarks that a grid asks for.
 
-    None of the experiments that settled a decision is among them.
+    The experiments that settled a decision are in the full grid alone.
     """
-    if is_head:
+    if grid == "full":
+        return list(names)
+    if grid == "quick":
         return [name for name in names if not name.startswith("settled.")]
     return [name for name in names if name.startswith(HISTORY)]
 

@@ -6,7 +6,7 @@ import sys
 from asv.util import UserError
 
 from benchmarks.kinds import WHY
-from tracking.grid import asked, cells, in_one_run, in_quick_grid, in_quick_run, selection
+from tracking.grid import asked, belongs, cells, in_one_run, in_run, selection
 from tracking.lock import acquire
 from tracking.project import (
     asv,
@@ -28,10 +28,11 @@ def is_measured(values, benchmark, grid, explained=True):
     no number at all, which is what n/a looks like.
     """
     there = [value.known or value.why in WHY.values() for value in values]
-    quick = [in_quick_grid(cell, benchmark["param_names"]) for cell in cells(benchmark)]
+    part = "quick" if grid == "full" else grid
+    quick = [belongs(cell, benchmark, part) for cell in cells(benchmark)]
     if any(value.value is None for value in values):
         return False
-    if grid == "quick":
+    if grid != "full":
         complete = all(t for t, q in zip(there, quick, strict=True) if q)
     elif explained:
         complete = all(there)
@@ -65,15 +66,14 @@ def run(grid, machine, backend, rounds):
     failed = []
     for commit in [*(commit for commit in phase_commits() if commit != head), head]:
         title = git("log", "-1", "--format=%h %s", commit)
-        names = unmeasured(benchmarks, machine, commit, grid, environment)
-        if grid == "quick":
-            names = in_quick_run(names, commit == head)
+        part = "history" if grid == "quick" and commit != head else grid
+        names = in_run(unmeasured(benchmarks, machine, commit, part, environment), part)
         print(f"\n== {title}: {len(names)} benchmarks to run, {grid} grid", flush=True)
-        for group in in_one_run(names, grid):
+        for group in in_one_run(names, part):
             options = ["--machine", machine, "--show-stderr", "--attribute", f"rounds={rounds}"]
             for name in group:
                 print(f"\n== {name} at {title}", flush=True)
-                options += selection(benchmarks[name], grid)
+                options += selection(benchmarks[name], part)
             status = asv("run", *options, f"{commit}^!", config=config)
             if status not in (0, 2):
                 return status

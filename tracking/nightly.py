@@ -19,7 +19,7 @@ from asv.util import UserError, load_json, write_json
 from tracking import history
 from tracking.changes import changes
 from tracking.compare import COMPARED
-from tracking.grid import in_quick_run, selection
+from tracking.grid import in_run, selection
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import (
@@ -146,7 +146,7 @@ def run_commits(commits, machine, config, grid):
     """Run a grid at commits, the oldest first: what a night cut short leaves is later."""
     listed = discover(machine, config)
     options = ["--machine", machine, "--show-stderr"]
-    for name in in_quick_run(listed, is_head=True) if grid == "quick" else listed:
+    for name in in_run(listed, grid):
         options += selection(listed[name], grid)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(commits))
@@ -160,8 +160,7 @@ def again(machine, config, environment, head, grid):
     previous = [commit for commit in measured if commit != head][-1]
     factors, _, _ = recorded_noise(machine)
     listed = discover(machine, config)
-    names = in_quick_run(listed, is_head=True) if grid == "quick" else listed
-    asked = {name: selection(listed[name], grid) for name in names}
+    asked = {name: selection(listed[name], grid) for name in in_run(listed, grid)}
 
     def worse():
         found = {}
