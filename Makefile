@@ -22,7 +22,7 @@ AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 .PHONY: format clean
 
 help:
-	@echo "make bench       measure every phase and HEAD, publish, print the headline"
+	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
 	@echo "                 GRID=full  BACKEND=cuda13  MACHINE=name"
 	@echo "make serve       look at the published site"
 	@echo "make test        lint, types and tests"

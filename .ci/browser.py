@@ -21,7 +21,7 @@ from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 from tracking.repository import ROOT
-from tracking.results import HEADLINE
+from tracking.results import ATTENTION
 
 BROWSERS = (
     "chromium",
@@ -108,7 +108,7 @@ def look(html_dir, machine=None):
     state = [("machine", machine)] if machine else []
     state += [("p-block_size", 32), ("p-context", 1024), ("p-context", 4096)]
     with browse(html_dir) as (page, address):
-        page.goto(f"{address}/index.html#{HEADLINE}?{urlencode(state)}")
+        page.goto(f"{address}/index.html#{ATTENTION}?{urlencode(state)}")
         page.wait_for_function(f"() => ({SERIES})()?.some(s => s[1].length)", timeout=20000)
         series = page.evaluate(SERIES)
         if page.evaluate(INK) < 3:

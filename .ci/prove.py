@@ -20,7 +20,7 @@ from tracking.detection import DETECTION, slowed
 from tracking.lock import acquire
 from tracking.project import asv, derive_config, discover, machine_name, record_machine
 from tracking.repository import check_history, commit_label, commit_of, git
-from tracking.results import HEADLINE, load, measured_commits, recorded_commits
+from tracking.results import ATTENTION, load, measured_commits, recorded_commits
 from tracking.tables import as_csv
 
 CELL = ("1", "1024", "32")
@@ -52,13 +52,15 @@ def prove_overhead_page(html_dir, machines):
         for machine in machines:
             commits = measured_commits(machine)
             tables = [load(machine, commit) for commit in commits]
-            latest = [t[HEADLINE] for t in tables if any(v.known for v in t[HEADLINE].values())][-1]
+            latest = [t[ATTENTION] for t in tables if any(v.known for v in t[ATTENTION].values())][
+                -1
+            ]
             batch, _, block = next(cell for cell, value in latest.items() if value.known)
             overhead.open(f"{address}/overhead.html", machine=machine, batch=batch, block=block)
 
             header, *rows = overhead.table("phases-table")
             expected = {
-                context: [shown(table[HEADLINE][batch, context, block]) for table in tables]
+                context: [shown(table[ATTENTION][batch, context, block]) for table in tables]
                 for context in sorted({cell[1] for cell in latest}, key=int)
             }
             said = {context: values for context, *values in rows}
@@ -67,7 +69,7 @@ def prove_overhead_page(html_dir, machines):
                 said == {context: expected[context] for context in said} and len(said) >= 2,
                 f"{machine}: {len(said)} contexts over {len(commits)} commits as recorded",
             )
-            headlines = [value for table in tables for value in table[HEADLINE].values()]
+            headlines = [value for table in tables for value in table[ATTENTION].values()]
             known = {shown(value) for value in headlines if value.known}
             drawn = sum(text in known for values in said.values() for text in values)
             expect(overhead.points("phases") == drawn, f"{machine}: {drawn} points drawn")
@@ -147,12 +149,12 @@ def main():
         old_values = load(machine, old, results)
         lacked = old_values[LACKED_BY_OLD][CELL].value
         expect(lacked is not None and math.isnan(lacked), "a path the old commit lacks is n/a")
-        expect(old_values[HEADLINE][CELL].known, "the headline series reaches the old commit")
+        expect(old_values[ATTENTION][CELL].known, "the headline series reaches the old commit")
 
         expect(asv("publish", config=config) == 0, "asv publish")
         series = look(html, machine)
         drawn = {round(y, 4) for points in series.values() for _, y in points}
-        values = (old_values[HEADLINE][CELL], new_values[HEADLINE])
+        values = (old_values[ATTENTION][CELL], new_values[ATTENTION])
         measured = {round(value.value, 4) for value in values}
         expect(drawn == measured, f"the page draws the measured values {sorted(measured)}, offline")
 

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.common import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
 from pagedkv.attention.inputs import Call
 from pagedkv.attention.paths import choose
-from tracking.results import HEADLINE, load
+from tracking.results import ATTENTION, load
 
 # Machine -> its device, the commit that measured every path, and what `auto` was there.
 RECORDED = {
@@ -24,7 +24,7 @@ def test_no_path_beats_auto_by_more_than_5_percent(machine, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     table = load(machine, commit)
     compared = 0
-    for cell, auto in table[HEADLINE].items():
+    for cell, auto in table[ATTENTION].items():
         batch, context, block_size = (int(x) for x in cell)
         queries = batch, QUERY_HEADS, 1, HEAD_DIM
         pool = 2 * batch * context // block_size, block_size, KV_HEADS, HEAD_DIM

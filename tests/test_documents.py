@@ -40,14 +40,49 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     assert documents.fill(text) == text.replace("old", "m at c")
 
 
-def test_the_headline_leaves_out_commits_at_which_it_was_not_measured(monkeypatch):
-    known = {("1", "1024", "32"): results.Value(0.5)}
-    tables_of = {"a": {tables.HEADLINE: known}, "b": {tables.HEADLINE: {}}, "c": {}}
+CELL = ("1", "1024", "32")
+
+
+@pytest.fixture
+def three_commits(monkeypatch):
+    """Results of commits a, b and c: the step at a and c, attention alone at a, no bound."""
+
+    def known(value):
+        return {CELL: results.Value(value)}
+
+    tables_of = {
+        "a": {results.STEP: known(1.5), results.ATTENTION: known(0.5)},
+        "b": {results.STEP: {CELL: results.MISSING}, results.ATTENTION: {}},
+        "c": {results.STEP: known(1.25)},
+    }
     monkeypatch.setattr(tables, "load", lambda machine, commit, environment: tables_of[commit])
     monkeypatch.setattr(tables, "phase_commits", lambda: {"a": "0", "b": "1"})
-    header, rows = tables.headline("m", ["a", "b", "c"])
+    monkeypatch.setattr(repository, "phase_commits", lambda: {"a": "0", "b": "1"})
+    monkeypatch.setattr(documents, "measured_commits", lambda machine: list(tables_of))
+    return list(tables_of)
+
+
+def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(three_commits):
+    header, rows = tables.headline("m", three_commits, results.STEP)
     assert header == ["commit", "batch 1, 1k"]
-    assert rows == [["phase 0 (a)", "0.50"]]
+    assert rows == [["phase 0 (a)", "1.50"], ["c", "1.25"]]
+    assert tables.headline("m", three_commits, results.ATTENTION)[1] == [["phase 0 (a)", "0.50"]]
+    assert tables.headline("m", three_commits, results.BOUND) == (["commit"], [])
+
+
+def test_make_bench_prints_the_step_first(three_commits, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
+    documents.main()
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
+        ["step", "over", "mlx-lm's", "cache,", "machine", "box,", "blocks", "of", "32", "tokens"],
+        ["commit", "batch", "1,", "1k"],
+        ["phase", "0", "(a)", "1.50"],
+        ["c", "1.25"],
+        ["step", "over", "the", "bound", "was", "not", "measured", "on", "box"],
+        ["attention", "alone,", "machine", "box,", "blocks", "of", "32", "tokens"],
+        ["commit", "batch", "1,", "1k"],
+        ["phase", "0", "(a)", "0.50"],
+    ]
 
 
 def test_a_series_is_written_by_cell_and_commit(monkeypatch):

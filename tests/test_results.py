@@ -23,7 +23,7 @@ def test_tables_are_about_one_version_of_mlx(versions, monkeypatch):
     cell = "1", "1024", "32"
 
     def ratio(**which):
-        return results.load(machine, commit, folder, **which)[results.HEADLINE][cell].value
+        return results.load(machine, commit, folder, **which)[results.ATTENTION][cell].value
 
     assert results.usual_environment(machine, folder) == pinned
     assert ratio() == ratio(environment=pinned) == pytest.approx(ratio(environment=newest) / 10)
@@ -118,7 +118,7 @@ def test_a_cell_without_a_number_says_why(versions):
     [file] = (folder / machine).glob(f"*-{pinned}.json")
     content = json.loads(file.read_text())
     columns = content["result_columns"]
-    row = content["results"][results.HEADLINE]
+    row = content["results"][results.ATTENTION]
     row[columns.index("result")][:4] = [math.nan] * 4
     for code, cell in ((-1, 0), (-2, 1), (-3, 2)):
         for column in ("stats_ci_99_a", "stats_ci_99_b", "stats_number", "stats_repeat"):
@@ -126,7 +126,7 @@ def test_a_cell_without_a_number_says_why(versions):
     row[columns.index("stats_number")][3] = None
     file.write_text(json.dumps(content))
     table = results.load(machine, commit, folder, pinned)
-    shown = [value.show() for value in table[results.HEADLINE].values()]
+    shown = [value.show() for value in table[results.ATTENTION].values()]
     assert shown[:4] == ["lacks", "too slow", "too large", "n/a"]
-    assert table[results.HEADLINE]["4", "4096", "32"].known
+    assert table[results.ATTENTION]["4", "4096", "32"].known
     assert table.get("no.Such.time_x", {}).get(("1",), results.MISSING).show() == "not asked"

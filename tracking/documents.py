@@ -17,6 +17,7 @@ from tracking.project import machine_name
 from tracking.repository import ROOT, commit_label
 from tracking.results import (
     MISSING,
+    NAMES,
     RESULTS,
     load,
     measured_commits,
@@ -37,10 +38,10 @@ def mark_adr_table(machine, commit):
     return as_markdown(ADR_COLUMNS, adr_rows(recorded(machine, commit)))
 
 
-def mark_headline(machine):
-    """Write the headline table."""
+def mark_headline(machine, benchmark):
+    """Write the table of a headline."""
     commits, environment = recorded_commits(machine), recorded_environment(machine)
-    return as_markdown(*headline(machine, commits, environment))
+    return as_markdown(*headline(machine, commits, benchmark, environment))
 
 
 def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
@@ -156,8 +157,12 @@ def main():
         sys.exit(f"nothing measured on machine {machine} in {RESULTS}: run `make bench`")
     show = FORMATS[args.format]
     if args.what == "headline":
-        print(f"decode step, path auto over contiguous SDPA, block size 32, machine {machine}")
-        print(show(*headline(machine, commits)), end="")
+        for benchmark, name in NAMES.items():
+            header, rows = headline(machine, commits, benchmark)
+            if rows:
+                print(f"{name}, machine {machine}, blocks of 32 tokens\n{show(header, rows)}")
+            else:
+                print(f"{name} was not measured on {machine}\n")
     else:
         try:
             table = load(machine, args.commit or commits[-1])

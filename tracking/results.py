@@ -15,7 +15,16 @@ from tracking.project import asv_settings
 from tracking.repository import ROOT, git
 
 RESULTS = ROOT / "results"
-HEADLINE = "overhead.Auto.ratio_vs_contiguous"
+STEP = "step.Auto.ratio_step_vs_contiguous"
+BOUND = "step.Bound.ratio_step_vs_bound"
+ATTENTION = "overhead.Auto.ratio_vs_contiguous"
+NAMES = {
+    STEP: "step over mlx-lm's cache",
+    BOUND: "step over the bound",
+    ATTENTION: "attention alone",
+}
+"""The headlines in the order of what they say to a user, and what they are called."""
+
 NUMPY = "host.NumPy.track_version"
 
 # What benchmarks were called -> what they are called: other machines' results have the old names.

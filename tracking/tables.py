@@ -5,7 +5,7 @@ import io
 
 from pagedkv import blocks_needed
 from tracking.repository import commit_label, phase_commits
-from tracking.results import HEADLINE, MISSING, Value, load
+from tracking.results import MISSING, Value, load
 
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
@@ -76,14 +76,14 @@ def adr_rows(table):
     return [[text for text, _ in entries] for _, entries in adr_entries(table)]
 
 
-def headline(machine, commits, environment=None):
-    """Return (header, rows): `auto` over contiguous at phase commits and the last of `commits`.
+def headline(machine, commits, benchmark, environment=None):
+    """Return (header, rows): one of the headlines at phase commits and the last of `commits`.
 
     Columns are the cells of block size 32 with a number; rows carry 99% confidence intervals.
     """
     phases = phase_commits()
     tables = {
-        commit: load(machine, commit, environment=environment).get(HEADLINE, {})
+        commit: load(machine, commit, environment=environment).get(benchmark, {})
         for commit in commits
         if commit in phases or commit == commits[-1]
     }
