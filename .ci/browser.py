@@ -21,7 +21,7 @@ from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 from tracking.repository import ROOT
-from tracking.results import ATTENTION
+from tracking.results import STEP
 
 BROWSERS = (
     "chromium",
@@ -100,7 +100,7 @@ def browse(html_dir, **options):
 
 
 def look(html_dir, machine=None):
-    """Open the graph of the headline benchmark over commits, return its series {label: points}.
+    """Open the graph of the step's ratio over commits, return its series {label: points}.
 
     Raises RuntimeError if the page asks for anything that is not in `html_dir`, reports a script
     error, or draws nothing.
@@ -108,7 +108,7 @@ def look(html_dir, machine=None):
     state = [("machine", machine)] if machine else []
     state += [("p-block_size", 32), ("p-context", 1024), ("p-context", 4096)]
     with browse(html_dir) as (page, address):
-        page.goto(f"{address}/index.html#{ATTENTION}?{urlencode(state)}")
+        page.goto(f"{address}/index.html#{STEP}?{urlencode(state)}")
         page.wait_for_function(f"() => ({SERIES})()?.some(s => s[1].length)", timeout=20000)
         series = page.evaluate(SERIES)
         if page.evaluate(INK) < 3:
@@ -149,6 +149,10 @@ class OverheadPage:
     def text(self, selector):
         """Return the text of an element."""
         return self.page.inner_text(selector)
+
+    def visible(self, selector):
+        """Return whether any such element is visible."""
+        return self.page.locator(f"{selector} >> visible=true").count() > 0
 
     def table(self, name):
         """Return a table's rows as lists of text."""

@@ -4,6 +4,8 @@ Run by `make prove`. Results go to a temporary directory, one sample of the smal
 """
 
 import math
+import shutil
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,12 +22,25 @@ from tracking.detection import DETECTION, slowed
 from tracking.lock import acquire
 from tracking.project import asv, derive_config, discover, machine_name, record_machine
 from tracking.repository import check_history, commit_label, commit_of, git
-from tracking.results import ATTENTION, load, measured_commits, recorded_commits
+from tracking.results import (
+    ATTENTION,
+    BOUND,
+    RESULTS,
+    STEP,
+    load,
+    measured_commits,
+    recorded_commits,
+)
 from tracking.tables import as_csv
 
 CELL = ("1", "1024", "32")
-RECORDED = ("h200", "linux-2core-xeon")
-LACKED_BY_OLD = "overhead.GatherHeadMajor.ratio_vs_contiguous"
+RECORDED = ("h200", "linux-2core-xeon", "h100")
+MEASURES = {
+    "step": (STEP, "step.Batch16.ratio_step_vs_contiguous"),
+    "bound": (BOUND, "step.BoundBatch16.ratio_step_vs_bound"),
+    "attention": (ATTENTION, "overhead.Batch16.ratio_vs_contiguous"),
+}
+LACKED_BY_OLD = "overhead.GatherRows.ratio_vs_contiguous"
 
 
 def expect(condition, message):
@@ -45,48 +60,87 @@ def shown(value):
     return value.show(interval=True)
 
 
+def prove_measure(overhead, url, machine, measure, results=RESULTS):
+    """Compare what the page says of a measure on a machine with the results."""
+    values = {}
+    for commit in measured_commits(machine, results):
+        table = load(machine, commit, results)
+        values[commit] = {
+            c: v for name in MEASURES[measure] for c, v in table.get(name, {}).items()
+        }
+    known = [commit for commit, cells in values.items() if any(v.known for v in cells.values())]
+    name = f"{machine}, {measure}"
+    if not known:
+        overhead.open(url, machine=machine)
+        said = overhead.text(f"#{measure}-card"), overhead.text(f"#{measure}")
+        expect(
+            all("Not measured on this machine." in text for text in said)
+            and not overhead.visible(f"#{measure} :is(table, .chart)"),
+            f"{name}: said not to be measured, nothing empty drawn",
+        )
+        return
+    latest = {cell: value for cell, value in values[known[-1]].items() if value.known}
+    batch, _, block = next(iter(latest))
+    overhead.open(url, machine=machine, commit=known[-1][:8], batch=batch, block=block)
+    median = f"{statistics.median(value.value for value in latest.values()):.2f}"
+    expect(f"\n{median}\n" in overhead.text(f"#{measure}-card"), f"{name}: median {median}")
+
+    header, *rows = overhead.table(f"{measure}-now")
+    said = {
+        (row[0], context.removesuffix(" tokens"), block): text
+        for row in rows
+        for context, text in zip(header[1:], row[1:], strict=True)
+    }
+    cells = {cell: shown(value) for cell, value in latest.items() if cell[2] == block}
+    expect(
+        cells == {cell: said[cell] for cell in said if said[cell][0].isdigit()},
+        f"{name}: {len(cells)} cells at {known[-1][:8]} as recorded",
+    )
+
+    phases = {
+        commit: {cell[1]: v for cell, v in cells.items() if (cell[0], cell[2]) == (batch, block)}
+        for commit, cells in values.items()
+    }
+    phases = {commit: cells for commit, cells in phases.items() if cells}
+    drawn = [
+        (c, context) for c, cells in phases.items() for context in cells if cells[context].known
+    ]
+    if len({commit for commit, _ in drawn}) < 2:
+        expect(not overhead.visible(f"#{measure}-phases"), f"{name}: no chart of a single commit")
+        return
+    header, *rows = overhead.table(f"{measure}-phases-table")
+    expect(header[1:] == [commit_label(c) for c in phases], f"{name}: phases in order")
+    contexts = sorted({context for _, context in drawn}, key=int)
+    expect(
+        rows == [[c, *(shown(cells[c]) for cells in phases.values())] for c in contexts],
+        f"{name}: {len(contexts)} contexts over {len(phases)} commits as recorded",
+    )
+    points = overhead.points(f"{measure}-phases")
+    expect(points == len(drawn), f"{name}: {len(drawn)} points drawn")
+
+
 def prove_overhead_page(html_dir, machines):
     """Compare what the overhead page says in a browser with the results, and use it."""
     with browse(html_dir) as (page, address):
         overhead = OverheadPage(page)
         for machine in machines:
-            commits = measured_commits(machine)
-            tables = [load(machine, commit) for commit in commits]
-            latest = [t[ATTENTION] for t in tables if any(v.known for v in t[ATTENTION].values())][
-                -1
-            ]
-            batch, _, block = next(cell for cell, value in latest.items() if value.known)
-            overhead.open(f"{address}/overhead.html", machine=machine, batch=batch, block=block)
-
-            header, *rows = overhead.table("phases-table")
-            expected = {
-                context: [shown(table[ATTENTION][batch, context, block]) for table in tables]
-                for context in sorted({cell[1] for cell in latest}, key=int)
-            }
-            said = {context: values for context, *values in rows}
-            expect(header[1:] == [commit_label(c) for c in commits], f"{machine}: phases in order")
-            expect(
-                said == {context: expected[context] for context in said} and len(said) >= 2,
-                f"{machine}: {len(said)} contexts over {len(commits)} commits as recorded",
-            )
-            headlines = [value for table in tables for value in table[ATTENTION].values()]
-            known = {shown(value) for value in headlines if value.known}
-            drawn = sum(text in known for values in said.values() for text in values)
-            expect(overhead.points("phases") == drawn, f"{machine}: {drawn} points drawn")
+            for measure in MEASURES:
+                prove_measure(overhead, f"{address}/overhead.html", machine, measure)
 
         machine = machines[0]
         overhead.open(f"{address}/overhead.html", machine=machine, batch=1, block=32)
-        batch_1 = overhead.table("phases-table")
+        batch_1 = overhead.table("attention-phases-table")
         overhead.choose("batch", "4")
-        expect(overhead.table("phases-table") != batch_1, "choosing a batch changes the numbers")
-        overhead.choose("path", "gather_rows")
-        said = overhead.table("phases-table")[1][1:]
+        expect(
+            overhead.table("attention-phases-table") != batch_1,
+            "choosing a batch changes the numbers",
+        )
         name = "overhead.GatherRows.ratio_vs_contiguous"
-        expected = [
-            shown(table[name]["4", "1024", "32"])
-            for commit in measured_commits(machine)
-            if name in (table := load(machine, commit))
-        ]
+        commit = [c for c in measured_commits(machine) if name in load(machine, c)][-1]
+        overhead.choose("commit", commit[:8])
+        overhead.choose("path", "gather_rows")
+        said = [row[1] for row in overhead.table("attention-now") if row[0] == "4"]
+        expected = [shown(load(machine, commit)[name]["4", "1024", "32"])]
         expect(said == expected, "choosing a path shows that path")
         with page.expect_download() as download:
             page.click("#csv")
@@ -94,13 +148,13 @@ def prove_overhead_page(html_dir, machines):
         rows = overhead.table("table")
         expect(text == as_csv(rows[0], rows[1:]), "the CSV is the table")
 
-        link = overhead.links("phases-table")[0]
+        link = overhead.links("attention-now")[0]
         page.goto(link)
         page.wait_for_function("() => document.querySelector('#main-graph canvas')", timeout=20000)
         expect("overhead.html" in page.inner_html("#nav"), "asv's navigation leads to the page")
 
         overhead.open(f"file://{html_dir}/overhead.html", machine=machine)
-        expect(overhead.points("phases") > 0, "the page works as a mere file")
+        expect(overhead.points("attention-phases") > 0, "the page works as a mere file")
         page.set_viewport_size({"width": 390, "height": 800})
         overhead.open(f"{address}/overhead.html", machine=machine)
         wide = page.evaluate("document.documentElement.scrollWidth")
@@ -125,7 +179,7 @@ def main():
     machine = machine_name("cpu")
     record_machine(machine)
     head = git("rev-parse", "HEAD")
-    old = first_commit_that_has("def decode_attention")
+    old = first_commit_that_has("def append_block")
     expect(asv("check") == 0, "asv check")
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,14 +203,23 @@ def main():
         old_values = load(machine, old, results)
         lacked = old_values[LACKED_BY_OLD][CELL].value
         expect(lacked is not None and math.isnan(lacked), "a path the old commit lacks is n/a")
-        expect(old_values[ATTENTION][CELL].known, "the headline series reaches the old commit")
+        expect(old_values[STEP][CELL].known, "the step was taken at the old commit")
 
+        # Of a machine that took no step, and measured more.
+        shutil.copytree(RESULTS / RECORDED[-1], results / RECORDED[-1])
         expect(asv("publish", config=config) == 0, "asv publish")
         series = look(html, machine)
         drawn = {round(y, 4) for points in series.values() for _, y in points}
-        values = (old_values[ATTENTION][CELL], new_values[ATTENTION])
+        values = (old_values[STEP][CELL], new_values[STEP])
         measured = {round(value.value, 4) for value in values}
-        expect(drawn == measured, f"the page draws the measured values {sorted(measured)}, offline")
+        expect(drawn == measured, f"asv draws the measured steps {sorted(measured)}, offline")
+        with browse(html) as (page, address):
+            overhead, url = OverheadPage(page), f"{address}/overhead.html"
+            overhead.open(url)
+            expect(page.input_value("#machine") == machine, "the page opens where steps were taken")
+            for measure in MEASURES:
+                prove_measure(overhead, url, machine, measure, results)
+                prove_measure(overhead, url, RECORDED[-1], measure, results)
 
         recorded = [name for name in RECORDED if recorded_commits(name)]
         config = derive_config("prove", html_dir=str(html))

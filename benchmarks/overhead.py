@@ -1,4 +1,4 @@
-"""The headline: how much more a paged decode step costs than one over contiguous K/V."""
+"""Attention alone, of K and V that are in their place: the part of a step that paths differ in."""
 
 from .common import (
     GRID,
@@ -33,9 +33,9 @@ class _Overhead:
 
 
 class Auto(_Overhead):
-    """`decode_attention(path="auto")`, what users get, over `contiguous_attention`.
+    """`decode_attention(path="auto")`, the path users get, over `contiguous_attention`.
 
-    A decode step of several layers, each with its own pool, evaluated once. 1.0 means that paging
+    The attention of several layers, each with its own pool, evaluated once. 1.0 means that paging
     costs nothing; a fall means the package got faster relative to MLX's own SDPA.
     """
 

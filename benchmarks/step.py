@@ -1,4 +1,4 @@
-"""Whole decode steps, as users have them: blocks, a plan, K and V written, attention by layer.
+"""The headline, whole decode steps as users have them: blocks, plan, K and V written, attention.
 
 The queries of a step follow from the output of the one before, as a sampled token does, and one
 step is in flight while the next is built, as in mlx-lm's `generate_step`.

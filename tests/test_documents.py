@@ -123,9 +123,10 @@ def test_documents_hold_what_results_say(path):
 def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
     """What the README says to type for it."""
     said = re.search(r"--bench '(.*)'", (ROOT / "README.md").read_text())[1]
-    cells = itertools.product(*common.GRID)
-    chosen = [cell for cell in cells if re.search(said, f"overhead.Auto.ratio_x{cell}")]
-    benchmark = {"name": "overhead.Auto.ratio_x", "param_names": common.PARAM_NAMES}
-    benchmark["params"] = [[str(x) for x in values] for values in common.GRID]
-    assert [tuple(map(str, cell)) for cell in chosen] == grid.asked(benchmark, "quick")
+    params = [[str(x) for x in values] for values in common.GRID]
+    for name in results.NAMES:
+        benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
+        labels = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
+        chosen = [cell for label, cell in labels.items() if re.search(said, label)]
+        assert chosen == grid.asked(benchmark, "quick")
     assert not re.search(said, "append.Auto.time_append(1, 1024, 32)")

@@ -11,11 +11,10 @@ import pytest
 from asv.util import UserError
 
 from tracking.project import asv_settings
-from tracking.results import MISSING, RESULTS, Value
+from tracking.results import ATTENTION, BOUND, MISSING, NAMES, RESULTS, STEP, Value
 from website import overhead
 from website.publish import OverheadPage
 
-AUTO = "overhead.Auto.ratio_vs_contiguous"
 ROWS = "overhead.GatherRows.ratio_vs_contiguous"
 CELL, BIG = ("1", "1024", "32"), ("4", "32768", "32")
 
@@ -25,16 +24,16 @@ def value(x):
 
 
 def test_paths_have_the_names_of_decode_paths():
-    names = ["Auto", "Batch16", "GatherBlockMajor", "GatherRows", "Fused", "Contiguous"]
-    paths = ["auto", "auto", "gather_block_major", "gather_rows", "fused", "contiguous"]
+    names = ["Batch16", "Bound", "BoundBatch16", "Auto", "GatherBlockMajor", "Fused", "Contiguous"]
+    paths = ["auto"] * 4 + ["gather_block_major", "fused", "contiguous"]
     assert [overhead._path(name) for name in names] == paths
 
 
 def test_missing_failed_and_known_are_told_apart():
     tables = [
-        {AUTO: {CELL: value(2.0), BIG: MISSING}},
+        {ATTENTION: {CELL: value(2.0), BIG: MISSING}},
         {
-            AUTO: {CELL: Value(None), BIG: MISSING},
+            ATTENTION: {CELL: Value(None), BIG: MISSING},
             ROWS: {CELL: Value(math.nan, why="too slow")},
         },
     ]
@@ -45,9 +44,42 @@ def test_missing_failed_and_known_are_told_apart():
         (1, "gather_rows", "too slow", None),
     ]  # BIG has a number nowhere
     assert rows[0]["link"] == (
-        f"index.html#{AUTO}?machine=box&p-batch=1&p-context=1024&p-block_size=32"
+        f"index.html#{ATTENTION}?machine=box&p-batch=1&p-context=1024&p-block_size=32"
     )
     json.dumps(rows, allow_nan=False)
+
+
+def test_a_row_says_what_it_measures_and_the_step_comes_first():
+    wide = ("16", "1024", "32")
+    table = {
+        ATTENTION: {CELL: value(0.5)},
+        "overhead.Batch16.ratio_vs_contiguous": {wide: value(0.6)},
+        BOUND: {CELL: value(1.2)},
+        "step.BoundBatch16.ratio_step_vs_bound": {wide: value(1.3)},
+        STEP: {CELL: value(1.0)},
+        "step.Batch16.ratio_step_vs_contiguous": {wide: value(1.1)},
+        "step.Waiting.ratio_step_vs_contiguous": {CELL: value(9.0)},
+        "step.WaitingBatch16.ratio_step_vs_contiguous": {wide: value(9.0)},
+    }
+    rows = overhead.ratio_rows("box", [table])
+    assert [(row["measure"], row["path"], row["batch"], row["value"]) for row in rows] == [
+        ("step", "auto", 1, 1.0),
+        ("step", "auto", 16, 1.1),
+        ("bound", "auto", 1, 1.2),
+        ("bound", "auto", 16, 1.3),
+        ("attention", "auto", 1, 0.5),
+        ("attention", "auto", 16, 0.6),
+    ]
+    assert rows[0]["link"].startswith(f"index.html#{STEP}?machine=box&")
+
+
+def test_the_page_has_the_headlines_of_the_terminal_in_their_order():
+    measures = overhead.RATIOS.items()
+    assert all(p.fullmatch(name) for (_, p), name in zip(measures, NAMES, strict=True))
+    html = overhead.TEMPLATE.read_text()
+    sections = re.findall(r'<section class="measure" id="(\w+)">\n<h2>(.*)</h2>', html)
+    titles = [name.capitalize() for name in NAMES.values()]
+    assert sections == list(zip(overhead.RATIOS, titles, strict=True))
 
 
 def test_bandwidth_is_bytes_over_time():
@@ -59,10 +91,18 @@ def test_bandwidth_is_bytes_over_time():
     assert row["low"] < row["value"] < row["high"]
 
 
-def headline(*autos):
-    tables = [{AUTO: {CELL: a, BIG: b}} for a, b in autos]
+def headline(*autos, name=STEP, measure="step"):
+    tables = [{name: {CELL: a, BIG: b}} for a, b in autos]
     labels = ["phase 0 (a)", "phase 1 (b)", "cccccccc"][: len(tables)]
-    return overhead.headline(overhead.ratio_rows("box", tables), labels)
+    return overhead.headline(overhead.ratio_rows("box", tables), measure, labels)
+
+
+@pytest.mark.parametrize(("measure", "name"), list(zip(overhead.RATIOS, NAMES, strict=True)))
+def test_each_measure_has_its_own_headline(measure, name):
+    assert headline((value(2.0), value(4.0)), name=name, measure=measure)["cells"] == 2
+    others = [other for other in NAMES if other != name]
+    for other in others:
+        assert headline((value(2.0), value(4.0)), name=other, measure=measure) is None
 
 
 def test_the_headline():
@@ -136,7 +176,7 @@ def test_two_versions_of_mlx_are_two_series(versions):
     results, _, _, environments = versions
     old, new = overhead.gather(results)["series"]
     assert [old["environment"], new["environment"]] == environments
-    medians = [one["headline"]["median"]["value"] for one in (old, new)]
+    medians = [one["headlines"]["attention"]["median"]["value"] for one in (old, new)]
     assert medians[1] == pytest.approx(10 * medians[0])
 
 

@@ -1,4 +1,4 @@
-"""overhead.html: how far a paged decode step is from contiguous SDPA.
+"""overhead.html: what a decode step over a paged cache costs, beside one over a contiguous cache.
 
 One page that needs no other file and no network. `gather` takes what it shows from the results,
 overhead.html beside this module is its frame and script, `CHARTS` are its pictures. The figures of
@@ -32,15 +32,21 @@ from tracking.results import (
 from tracking.tables import ADR_COLUMNS, adr_entries
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
-RATIO = re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous")
+# The measures, as the page names them, in its order.
+RATIOS = {
+    "step": re.compile(r"step\.(Auto|Batch16)\.ratio_step_vs_contiguous"),
+    "bound": re.compile(r"step\.(Bound|BoundBatch16)\.ratio_step_vs_bound"),
+    "attention": re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous"),
+}
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
 
 
 def _path(name):
-    """Return the decode path that a benchmark class is named after."""
-    path = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-    return "auto" if path == "batch16" else path
+    """Return the decode path that a benchmark class is named after, or takes without saying."""
+    if name in ("Batch16", "Bound", "BoundBatch16"):
+        return "auto"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _link(machine, benchmark, cell):
@@ -77,16 +83,18 @@ def _cells(tables, pattern):
 
 
 def ratio_rows(machine, tables):
-    """Return a row for each cell of each path and commit: its ratio to contiguous SDPA."""
+    """Return a row for each cell of each measure, path and commit: its ratio to contiguous."""
     return [
         {
+            "measure": measure,
             "commit": number,
-            "path": _path(RATIO.fullmatch(name)[1]),
+            "path": _path(pattern.fullmatch(name)[1]),
             "link": _link(machine, name, cell),
         }
         | dict(zip(("batch", "context", "block"), map(int, cell), strict=True))
         | _entry(value)
-        for number, name, cell, value in _cells(tables, RATIO)
+        for measure, pattern in RATIOS.items()
+        for number, name, cell, value in _cells(tables, pattern)
     ]
 
 
@@ -112,15 +120,17 @@ def _median(entries):
     }
 
 
-def headline(rows, labels):
-    """Return what there is to say first: `auto` at the latest commit, and against the phase before.
+def headline(rows, measure, labels):
+    """Return what there is to say first of a measure, None if it has no number.
+
+    That is `auto` at its latest commit, and against the phase before.
 
     The interval of a median is the median of the cells' intervals' ends; that of a change takes
     the ends that are farthest apart.
     """
     autos = {}
     for row in rows:
-        if row["path"] == "auto" and row["state"] == "ok":
+        if (row["measure"], row["path"], row["state"]) == (measure, "auto", "ok"):
             cell = row["batch"], row["context"], row["block"]
             autos.setdefault(row["commit"], {})[cell] = row
     if not autos:
@@ -183,7 +193,7 @@ def series_of(machine, environment, results=RESULTS, commits=None):
             {"label": label, "hash": commit, "subject": git("log", "-1", "--format=%s", commit)}
             for commit, label in zip(commits, labels, strict=True)
         ],
-        "headline": headline(rows, labels),
+        "headlines": {measure: headline(rows, measure, labels) for measure in RATIOS},
         "ratios": rows,
         "bandwidths": bandwidth_rows(machine, tables),
         "copy": _copy_bandwidth(tables),
@@ -254,7 +264,7 @@ def _ratio(field):
     ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
     scale = alt.Scale(type="log", nice=False, zero=False, padding=10)
     axis = alt.Axis(values=ticks, format="~g", tickCount=len(ticks))
-    return alt.Y(field, title="time over contiguous SDPA", scale=scale, axis=axis)
+    return alt.Y(field, title="time over contiguous", scale=scale, axis=axis)
 
 
 def _speed(field):
@@ -290,14 +300,11 @@ CHARTS = {
 """Charts of rows as in `series_of`, with the label of the row's commit added."""
 
 
+_FOUR = {"measure": "attention", "batch": 4, "block": 32}
 FIGURES = {
-    "phases-h200": ("phases", "h200", {"batch": 4, "block": 32, "path": "auto"}),
-    "phases-linux-2core-xeon": (
-        "phases",
-        "linux-2core-xeon",
-        {"batch": 4, "block": 32, "path": "auto"},
-    ),
-    "contexts-h200": ("contexts", "h200", {"batch": 4, "block": 32, "commit": "phase 6"}),
+    "phases-h200": ("phases", "h200", _FOUR | {"path": "auto"}),
+    "phases-linux-2core-xeon": ("phases", "linux-2core-xeon", _FOUR | {"path": "auto"}),
+    "contexts-h200": ("contexts", "h200", _FOUR | {"commit": "phase 6"}),
 }
 """Pictures in the documents: chart, machine and which rows."""
 

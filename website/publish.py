@@ -17,8 +17,8 @@ class OverheadPage(OutputPublisher):
     """Writes overhead.html and links it from asv's navigation; runs after asv's own pages."""
 
     name = "overhead"
-    button_label = "Gather overhead"
-    description = "Paged decode over contiguous SDPA, by phase, path and context"
+    button_label = "Step overhead"
+    description = "Decode steps over paged and contiguous caches, by phase, batch and context"
     order = 50
 
     @classmethod
@@ -35,5 +35,5 @@ class OverheadPage(OutputPublisher):
         html = index.read_text()
         if html.count(NAVIGATION) != 1:
             raise UserError(f"expected {NAVIGATION} once in asv's index.html")
-        link = '<li><a href="overhead.html">Gather overhead</a></li>\n\t'
+        link = '<li><a href="overhead.html">Step overhead</a></li>\n\t'
         index.write_text(html.replace(NAVIGATION, link + NAVIGATION))
