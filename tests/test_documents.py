@@ -44,8 +44,8 @@ CELL = ("1", "1024", "32")
 
 
 @pytest.fixture
-def three_commits(monkeypatch):
-    """Results of commits a, b and c: the step at a and c, attention alone at a, no bound."""
+def four_commits(monkeypatch):
+    """Results of commits a to d: the step at a and c, attention alone at a, no bound."""
 
     def known(value):
         return {CELL: results.Value(value)}
@@ -54,6 +54,7 @@ def three_commits(monkeypatch):
         "a": {results.STEP: known(1.5), results.ATTENTION: known(0.5)},
         "b": {results.STEP: {CELL: results.MISSING}, results.ATTENTION: {}},
         "c": {results.STEP: known(1.25)},
+        "d": {},
     }
     monkeypatch.setattr(tables, "load", lambda machine, commit, environment: tables_of[commit])
     monkeypatch.setattr(tables, "phase_commits", lambda: {"a": "0", "b": "1"})
@@ -62,15 +63,15 @@ def three_commits(monkeypatch):
     return list(tables_of)
 
 
-def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(three_commits):
-    header, rows = tables.headline("m", three_commits, results.STEP)
+def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(four_commits):
+    header, rows = tables.headline("m", four_commits, results.STEP)
     assert header == ["commit", "batch 1, 1k"]
     assert rows == [["phase 0 (a)", "1.50"], ["c", "1.25"]]
-    assert tables.headline("m", three_commits, results.ATTENTION)[1] == [["phase 0 (a)", "0.50"]]
-    assert tables.headline("m", three_commits, results.BOUND) == (["commit"], [])
+    assert tables.headline("m", four_commits, results.ATTENTION)[1] == [["phase 0 (a)", "0.50"]]
+    assert tables.headline("m", four_commits, results.BOUND) == (["commit"], [])
 
 
-def test_make_bench_prints_the_step_first(three_commits, monkeypatch, capsys):
+def test_make_bench_prints_the_step_first(four_commits, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
     documents.main()
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [

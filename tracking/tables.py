@@ -77,17 +77,17 @@ def adr_rows(table):
 
 
 def headline(machine, commits, benchmark, environment=None):
-    """Return (header, rows): one of the headlines at phase commits and the last of `commits`.
+    """Return (header, rows): one of the headlines at phase commits and the last that has it.
 
     Columns are the cells of block size 32 with a number; rows carry 99% confidence intervals.
     """
-    phases = phase_commits()
     tables = {
         commit: load(machine, commit, environment=environment).get(benchmark, {})
         for commit in commits
-        if commit in phases or commit == commits[-1]
     }
     tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
+    shown = {*phase_commits(), *list(tables)[-1:]}
+    tables = {commit: table for commit, table in tables.items() if commit in shown}
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
     cells = sorted((c for c in cells if c[2] == "32"), key=lambda c: [int(x) for x in c])
     header = ["commit", *(f"batch {b}, {int(context) // 1024}k" for b, context, _ in cells)]
