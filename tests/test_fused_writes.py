@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_plan_goes_on_with_longer_contexts(attend, query_len, window):
     steps = 0
     tables = mx.array(np.array([[*t, *t[:1] * (8 - len(t))] for t in more.tables], np.int32))
     while True:
-        batch = batch.advanced(query_len, tables)
+        batch = replace(batch, block_tables=tables, lens=batch.lens + query_len)
         plan = plan.advanced(batch, query_len)
         if plan is None:
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
-    """The block tables that are attended over, checked on the host and put on the device once.
+    """The block tables that are attended over, on the device; `from_tables` checks them.
 
     Made once a step and shared by every layer. It keeps what attention derives from it: indices,
     masks, and a plan for each kind of call.
@@ -34,13 +34,19 @@ class DecodeBatch:
         N, blocks in the pool that the ids index.
     lens : ndarray
         Tokens to attend over, on the host, shape [B], int64.
+    carried : dict
+        Plans that can go on with longer sequences, by kind of call, each with the `position` it was
+        made at. Batches of the same sequences share it, and nothing in it may hold a batch.
+    position : int
+        By how many tokens each sequence is longer than where those batches began.
     """
 
     block_tables: mx.array
     block_size: int
     num_blocks: int
     lens: NDArray[np.int64]
-    _before: tuple[Mapping[Hashable, Any], int] = ({}, 0)  # what a shorter batch made; how much
+    carried: dict[Hashable, tuple[Any, int]] = field(default_factory=dict, repr=False)
+    position: int = 0
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -120,31 +126,6 @@ class DecodeBatch:
             num_blocks=num_blocks,
             lens=lens,
         )
-
-    def advanced(self, by: int, block_tables: mx.array | None = None) -> DecodeBatch:
-        """Return the same sequences, each `by` tokens longer, with what their plans have in common.
-
-        Parameters
-        ----------
-        by : int
-            Tokens, 1 or more.
-        block_tables : mx.array, optional
-            As `block_tables` has them, checked by the caller; without it the present ones, whose
-            rows have to reach that far.
-
-        Returns
-        -------
-        DecodeBatch
-            Another batch. This one stays as it is.
-        """
-        tables = self.block_tables if block_tables is None else block_tables
-        before = self._made, by
-        return DecodeBatch(tables, self.block_size, self.num_blocks, self.lens + by, before)
-
-    def before(self, what: Hashable) -> tuple[Any, int] | None:
-        """Return what the batch that this one was advanced from made, and by how many tokens."""
-        made, by = self._before
-        return (made[what], by) if what in made else None
 
     def once(self, what: Hashable, make: Callable[..., T], *arguments: Any) -> T:
         """Return what `make` returned when this batch was first asked for `what`.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -177,10 +177,7 @@ class Plan:
     _growth: NDArray[np.int32]  # what one more token of each sequence adds to them
     _room: int  # tokens by which all may grow before it is better to cut anew
     _on_device: mx.array
-    _splits: _Splits
-    _split: dict[str, Any]  # arguments of the launches
-    _merge: dict[str, Any]
-    _joins: Callable[..., list[mx.array]]
+    _kernels: _Kernels
 
     def attend(
         self,
@@ -200,30 +197,43 @@ class Plan:
             inputs.append(after)
         if slopes is not None:
             inputs.append(slopes)
-        splits = self._splits(new is not None, after is not None)
+        splits, split, joins, merge = self._kernels
+        attends = splits(new is not None, after is not None)
         if self.launches == 1:
             if sinks is not None:
                 inputs.append(sinks)
-            return splits(inputs=inputs, **self._split)[0]
-        [parts] = splits(inputs=inputs, **self._split)
+            return attends(inputs=inputs, **split)[0]
+        [parts] = attends(inputs=inputs, **split)
         inputs = [parts, self._on_device]
         if sinks is not None:
             inputs.append(sinks)
-        return self._joins(inputs=inputs, **self._merge)[0]
+        return joins(inputs=inputs, **merge)[0]
 
     def advanced(self, batch: DecodeBatch, by: int) -> Plan | None:
         """Return the plan of the same sequences, each `by` tokens longer; None to cut anew."""
-        if by > self._room:
+        if not 0 <= by <= self._room:
             return None
         numbers = self._numbers + by * self._growth
         numbers[3] = batch.block_tables.shape[1]
-        return replace(
-            self,
-            _tables=batch.block_tables,
-            _numbers=numbers,
-            _room=self._room - by,
-            _on_device=mx.array(numbers),
+        return Plan(
+            self.items,
+            self.launches,
+            batch.block_tables,
+            numbers,
+            self._growth,
+            self._room - by,
+            mx.array(numbers),
+            self._kernels,
         )
+
+
+class _Kernels(NamedTuple):
+    """What a plan launches, and the arguments that stay."""
+
+    splits: _Splits
+    split: dict[str, Any]
+    joins: Callable[..., list[mx.array]]
+    merge: dict[str, Any]
 
 
 class _Splits:
@@ -351,18 +361,20 @@ def make_plan(
         _growth=growth,
         _room=tile,
         _on_device=mx.array(numbers),
-        _splits=splits,
-        _split={
-            "grid": (kv_heads * chunks * warps * 32, items, 1),
-            "threadgroup": (warps * 32, 1, 1),
-            **(partial if divided else output),
-        },
-        _merge={
-            "grid": (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1),
-            "threadgroup": (tuning.merge_warps * 32, 1, 1),
-            **output,
-        },
-        _joins=joins,
+        _kernels=_Kernels(
+            splits,
+            {
+                "grid": (kv_heads * chunks * warps * 32, items, 1),
+                "threadgroup": (warps * 32, 1, 1),
+                **(partial if divided else output),
+            },
+            joins,
+            {
+                "grid": (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1),
+                "threadgroup": (tuning.merge_warps * 32, 1, 1),
+                **output,
+            },
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -72,7 +72,7 @@ class AttentionPlan:
     def advanced(self, batch: DecodeBatch, by: int) -> AttentionPlan | None:
         """Return the plan of the same sequences, each `by` tokens longer; None to plan anew."""
         prepared = self.path.advance and self.path.advance(self.prepared, batch, by)
-        return prepared and replace(self, prepared=prepared)
+        return prepared and AttentionPlan(self.call, self.name, self.path, prepared, self.because)
 
 
 def plan_for(
@@ -126,10 +126,11 @@ def _make_plan(
     arrays: Arrays,
     after: mx.array | None,
 ) -> AttentionPlan:
-    if before := batch.before(kind):
+    if before := batch.carried.get(kind):
         plan: AttentionPlan
-        plan, by = before
-        if advanced := plan.advanced(batch, by):
+        plan, position = before
+        if advanced := plan.advanced(batch, batch.position - position):
+            batch.carried[kind] = advanced, batch.position
             return advanced
     call = Call(*kind)
     path, because = call.path, "asked for by name"
@@ -156,4 +157,7 @@ def _make_plan(
     if reason := refusal(path, call):
         raise UnsupportedPathError(f"path {path!r} {reason}")
     chosen = DECODE_PATHS[path]
-    return AttentionPlan(call, path, chosen, chosen.prepare(batch, call, scores), because)
+    made = AttentionPlan(call, path, chosen, chosen.prepare(batch, call, scores), because)
+    if chosen.advance:
+        batch.carried[kind] = made, batch.position
+    return made
