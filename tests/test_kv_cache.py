@@ -280,11 +280,11 @@ def test_out_of_blocks_leaves_everything():
 
 
 BAD_EXTENSIONS = {
-    "no tables": (lambda table: ([], []), "one count per table, got 0 counts for 0 tables"),
+    "no tables": (lambda table: ([], []), "at least one table, got none"),
     "counts": (lambda table: ([table], [1, 2]), "got 2 counts for 1 tables"),
     "twice": (lambda table: ([table, table], [1, 1]), "distinct tables, got one twice"),
     "negative": (lambda table: ([table], [-1]), "count to be an integer >= 0, got -1"),
-    "nothing": (lambda table: ([table], [0]), "slots to have at least one entry"),
+    "nothing": (lambda table: ([table], [0]), "at least one new token, got counts of 0 alone"),
     "fraction": (lambda table: ([table], [1.5]), r"count to be an integer >= 0, got 1\.5"),
     "another pool": (
         lambda table: ([BlockTable(BlockPool(6), 4)], [1]),

@@ -13,11 +13,14 @@ from hypothesis.stateful import (
 )
 from test_kv_cache import Fault, stored
 
-from pagedkv import OutOfBlocksError, PagedKVCache, blocks_needed
+from pagedkv import DecodeBatch, OutOfBlocksError, PagedKVCache, blocks_needed
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Every table against a NumPy array of what was written through it."""
+    """Every table against a NumPy array of what was written through it.
+
+    Steps go on with the same tables, or not, and tables change in between in all ways.
+    """
 
     def __init__(self):
         super().__init__()
@@ -26,6 +29,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.tables, self.models = [self.paged.new_table()], [np.zeros((0, 2), np.float32)]
         self.next = 1.0
+        self.last = []  # tables of the last step
 
     def draw(self, data, many=False):
         index = st.integers(0, len(self.tables) - 1)
@@ -52,18 +56,30 @@ class CacheMachine(RuleBasedStateMachine):
         counts = data.draw(
             st.lists(st.integers(0, 5), min_size=len(chosen), max_size=len(chosen)).filter(any)
         )
-        tables = [self.tables[which] for which in chosen]
+        self.step(chosen, counts, self.new(sum(counts)), fail)
+
+    @rule(count=st.integers(1, 2), times=st.integers(1, 7), fail=st.booleans())
+    def go_on(self, count, times, fail):
+        """More steps of the same sequences, as far as they are still there; the last may fail."""
+        for number in range(times):
+            chosen = [self.tables.index(table) for table in self.last if table in self.tables]
+            if chosen:
+                counts = [count] * len(chosen)
+                self.step(chosen, counts, self.new(sum(counts)), fail and number == times - 1)
+
+    def step(self, chosen, counts, new, fail=False):
+        tables = self.last = [self.tables[which] for which in chosen]
         empty = any(
             len(self.models[which]) + count == 0
             for which, count in zip(chosen, counts, strict=True)
         )
-        new = self.new(sum(counts))
         keys = mx.array(new)[None, None]
         free, needed = self.paged.pool.num_free, self.blocks_for(chosen, counts)
         try:
             with self.paged.extend(tables, counts) as step:
                 self.paged.write(0, keys, -keys, step.slots)
                 assert self.paged.pool.num_free == free - needed
+                self.check(step, tables, counts)
                 if fail:
                     raise Fault
         except OutOfBlocksError:
@@ -77,6 +93,40 @@ class CacheMachine(RuleBasedStateMachine):
         assert not empty
         for which, part in zip(chosen, np.split(new, np.cumsum(counts)[:-1]), strict=True):
             self.models[which] = np.concatenate([self.models[which], part])
+
+    def check(self, step, tables, counts):
+        """What a step attends over is what its tables say."""
+        batch = DecodeBatch.from_tables(
+            [table.block_ids for table in tables],
+            [table.num_tokens for table in tables],
+            block_size=3,
+            num_blocks=9,
+        )
+        assert step.batch.block_tables.tolist() == batch.block_tables.tolist()
+        assert step.batch.lens.tolist() == batch.lens.tolist()
+        assert step.batch.context_lens.tolist() == batch.context_lens.tolist()
+        ends = zip(tables, counts, strict=True)
+        slots = [table.slots(table.num_tokens - count) for table, count in ends]
+        assert step.slots.slots.tolist() == np.concatenate(slots).tolist()
+
+    @rule(data=st.data())
+    def compute_again(self, data):
+        """Another sequence of the same tokens, in blocks of its own."""
+        which = self.draw(data)
+        if len(self.tables) < 6 and len(self.models[which]):
+            self.start()
+            self.step([len(self.tables) - 1], [len(self.models[which])], self.models[which])
+
+    @rule(data=st.data())
+    def share(self, data):
+        """Hold a full block of another sequence that begins with the same tokens."""
+        which, other = self.draw(data), self.draw(data)
+        whole = min(len(self.models[which]), len(self.models[other])) // 3
+        equal = self.models[which][: whole * 3] == self.models[other][: whole * 3]
+        whole = int(np.cumprod(equal.all(axis=1)).sum()) // 3
+        if whole:
+            block = data.draw(st.integers(0, whole - 1))
+            self.tables[which].share(block, self.tables[other].block_ids[block : block + 1])
 
     @precondition(lambda self: len(self.tables) < 6)
     @rule(data=st.data())

@@ -8,7 +8,7 @@ import pytest
 from prefixes import cache, tree
 
 from pagedkv import BlockPool, BlockTable, RadixTree
-from pagedkv.host.reservation import reserve
+from pagedkv.host.rows import Rows
 
 
 def test_match_is_the_longest_prefix_in_whole_blocks():
@@ -79,7 +79,7 @@ def test_eight_requests_with_one_prefix_hold_one_copy():
         tables.append(table)
     assert pool.num_blocks - pool.num_free == 256
     assert {pool.reference_count(block) for block in range(256)} == {10}
-    reservation = reserve(tables, [3] * 8)
+    reservation = Rows(tables).reserve([3] * 8)
     assert reservation.copies == []
     reservation.commit()
     assert pool.num_blocks - pool.num_free == 256 + 8
@@ -96,7 +96,7 @@ def test_a_wholly_cached_prompt_forks_the_block_of_its_last_token():
         table = BlockTable(pool, 4)
         table.adopt(radix.match_prefix(prompt).blocks, 15)
         tables.append(table)
-    reservation = reserve(tables, [1] * 8)
+    reservation = Rows(tables).reserve([1] * 8)
     assert reservation.copies == [(3, block) for block in range(4, 12)]
     reservation.commit()
     assert [pool.reference_count(block) for block in range(5)] == [9, 9, 9, 1, 1]

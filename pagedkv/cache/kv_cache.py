@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pagedkv.attention.fused import MOST_QUERIES
+from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.step import Extension, ScheduledStep
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
-from pagedkv.host.reservation import reserve
 from pagedkv.host.schedule import Schedule
 
 
@@ -88,6 +89,7 @@ class PagedKVCache(Pools):
     ) -> None:
         super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype)
         self.pool = BlockPool(self.num_blocks)
+        self._last: Batches | None = None  # of the last step of few tokens, as it may go on
 
     def memory_usage(self) -> MemoryUsage:
         """Return how many blocks and bytes are allocated, live and free."""
@@ -110,6 +112,9 @@ class PagedKVCache(Pools):
         the end of the body; an exception in it rolls back: pool, tables, and the K and V of every
         sequence are as they were before.
 
+        A step of the sequences of the step before, in the same order and with as many tokens each,
+        costs the host next to nothing: only what changed is made anew.
+
         Parameters
         ----------
         tables : sequence of BlockTable
@@ -130,12 +135,15 @@ class PagedKVCache(Pools):
             If the tables are not distinct sequences of this cache, the counts are not one a table,
             negative or all 0, or a sequence stays empty. Nothing has changed then.
         """
-        self._check_tables(tables)
+        tables = list(tables)
+        batches = self._batches(tables)
         reservation = None
         try:
-            reservation = reserve(tables, counts)
-            step = Extension(self, tables, counts, reservation)
+            reservation = batches.rows.reserve(counts)
+            step = Extension(self, batches, reservation)
             self.copy_blocks(step.copies)
+            if step.is_even and reservation.counts[0] <= MOST_QUERIES:
+                self._last = batches
             return step
         except BaseException:
             if reservation:
@@ -172,7 +180,6 @@ class PagedKVCache(Pools):
         PagedKVError
             If steps were made of it before, the next was chosen before that, or it is over.
         """
-        self._check_tables(schedule.tables)
         if schedule.state != "new":
             raise PagedKVError(f"expected a new schedule, this one is {schedule.state}")
         if schedule.unknown:
@@ -180,16 +187,26 @@ class PagedKVCache(Pools):
         rows: dict[int, list[int]] = {}
         for row, count in enumerate(schedule.counts):
             rows.setdefault(count, []).append(row)
-        steps = [
-            ScheduledStep(self, schedule, rows[count], sampled) for count in sorted(rows)[::-1]
-        ]
+        steps = []
+        for count in sorted(rows)[::-1]:
+            batches = self._batches([schedule.tables[row] for row in rows[count]])
+            batches.rows.follow()
+            steps.append(ScheduledStep(self, batches, schedule, rows[count], sampled))
+            if count <= MOST_QUERIES:
+                self._last = batches
         self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
         return steps
 
-    def _check_tables(self, tables: Sequence[BlockTable]) -> None:
-        if any(t.pool is not self.pool or t.block_size != self.block_size for t in tables):
+    def _batches(self, tables: list[BlockTable]) -> Batches:
+        """Return what makes the batch of a step: what made the last one if that goes on."""
+        last = self._last
+        if last is not None and last.rows.seen.tables == tables:
+            self._last = None  # until it is up to date again
+            return last
+        if tables and (tables[0].pool, tables[0].block_size) != (self.pool, self.block_size):
             raise ValueError("expected tables of this cache")
+        return Batches(tables, self.num_blocks)
 
 
 def _check_sampled(sampled: mx.array | None, count: int) -> None:

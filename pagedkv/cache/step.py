@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
-from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.scores import PLAIN, ScoreOptions
+from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.errors import PagedKVError
-from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import Reservation
 from pagedkv.host.schedule import Schedule
 
@@ -24,27 +23,24 @@ class Step:
 
     Attributes
     ----------
-    slots : SlotMapping
-        The slots of the new tokens, sequence by sequence.
     batch : DecodeBatch
         The sequences with their new tokens.
+    is_even : bool
+        Whether all have as many new tokens.
     """
 
-    def __init__(
-        self,
-        pools: Pools,
-        tables: Sequence[BlockTable],
-        counts: Sequence[int],
-        slots: NDArray[np.int64],
-    ) -> None:
-        sizes = {"block_size": pools.block_size, "num_blocks": pools.num_blocks}
-        self.slots = SlotMapping.from_slots(slots, **sizes)
-        self.batch = DecodeBatch.from_tables(
-            [table.block_ids for table in tables], [table.num_tokens for table in tables], **sizes
-        )
-        self._pools = pools
-        self._counts = {int(count) for count in counts}
-        self._shape = len(tables), max(self._counts)
+    def __init__(self, pools: Pools, batches: Batches, counts: Sequence[int]) -> None:
+        self.batch = batches.next()
+        self._seen = batches.rows.seen
+        self._pools, self._counts = pools, counts
+        self._shape = len(counts), counts[0]
+        self.is_even = counts.count(counts[0]) == len(counts)
+
+    @cached_property
+    def slots(self) -> SlotMapping:
+        """The slots of the new tokens, sequence by sequence."""
+        slots = mx.array(self._seen.last_slots(self._counts).astype(np.int32))
+        return SlotMapping(slots, self._pools.block_size, self._pools.num_blocks)
 
     def attend(
         self,
@@ -91,10 +87,9 @@ class Step:
         """
         self._check_open()
         shape = self._shape
-        if len(self._counts) > 1:
-            raise ValueError(
-                f"expected as many new tokens of each sequence, got counts {sorted(self._counts)}"
-            )
+        if not self.is_even:
+            counts = sorted(set(self._counts))
+            raise ValueError(f"expected as many new tokens of each sequence, got counts {counts}")
         for name, array in (("queries", queries), ("keys", keys)):
             if array.ndim != 4 or array.shape[::2] != shape:
                 raise ValueError(
@@ -127,11 +122,15 @@ class ScheduledStep(Step):
     """
 
     def __init__(
-        self, pools: Pools, schedule: Schedule, rows: list[int], sampled: mx.array | None
+        self,
+        pools: Pools,
+        batches: Batches,
+        schedule: Schedule,
+        rows: list[int],
+        sampled: mx.array | None,
     ) -> None:
-        tables, count = [schedule.tables[row] for row in rows], schedule.counts[rows[0]]
-        slots = [table.slots(table.num_tokens - count) for table in tables]
-        super().__init__(pools, tables, [count] * len(rows), np.concatenate(slots))
+        count = schedule.counts[rows[0]]
+        super().__init__(pools, batches, [count] * len(rows))
         self.request_ids = [schedule.request_ids[row] for row in rows]
         ends = np.cumsum(schedule.counts)[rows]
         self.tokens = mx.array(schedule.tokens[ends[:, None] + np.arange(-count, 0)])
@@ -160,15 +159,9 @@ class Extension(Step):
         Blocks that were copied because they were shared: from which id, to which id.
     """
 
-    def __init__(
-        self,
-        pools: Pools,
-        tables: Sequence[BlockTable],
-        counts: Sequence[int],
-        reservation: Reservation,
-    ) -> None:
+    def __init__(self, pools: Pools, batches: Batches, reservation: Reservation) -> None:
         self._mark = pools.mark()
-        super().__init__(pools, tables, counts, reservation.slots)
+        super().__init__(pools, batches, reservation.counts)
         self.copies = reservation.copies
         self._reservation = reservation
         self._over = ""

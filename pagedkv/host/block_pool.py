@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.limits import count_of, positive_int32
@@ -21,6 +25,11 @@ class BlockPool:
     num_blocks : int
         Blocks in the pool, 1 or more.
 
+    Attributes
+    ----------
+    changes : int
+        Grows before any `BlockTable` of this pool changes: while it is the same, they all are.
+
     Raises
     ------
     ValueError
@@ -29,8 +38,10 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         num_blocks = positive_int32(num_blocks, "num_blocks")
-        self._counts = [0] * num_blocks  # holders, by block id
+        self._counts = array("i", bytes(4 * num_blocks))  # holders, by block id
+        self._view = np.asarray(self._counts)  # of the same memory
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the next one is the last
+        self.changes = 0
 
     @property
     def num_blocks(self) -> int:
@@ -56,6 +67,11 @@ class BlockPool:
         except (IndexError, TypeError):
             pass
         raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")
+
+    def shared(self, block_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Return which blocks have more than one holder, of ids that the pool has."""
+        held: NDArray[np.bool_] = self._view[block_ids] > 1
+        return held
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, each with one holder.

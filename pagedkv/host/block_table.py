@@ -50,6 +50,9 @@ class BlockTable:
 
     Attributes
     ----------
+    ids : array of int32
+        Ids of its blocks, to be read only. It is replaced, never changed: whoever holds it keeps
+        what it saw.
     num_tokens : int
         Tokens in the sequence, to be read only.
 
@@ -64,13 +67,13 @@ class BlockTable:
             raise ValueError(f"expected a BlockPool, got {pool!r}")
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
-        self._ids = array("i")  # replaced, never changed: whoever holds it keeps what it saw
+        self.ids = array("i")
         self.num_tokens = 0
 
     @property
     def block_ids(self) -> NDArray[np.int32]:
         """Ids of its blocks now, shape [M], read-only; no copy."""
-        ids = np.asarray(self._ids)
+        ids = np.asarray(self.ids)
         ids.flags.writeable = False
         return ids
 
@@ -98,7 +101,7 @@ class BlockTable:
                 f"expected 0 <= start <= stop <= {self.num_tokens} tokens, got {start}, {stop}"
             )
         blocks, offsets = np.divmod(np.arange(start, stop), self.block_size)
-        return np.asarray(self._ids, dtype=np.int64)[blocks] * self.block_size + offsets
+        return np.asarray(self.ids, dtype=np.int64)[blocks] * self.block_size + offsets
 
     def missing_blocks(self, count: int) -> int:
         """Return how many blocks `count` more tokens take from the pool.
@@ -111,7 +114,7 @@ class BlockTable:
             If `count` is not an integer or is negative.
         """
         used = self.num_tokens % self.block_size  # of the last block, 0 if it is full
-        own = used and self.pool.reference_count(self._ids[-1]) == 1
+        own = used and self.pool.reference_count(self.ids[-1]) == 1
         if count == 1 and own:  # most calls
             return 0
         count = count_of(count, "count")
@@ -143,9 +146,9 @@ class BlockTable:
         """
         count = count_of(count, "count")
         start = self.num_tokens
-        if start % self.block_size and count and self.pool.reference_count(self._ids[-1]) > 1:
+        if start % self.block_size and count and self.pool.reference_count(self.ids[-1]) > 1:
             raise SharedBlockError(
-                f"expected block {self._ids[-1]} to be this sequence's own before it is written, "
+                f"expected block {self.ids[-1]} to be this sequence's own before it is written, "
                 "others hold it"
             )
         blocks = self.pool.allocate(self.missing_blocks(count))
@@ -153,7 +156,7 @@ class BlockTable:
             self.grow(count, blocks)
             return self.slots(start)
         except BaseException:
-            self.state = self._ids[: blocks_needed(start, self.block_size)], start
+            self.state = self.ids[: blocks_needed(start, self.block_size)], start
             self.pool.release(blocks[::-1])
             raise
 
@@ -180,16 +183,16 @@ class BlockTable:
             raise ValueError(f"expected the blocks of {num_tokens} tokens, got {len(block_ids)}")
         ids = _array(block_ids)
         try:
-            self._ids, self.num_tokens = ids, num_tokens
+            self.state = ids, num_tokens
             self.pool.retain(ids)
         except BaseException:
-            self._ids, self.num_tokens = array("i"), 0
+            self.state = array("i"), 0
             raise
 
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
         other = BlockTable(self.pool, self.block_size)
-        other.adopt(self._ids, self.num_tokens)
+        other.adopt(self.ids, self.num_tokens)
         return other
 
     def truncate(self, num_tokens: int) -> None:
@@ -210,7 +213,7 @@ class BlockTable:
         num_tokens = count_of(num_tokens, "num_tokens")
         kept, before = blocks_needed(num_tokens, self.block_size), self.state
         try:
-            self._ids, self.num_tokens = self._ids[:kept], num_tokens
+            self.state = before[0][:kept], num_tokens
             # From the end, so that the same come back in the same order.
             self.pool.release(before[0][kept:][::-1])
         except BaseException:
@@ -233,11 +236,11 @@ class BlockTable:
             If the table is not that long, or one is unknown or free. Nothing has changed then.
         """
         stop, ids, before = start + len(block_ids), _array(block_ids), self.state
-        if not 0 <= start <= stop <= len(self._ids):
-            raise ValueError(f"expected {len(self._ids)} blocks at most, got {start} to {stop}")
+        if not 0 <= start <= stop <= len(self.ids):
+            raise ValueError(f"expected {len(self.ids)} blocks at most, got {start} to {stop}")
         self.pool.retain(ids)
         try:
-            self._ids = self._ids[:start] + ids + self._ids[stop:]
+            self.state = before[0][:start] + ids + before[0][stop:], before[1]
             self.pool.release(before[0][start:stop])
         except BaseException:
             self.state = before
@@ -246,12 +249,13 @@ class BlockTable:
 
     @property
     def state(self) -> tuple[array[int], int]:
-        """What `grow` changes, to be put back by who called it; opaque."""
-        return self._ids, self.num_tokens
+        """`ids` and `num_tokens`, which change together; to be put back by who called `grow`."""
+        return self.ids, self.num_tokens
 
     @state.setter
     def state(self, state: tuple[array[int], int]) -> None:
-        self._ids, self.num_tokens = state
+        self.pool.changes += 1
+        self.ids, self.num_tokens = state
 
     def grow(self, count: int, block_ids: list[int]) -> tuple[int, int] | None:
         """Go on by tokens in blocks that the caller took from the pool: what `reserve` does.
@@ -269,12 +273,12 @@ class BlockTable:
         (int, int) or None
             Which block is to be copied into which, if one is. The former is the caller's now.
         """
-        ids, copied = self._ids, None
+        ids, copied = self.ids, None
         stop = blocks_needed(self.num_tokens + count, self.block_size)
         if len(ids) + len(block_ids) > stop:
             copied = ids[-1], block_ids[0]
             ids = ids[:-1]
-        self._ids, self.num_tokens = ids + array("i", block_ids), self.num_tokens + count
+        self.state = ids + array("i", block_ids), self.num_tokens + count
         return copied
 
 
