@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import mlx.core as mx
 
@@ -90,6 +91,7 @@ class PagedKVCache(Pools):
         super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype)
         self.pool = BlockPool(self.num_blocks)
         self._last: Batches | None = None  # of the last step of few tokens, as it may go on
+        self._open: list[ReferenceType[Extension]] = []
 
     def memory_usage(self) -> MemoryUsage:
         """Return how many blocks and bytes are allocated, live and free."""
@@ -134,14 +136,18 @@ class PagedKVCache(Pools):
         ValueError
             If the tables are not distinct sequences of this cache, the counts are not one a table,
             negative or all 0, or a sequence stays empty. Nothing has changed then.
+        PagedKVError
+            If a step of one of the sequences is under way. Nothing has changed then.
         """
         tables = list(tables)
+        self._check_not_under_way(tables)
         batches = self._batches(tables)
         reservation = None
         try:
             reservation = batches.rows.reserve(counts)
             step = Extension(self, batches, reservation)
             self.copy_blocks(step.copies)
+            self._open.append(ref(step))
             if step.is_even and reservation.counts[0] <= MOST_QUERIES:
                 self._last = batches
             return step
@@ -208,6 +214,16 @@ class PagedKVCache(Pools):
             raise ValueError("expected tables of this cache")
         return Batches(tables, self.num_blocks)
 
+    def _check_not_under_way(self, tables: list[BlockTable]) -> None:
+        """Raise PagedKVError if a step that somebody holds is to extend one of the tables."""
+        steps = [step for reference in self._open if (step := reference()) and step.is_open]
+        self._open = [ref(step) for step in steps]
+        busy = {id(table) for step in steps for table in step.tables}
+        if busy and any(id(table) in busy for table in tables):
+            raise PagedKVError(
+                "expected sequences without a step under way, one is in a step that was neither "
+                "committed nor rolled back"
+            )
 
 def _check_sampled(sampled: mx.array | None, count: int) -> None:
     if isinstance(sampled, mx.array):

@@ -14,8 +14,11 @@ from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.errors import PagedKVError
+from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import Reservation
 from pagedkv.host.schedule import Schedule
+
+_UNCHANGED = "sequences that nobody changes before their step is over, but somebody did"
 
 
 class Step:
@@ -35,6 +38,11 @@ class Step:
         self._pools, self._counts = pools, counts
         self._shape = len(counts), counts[0]
         self.is_even = counts.count(counts[0]) == len(counts)
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """The sequences, to be read only."""
+        return self._seen.tables
 
     @cached_property
     def slots(self) -> SlotMapping:
@@ -83,9 +91,11 @@ class Step:
         RuntimeError
             As `PagedKVCache.write`.
         PagedKVError
-            If the step is over.
+            If the step is over, or somebody else changed one of its sequences.
         """
         self._check_open()
+        if not self._seen.holds():
+            raise PagedKVError(f"expected {_UNCHANGED}")
         shape = self._shape
         if not self.is_even:
             counts = sorted(set(self._counts))
@@ -165,6 +175,12 @@ class Extension(Step):
         self.copies = reservation.copies
         self._reservation = reservation
         self._over = ""
+        self._undoing = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither committed nor rolled back."""
+        return self._reservation.is_open
 
     def commit(self) -> None:
         """Keep the new tokens.
@@ -172,9 +188,11 @@ class Extension(Step):
         Raises
         ------
         PagedKVError
-            If the step is over.
+            If the step is over; or if somebody else changed one of its sequences. The step is over
+            then, and the sequences stay as they are now.
         """
         self._check_open()
+        self._check_sequences()
         self._reservation.commit()
         self._over = "committed"
 
@@ -184,10 +202,14 @@ class Extension(Step):
         Raises
         ------
         PagedKVError
-            If the step is over; or, on a GPU, as `PagedKVCache.wait`, if an earlier step failed
-            when it was evaluated. Pool and tables are as they were also then.
+            If the step is over; if somebody else changed one of its sequences, when the step is
+            over and the sequences stay as they are now; or, on a GPU, as `PagedKVCache.wait`, if an
+            earlier step failed when it was evaluated. Pool and tables are as they were also then.
         """
         self._check_open()
+        if not self._undoing:  # again, after an interrupt
+            self._check_sequences()
+        self._undoing = True
         self._reservation.undo()
         self._over = "rolled back"
         self._pools.rewind(self._mark)
@@ -217,3 +239,13 @@ class Extension(Step):
     def _check_open(self) -> None:
         if self._over:
             raise PagedKVError(f"expected a step under way, this one was {self._over}")
+
+    def _check_sequences(self) -> None:
+        """Raise PagedKVError if somebody changed a sequence, and let go of all but what it has.
+
+        What of the step's blocks is still the step's to undo is not known then.
+        """
+        if not self._seen.holds():
+            self._reservation.commit()
+            self._over = "given up"
+            raise PagedKVError(f"expected {_UNCHANGED}: they stay as they are now")
