@@ -7,7 +7,6 @@ Shapes: B batch, Hq query heads, Hkv KV heads, Q query tokens, D head dim, S blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,19 +108,26 @@ def cut(
         Rows (sequence, first token, token past the last, context length), longest items first,
         shape [items, 4], and each sequence's rows (first, past the last), shape [B, 2].
     """
-    tiles = -(-(lens - starts) // tile)
+    seen = lens - starts
+    tiles = -(-seen // tile)
     size = _best_size(tiles, slots, -(-fewest // tile))
-    tokens = -(-tiles // -(-tiles // size)) * tile  # of a sequence's items, even among themselves
+    count = -(-tiles // size)  # of a sequence's items, even among themselves
+    tokens = -(-tiles // count) * tile
+    count = -(-seen // tokens)
     order = np.argsort(-tokens, kind="stable")
-    count = -(-(lens - starts) // tokens)[order]
-    ends = np.cumsum(count)
-    sequence = np.repeat(order, count)
-    number = np.arange(len(sequence)) - np.repeat(ends - count, count)
-    begin = starts[sequence] + number * tokens[sequence]
-    end = np.minimum(begin + tokens[sequence], lens[sequence])
+    ends = np.empty_like(count)
+    ends[order] = np.cumsum(count[order])
     rows = np.empty((len(lens), 2), np.int64)
-    rows[order] = np.stack([ends - count, ends], axis=1)
-    return np.stack([sequence, begin, end, lens[sequence]], axis=1), rows
+    rows[:, 0] = ends - count
+    rows[:, 1] = ends
+    sequence = np.repeat(order, count[order])
+    work = np.empty((len(sequence), 4), np.int64)
+    each, number = tokens[sequence], np.arange(len(sequence)) - rows[sequence, 0]
+    work[:, 0] = sequence
+    work[:, 1] = begin = starts[sequence] + number * each
+    work[:, 3] = end = lens[sequence]
+    np.minimum(begin + each, end, out=work[:, 2])
+    return work, rows
 
 
 def _best_size(tiles: NDArray[np.int64], slots: int, fewest: int) -> int:
@@ -130,32 +136,18 @@ def _best_size(tiles: NDArray[np.int64], slots: int, fewest: int) -> int:
     By list scheduling: the next item starts when a slot is free, so the last is done after the
     longest of each round of `slots` items. An item costs a tile more than it has; joining, two.
     """
-    values, counts = (array.tolist() for array in np.unique(-tiles, return_counts=True))
-    longest = -values[0]
-    best = 0, math.inf
-    for parts in _PARTS:
-        if parts > slots:
-            break
-        size = max(-(-longest // parts), fewest)
-        cost = room = 0
-        for value, sequences in zip(values, counts, strict=True):
-            parts_of_it = -(value // size)
-            room -= parts_of_it * sequences
-            if room < 0:
-                rounds = -(room // slots)
-                cost += rounds * (1 - value // parts_of_it)
-                room += rounds * slots
-        if longest > size:
-            cost += 2
-        if cost < best[1]:
-            best = size, cost
-        if size == fewest:
-            break
-    return best[0]
+    counts = np.bincount(tiles)
+    values = counts.nonzero()[0][::-1]  # longest first
+    sizes = np.maximum(-(-values[0] // _PARTS[slots >= _PARTS]), fewest)
+    parts = -(-values // sizes[:, None])  # by size and length
+    rounds = -(-np.cumsum(parts * counts[values], axis=1) // slots)  # begun up to this length
+    rounds[:, 1:] -= rounds[:, :-1].copy()
+    costs = (rounds * (1 + -(-values // parts))).sum(axis=1) + 2 * (sizes < values[0])
+    return int(sizes[costs.argmin()])
 
 
 # Into how many parts to try and cut the longest context.
-_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+_PARTS = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
 
 
 @dataclass(frozen=True, eq=False)

@@ -225,6 +225,7 @@ class PagedKVCache(Pools):
                 "committed nor rolled back"
             )
 
+
 def _check_sampled(sampled: mx.array | None, count: int) -> None:
     if isinstance(sampled, mx.array):
         if sampled.shape == (count,) and sampled.dtype == mx.int32:
