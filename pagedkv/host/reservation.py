@@ -78,9 +78,11 @@ class Reservation:
             If it was committed or undone before.
         """
         self._check_open()
+        # Not in the `try`: Python 3.12 passes it over for an interrupt inside of a comprehension.
+        sources = [source for source, _ in self.copies]
         try:
             self.is_open = False
-            self._pool.release([source for source, _ in self.copies])
+            self._pool.release(sources)
         except BaseException:
             self.is_open = True
             raise
