@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +43,11 @@ class AttentionPlan:
     path: DecodePath
     prepared: Any
     because: str
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of an output."""
+        return math.prod(self.call.queries) * self.call.dtype.size
 
     def attend(
         self,

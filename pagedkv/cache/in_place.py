@@ -21,7 +21,7 @@ from pagedkv.attention.scores import ScoreOptions
 from pagedkv.errors import PagedKVError
 
 WARPS = 8  # of a group that moves a token
-SMALL = 2**20  # bytes of an output that may be kept until the next access
+FEW, SMALL = 32, 2**20  # bytes of an output that may be kept until the next access
 
 
 class InPlace:
@@ -75,7 +75,7 @@ class InPlace:
         """Attend after all accesses so far; put `new`, K and V of the queries' tokens, first."""
         keys, values = self._keys[layer], self._values[layer]
         out = plan.attend(queries, keys, values, scores, self._last[layer], new)
-        self._last[layer] = out if out.size >= 8 and out.nbytes <= SMALL else _part_of(out)
+        self._last[layer] = out if FEW <= plan.output_bytes <= SMALL else _part_of(out)
         return out
 
     def write(self, layer: int, new: New, slots: mx.array) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import DTYPES, New
 from pagedkv.attention.paths import backend_of
-from pagedkv.attention.plan import plan_for
+from pagedkv.attention.plan import AttentionPlan, plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 from pagedkv.cache.donated import Donated
 from pagedkv.cache.in_place import InPlace
@@ -168,18 +168,17 @@ class Pools:
         plan = plan_for(queries, *pools, batch, scale, path, scores, last)
         return store.attend(layer, plan, queries, scores)
 
-    def write_and_attend(
+    def plan(
         self,
         layer: int,
         queries: mx.array,
         new: New,
         batch: DecodeBatch,
-        slots: Callable[[], SlotMapping],
         scale: float,
         path: str,
         scores: ScoreOptions,
-    ) -> mx.array:
-        """Write the batch's last tokens and attend with them: what `Step.attend` does.
+    ) -> AttentionPlan:
+        """Check arguments of `Step.attend` and return the plan for layers with such ones.
 
         Parameters
         ----------
@@ -187,24 +186,36 @@ class Pools:
             As for `attend`.
         new : tuple of (mx.array, mx.array)
             K and V of the queries' tokens, [B, Hkv, Q, D] each.
-        slots : callable
-            Returns their slots, if they are needed.
 
         Returns
         -------
-        mx.array
-            As `attend`.
+        AttentionPlan
+            For `write_and_attend`.
 
         Raises
         ------
-        ValueError, UnsupportedPathError, RuntimeError
+        ValueError, UnsupportedPathError
             As `attend` and `write`. Nothing has changed then.
         """
         layer, store = self._check_layer(layer), self._store
         pools, last = store.pools(layer), store.last(layer)
         plan = plan_for(queries, *pools, batch, scale, path, scores, last)
-        del pools  # MLX donates only what nobody else holds
         self._check_new(*new)
+        return plan
+
+    def write_and_attend(
+        self,
+        layer: int,
+        plan: AttentionPlan,
+        queries: mx.array,
+        new: New,
+        slots: Callable[[], SlotMapping],
+        scores: ScoreOptions,
+    ) -> mx.array:
+        """Write tokens and attend with them, as `plan` says; `slots` returns theirs if needed."""
+        if type(layer) is not int or not 0 <= layer < self.num_layers:  # each layer comes here
+            layer = id_below(self.num_layers, layer, "a layer")
+        store = self._store
         if store.writes(plan):
             return store.attend(layer, plan, queries, scores, new)
         store.write(layer, new, slots().slots)

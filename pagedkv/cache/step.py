@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
 
+from pagedkv.attention.plan import AttentionPlan
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
@@ -37,6 +38,7 @@ class Step:
         self._seen = batches.rows.seen
         self._pools, self._counts = pools, counts
         self._shape = len(counts), counts[0]
+        self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
         self.is_even = counts.count(counts[0]) == len(counts)
 
     @property
@@ -96,6 +98,27 @@ class Step:
         self._check_open()
         if not self._seen.holds():
             raise PagedKVError(f"expected {_UNCHANGED}")
+        kind = (
+            queries.shape,
+            keys.shape,
+            values.shape,
+            queries.dtype,
+            keys.dtype,
+            values.dtype,
+            scale,
+            path,
+            scores.kind,
+        )
+        plan = self._plans.get(kind)
+        if plan is None:
+            self._check_new(queries, keys)
+            plan = self._pools.plan(layer, queries, (keys, values), self.batch, scale, path, scores)
+            self._plans[kind] = plan
+        return self._pools.write_and_attend(
+            layer, plan, queries, (keys, values), self._get_slots, scores
+        )
+
+    def _check_new(self, queries: mx.array, keys: mx.array) -> None:
         shape = self._shape
         if not self.is_even:
             counts = sorted(set(self._counts))
@@ -105,9 +128,6 @@ class Step:
                 raise ValueError(
                     f"expected {name} of shape [{shape[0]}, H, {shape[1]}, D], got {array.shape}"
                 )
-        return self._pools.write_and_attend(
-            layer, queries, (keys, values), self.batch, self._get_slots, scale, path, scores
-        )
 
     def _get_slots(self) -> SlotMapping:
         return self.slots
