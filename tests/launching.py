@@ -1,5 +1,6 @@
 """The fused kernels on a case of attention: the GPU's own, or on a CPU their Metal text."""
 
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,14 +10,27 @@ from cases import score_options
 
 from pagedkv import DECODE_PATHS, kernels
 from pagedkv.attention import fused, paths, plan
+from pagedkv.attention.cut import Tuning
 from pagedkv.attention.paths import backend_of
 from pagedkv.cache import pools
 
 # Relative error of one sequence's output.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # Small groups and items, so that short contexts are cut and joined.
-TUNING = fused.Tuning(warps=2, heavy_warps=2, groups=32, fewest=16, merge_warps=2)
-WHOLE = fused.Tuning(warps=2, heavy_warps=2, groups=1, fewest=10**6, merge_warps=2)
+TUNING = Tuning(
+    processors=32,
+    warps=(2,),
+    resident=2,
+    heavy=2,
+    bandwidth=math.inf,
+    trip=1,
+    start=0,
+    start_warp=0,
+    join=0,
+    join_part=0,
+    merge_warps=2,
+)
+WHOLE = replace(TUNING, processors=1)
 
 
 BACKEND = backend_of(mx.default_device())
@@ -61,5 +75,5 @@ def emulate(patch, emulator):
         patch.setattr(module, "DECODE_PATHS", emulated)
     for module in (paths, pools):
         patch.setattr(module, "backend_of", lambda device: "cuda")  # whose choice is `fused`
-    patch.setattr(fused, "TUNING", {"cuda": TUNING})
+    patch.setattr(fused, "tuning_for", lambda gpu, backend: TUNING)
     patch.setattr(kernels, "kernel", emulator.kernel)

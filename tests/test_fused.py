@@ -167,48 +167,6 @@ def test_cuda_text_is_short_and_tells_versions_apart(body, tmp_path, monkeypatch
     kernels.source.cache_clear()
 
 
-@given(
-    lens=st.lists(st.integers(1, 5000), min_size=1, max_size=40),
-    window=st.none() | st.integers(1, 3000),
-    slots=st.integers(1, 140),
-    tile=st.sampled_from([8, 32, 128]),
-    fewest=st.integers(1, 300),
-)
-def test_cut(lens, window, slots, tile, fewest):
-    lens = np.array(lens)
-    starts = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // 8 * 8
-    work, rows = fused.cut(lens, starts, slots=slots, tile=tile, fewest=fewest)
-    assert rows[:, 1].sum() - rows[:, 0].sum() == len(work)
-    for b, (first, last) in enumerate(rows):
-        items = work[first:last]
-        assert (items[:, 0] == b).all()
-        assert (items[:, 3] == lens[b]).all()
-        # One after the other from the first token seen to the last, none empty.
-        assert items[0, 1] == starts[b]
-        assert items[-1, 2] == lens[b]
-        assert (items[1:, 1] == items[:-1, 2]).all()
-        assert (items[:, 1] < items[:, 2]).all()
-        assert ((items[:-1, 2] - items[:-1, 1]) % tile == 0).all()
-        assert len(items) <= -(-(lens[b] - starts[b]) // fewest)
-
-
-@pytest.mark.parametrize(
-    ("lens", "slots", "expected"),
-    [
-        ([4096], 16, 16),  # every slot has a part
-        ([100], 16, 1),  # too short to be worth cutting
-        ([4096] * 16, 16, 16),  # a sequence for each slot: nothing to join
-        ([4096] * 4, 16, 16),
-        ([1024] * 17, 16, 34),  # the 17th alone would take as long as the other 16
-        ([32768] + [1024] * 15, 16, 31),  # the long one is cut, the short ones are not
-    ],
-)
-def test_cut_fills_rounds(lens, slots, expected):
-    lens = np.array(lens)
-    work, _ = fused.cut(lens, np.zeros_like(lens), slots=slots, tile=128, fewest=128)
-    assert len(work) == expected
-
-
 REFUSED = {
     "query tokens": ((1, 8, 9, 64), (4, 16, 2, 64), "9 query tokens"),
     "query heads": ((1, 34, 1, 64), (4, 16, 2, 64), "17 query heads a KV head"),

@@ -9,16 +9,20 @@ first calls of these kinds would.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 
 from benchmarks.common import DTYPE, SCALE, layers, workload
 from benchmarks.ratio import ratios
 from pagedkv import decode_attention, explain
-from pagedkv.attention.fused import TUNING, Tuning, make_plan
+from pagedkv.attention.cut import tuning_for
+from pagedkv.attention.fused import make_plan
+from pagedkv.attention.inputs import gpu_name
 from pagedkv.attention.paths import AUTO, backend_of
 from pagedkv.attention.scores import PLAIN
 
@@ -39,16 +43,29 @@ def _named(path):
     return of_cell
 
 
-def _tuned(tuning):
-    """Return what makes, for a cell, the call of a layer over kernels with some constants."""
+def plan_of(cell, tuning):
+    """Return the plan of the fused kernels for a cell with some constants."""
+    shapes = cell.queries.shape, cell.layers[0].key_pool.shape
+    backend = backend_of(mx.default_device())
+    return make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning)
 
-    def of_cell(cell):
-        shapes = cell.queries.shape, cell.layers[0].key_pool.shape
-        backend = backend_of(mx.default_device())
-        plan = make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning)
-        return lambda q, k, v: plan.attend(q, k, v, PLAIN)
 
-    return of_cell
+def _planned(plan):
+    return lambda q, k, v: plan.attend(q, k, v, PLAIN)
+
+
+def candidates(base):
+    """Return constants to try, by what they change of `base`."""
+    sets = [base.warps, *((warps,) for warps in (4, 8, 16))]
+    return {
+        f"warps {warps}, processors x{more}, bandwidth x{faster}": replace(
+            base,
+            warps=warps,
+            processors=max(1, round(base.processors * more)),
+            bandwidth=base.bandwidth * faster,
+        )
+        for warps, more, faster in itertools.product(sets, (0.5, 1, 2), (0.5, 1, 2))
+    }
 
 
 def auto_of(cell):
@@ -104,26 +121,17 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.tune", description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
-    parser.add_argument("--warps", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--groups", type=int, nargs="+", default=[66, 132, 264, 528, 1056])
     parser.add_argument("--samples", type=int, default=9)
     args = parser.parse_args()
     device = mx.default_device()
     backend = backend_of(device)
     if backend == "cpu":
         sys.exit("expected a GPU to tune the fused kernels for, this is MLX for the CPU")
-    base = TUNING[backend]
-    tunings = [
-        Tuning(warps, base.heavy_warps, groups, base.fewest, base.merge_warps)
-        for warps in args.warps
-        for groups in args.groups
-    ]
+    gpu = gpu_name(device.type)
+    base = tuning_for(gpu, backend)
+    tunings = candidates(base)
     paths = ["fused", "gather_rows", "gather_block_major"]
-    candidates = {
-        **{f"{t.warps} warps, {t.groups} groups": _tuned(t) for t in tunings},
-        **{path: _named(path) for path in paths},
-    }
-    over = {name: [] for name in candidates}
+    over = {name: [] for name in (*tunings, *paths)}
     sizes = []
     for batch in args.batches:
         for context in args.contexts:
@@ -131,20 +139,25 @@ def main():
             cell = workload(*where, num_layers=layers(*where), order="random")
             sizes.append(batch * context)
             print(f"batch {batch}, {context} tokens: {auto_of(cell)}", flush=True)
-            for name, of_cell in candidates.items():
-                try:
-                    ratio = over_contiguous(cell, of_cell(cell), args.samples)
-                except RuntimeError as error:  # more threads than this GPU gives a group
-                    print(f"{name}: {error}")
-                    ratio = math.inf
-                over[name].append(ratio)
-                print(f"batch {batch}, {context} tokens, {name}: {ratio:.3f}", flush=True)
+            measured = {}  # by work: many candidates cut alike
+            for name in over:
+                plan = plan_of(cell, tunings[name]) if name in tunings else None
+                work = (plan.warps, plan.items) if plan else name
+                if work not in measured:
+                    attend = _planned(plan) if plan else _named(name)(cell)
+                    try:
+                        measured[work] = over_contiguous(cell, attend, args.samples)
+                    except RuntimeError as error:  # more threads than this GPU gives a group
+                        print(f"{name}: {error}")
+                        measured[work] = math.inf
+                    print(f"batch {batch}, {context} tokens, {work}: {measured[work]:.3f}")
+                over[name].append(measured[work])
     print("\nover contiguous, geometric mean, worst:")
-    for name in sorted(candidates, key=lambda name: _mean(over[name])):
+    for name in sorted(over, key=lambda name: _mean(over[name])):
         print(f"  {name}: {_mean(over[name]):.3f}, {max(over[name]):.3f}")
-    best = tunings[min(range(len(tunings)), key=lambda i: _mean(list(over.values())[i]))]
+    best = tunings[min(tunings, key=lambda name: _mean(over[name]))]
     table = thresholds(sizes, {path: over[path] for path in paths})
-    print(f"\nTUNING[{backend!r}] = {best}   # is {base}")
+    print(f"\nTUNING[{gpu!r}] = {best}   # is {base}")
     print(f"AUTO[{backend!r}] = {tuple(table)}   # is {AUTO[backend]}")
     return 0
 

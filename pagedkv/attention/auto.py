@@ -12,7 +12,7 @@ import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.findings import kind_of
-from pagedkv.attention.inputs import Call
+from pagedkv.attention.inputs import Call, gpu_name
 from pagedkv.attention.measured import Trial, find
 from pagedkv.attention.paths import DECODE_PATHS, KNOWN_GPUS, choose, refusal
 from pagedkv.attention.scores import ScoreOptions
@@ -86,14 +86,6 @@ def auto(
         lambda: _trial(batch, call, arrays, scores, rivals, inputs),
     )
     return found.path or choose(call, tokens), found.because
-
-
-@cache
-def gpu_name(device: mx.DeviceType) -> str | None:
-    """Return what MLX calls the GPU, None for a CPU."""
-    if device == mx.cpu:
-        return None
-    return str(mx.device_info(mx.Device(device)).get("device_name", "unknown GPU"))
 
 
 def _trial(

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.cut import Tuning, cut, tuning_for
+from pagedkv.attention.inputs import gpu_name
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.limits import INT32_MAX
 
@@ -26,41 +28,6 @@ MOST_QUERY_HEADS = 16  # of a KV head
 TYPES = {mx.float16: "Float16", mx.bfloat16: "BFloat16", mx.float32: "Float32"}
 VECTOR = 8  # elements a lane reads at once, as split.h has it
 HEADER = 8  # int32 before the work items of a plan
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What depends on the device; `make tune` measures it.
-
-    Attributes
-    ----------
-    warps : int
-        Warps of a thread group that attends.
-    heavy_warps : int
-        The same where a thread needs many registers: 8 query rows, or float32.
-    groups : int
-        Thread groups that run at once. A batch is cut into no more than these, if it can be.
-    fewest : int
-        Tokens worth a work item: one of fewer costs more to join than it saves.
-    merge_warps : int
-        Warps of a thread group that joins.
-    """
-
-    warps: int
-    heavy_warps: int
-    groups: int
-    fewest: int
-    merge_warps: int
-
-
-TUNING = {
-    # H200, MLX 0.32.4, float16, 1 to 16 sequences of 1k to 32k tokens: 4, 8 and 16 warps in as many
-    # groups as fit its 132 multiprocessors are within 10% of each other; 16 join fewest partial
-    # outputs, and none from 16 sequences on, which was 8% faster there.
-    "cuda": Tuning(warps=16, heavy_warps=8, groups=132, fewest=128, merge_warps=4),
-    # Not measured.
-    "metal": Tuning(warps=4, heavy_warps=4, groups=256, fewest=256, merge_warps=4),
-}
 
 
 def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
@@ -84,72 +51,6 @@ def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
     return None
 
 
-def cut(
-    lens: NDArray[np.int64], starts: NDArray[np.int64], *, slots: int, tile: int, fewest: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut the contexts of a batch into work items, so that all are done soonest.
-
-    Parameters
-    ----------
-    lens : ndarray
-        Context lengths in tokens, shape [B].
-    starts : ndarray
-        First token of each that is seen at all, shape [B].
-    slots : int
-        How many items run at once.
-    tile : int
-        Tokens that a thread group reads in a trip: items are whole tiles, but for the last.
-    fewest : int
-        Tokens worth an item: a context is not cut into more items than it has of these.
-
-    Returns
-    -------
-    tuple of (ndarray, ndarray)
-        Rows (sequence, first token, token past the last, context length), longest items first,
-        shape [items, 4], and each sequence's rows (first, past the last), shape [B, 2].
-    """
-    seen = lens - starts
-    tiles = -(-seen // tile)
-    size = _best_size(tiles, slots, -(-fewest // tile))
-    count = -(-tiles // size)  # of a sequence's items, even among themselves
-    tokens = -(-tiles // count) * tile
-    count = -(-seen // tokens)
-    order = np.argsort(-tokens, kind="stable")
-    ends = np.empty_like(count)
-    ends[order] = np.cumsum(count[order])
-    rows = np.empty((len(lens), 2), np.int64)
-    rows[:, 0] = ends - count
-    rows[:, 1] = ends
-    sequence = np.repeat(order, count[order])
-    work = np.empty((len(sequence), 4), np.int64)
-    each, number = tokens[sequence], np.arange(len(sequence)) - rows[sequence, 0]
-    work[:, 0] = sequence
-    work[:, 1] = begin = starts[sequence] + number * each
-    work[:, 3] = end = lens[sequence]
-    np.minimum(begin + each, end, out=work[:, 2])
-    return work, rows
-
-
-def _best_size(tiles: NDArray[np.int64], slots: int, fewest: int) -> int:
-    """Return the most tiles an item should have, of those that cut the longest into equal parts.
-
-    By list scheduling: the next item starts when a slot is free, so the last is done after the
-    longest of each round of `slots` items. An item costs a tile more than it has; joining, two.
-    """
-    counts = np.bincount(tiles)
-    values = counts.nonzero()[0][::-1]  # longest first
-    sizes = np.maximum(-(-values[0] // _PARTS[slots >= _PARTS]), fewest)
-    parts = -(-values // sizes[:, None])  # by size and length
-    rounds = -(-np.cumsum(parts * counts[values], axis=1) // slots)  # begun up to this length
-    rounds[:, 1:] -= rounds[:, :-1].copy()
-    costs = (rounds * (1 + -(-values // parts))).sum(axis=1) + 2 * (sizes < values[0])
-    return int(sizes[costs.argmin()])
-
-
-# Into how many parts to try and cut the longest context.
-_PARTS = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A batch's launches: made once, and called for every layer with its queries, K and V.
@@ -160,10 +61,13 @@ class Plan:
         Work items that the contexts are cut into.
     launches : int
         Kernels a layer: 2 where partial outputs have to be joined, else 1.
+    warps : int
+        Warps of a thread group that attends.
     """
 
     items: int
     launches: int
+    warps: int
     _tables: mx.array
     _numbers: NDArray[np.int32]  # what the kernels read beside the tables, on the host
     _growth: NDArray[np.int32]  # what one more token of each sequence adds to them
@@ -189,14 +93,14 @@ class Plan:
             inputs.append(after)
         if slopes is not None:
             inputs.append(slopes)
-        splits, split, joins, merge = self._kernels
+        splits, split, joins, spans, merge = self._kernels
         attends = splits(new is not None, after is not None)
         if self.launches == 1:
             if sinks is not None:
                 inputs.append(sinks)
             return attends(inputs=inputs, **split)[0]
         [parts] = attends(inputs=inputs, **split)
-        inputs = [parts, self._on_device]
+        inputs = [parts, spans]
         if sinks is not None:
             inputs.append(sinks)
         return joins(inputs=inputs, **merge)[0]
@@ -210,6 +114,7 @@ class Plan:
         return Plan(
             self.items,
             self.launches,
+            self.warps,
             batch.block_tables,
             numbers,
             self._growth,
@@ -225,6 +130,7 @@ class _Kernels(NamedTuple):
     splits: _Splits
     split: dict[str, Any]
     joins: Callable[..., list[mx.array]]
+    spans: mx.array  # see merge.h
     merge: dict[str, Any]
 
 
@@ -274,14 +180,14 @@ def make_plan(
     scores : ScoreOptions
         What else happens to them.
     tuning : Tuning, optional
-        Instead of the backend's own.
+        Instead of the device's own.
 
     Returns
     -------
     Plan
         The launches.
     """
-    tuning = tuning or TUNING[backend]
+    tuning = tuning or tuning_for(gpu_name(mx.default_device().type), backend)
     rows_of_batch, heads, query_len, head_dim = queries
     _, block_size, kv_heads, _ = keys
     group = heads // kv_heads
@@ -290,24 +196,29 @@ def make_plan(
     lanes = _power_of_two(-(-head_dim // VECTOR))
     # A team's scores fit its lanes; more tokens than these would not fit the registers.
     tokens = min(lanes // rows, 8 if rows <= 2 else 4)
-    warps = tuning.heavy_warps if rows == 8 or dtype == mx.float32 else tuning.warps
-    tile = warps * (32 // lanes) * tokens
-
     lens = batch.lens
     starts = np.zeros_like(lens)
     if scores.window is not None:
         starts = np.maximum(lens - query_len + 1 - scores.window, 0) // tokens * tokens
-    slots = max(1, tuning.groups // (kv_heads * chunks))
-    work, rows_of_work = cut(lens, starts, slots=slots, tile=tile, fewest=tuning.fewest)
+    warps, tile, work, rows_of_work = cut(
+        lens,
+        starts,
+        tuning,
+        groups=kv_heads * chunks,
+        warp_tokens=32 // lanes * tokens,
+        token_bytes=2 * head_dim * dtype.size,
+        heavy=rows == 8 or dtype == mx.float32,
+    )
     items = len(work)
     divided = items > rows_of_batch
     header = np.array([scale, scores.softcap or 0.0, 0, 0, 0, 0, 0, 0], np.float32).view(np.int32)
     header[2:5] = scores.window or 0, batch.block_tables.shape[1], items
-    numbers = np.concatenate([header, work.ravel(), rows_of_work.ravel()]).astype(np.int32)
+    numbers = np.concatenate([header, work.ravel()]).astype(np.int32)
+    spans = np.concatenate([[items, 0], rows_of_work.ravel()]).astype(np.int32)
     # One more token of each sequence: every context is longer, and so is the item at its end.
     growth = np.zeros_like(numbers)
-    growth[HEADER : HEADER + 4 * items].reshape(-1, 4)[:, 3] = 1
-    growth[HEADER : HEADER + 4 * items].reshape(-1, 4)[rows_of_work[:, 1] - 1, 2] = 1
+    growth[HEADER:].reshape(-1, 4)[:, 3] = 1
+    growth[HEADER:].reshape(-1, 4)[rows_of_work[:, 1] - 1, 2] = 1
 
     shape = (("D", head_dim), ("HKV", kv_heads), ("G", group), ("Q", query_len))
     sinks = scores.sinks is not None
@@ -348,6 +259,7 @@ def make_plan(
     return Plan(
         items=items,
         launches=1 + divided,
+        warps=warps,
         _tables=batch.block_tables,
         _numbers=numbers,
         _growth=growth,
@@ -361,6 +273,7 @@ def make_plan(
                 **(partial if divided else output),
             },
             joins,
+            mx.array(spans),
             {
                 "grid": (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1),
                 "threadgroup": (tuning.merge_warps * 32, 1, 1),

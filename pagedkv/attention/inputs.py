@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -66,6 +67,14 @@ class Call(NamedTuple):
     keys_dtype: mx.Dtype
     values_dtype: mx.Dtype
     options: tuple[tuple[str, Hashable], ...] = ()
+
+
+@cache
+def gpu_name(device: mx.DeviceType) -> str | None:
+    """Return what MLX calls the GPU, None for a CPU."""
+    if device == mx.cpu:
+        return None
+    return str(mx.device_info(mx.Device(device)).get("device_name", "unknown GPU"))
 
 
 def finite(value: float, name: str) -> float:

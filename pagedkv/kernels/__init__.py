@@ -68,7 +68,7 @@ def _without_comments(text: str) -> str:
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "split": ("queries", "keys", "values", "block_tables", "plan"),
-    "merge": ("partials", "plan"),
+    "merge": ("partials", "spans"),
     "write": ("keys", "values", "new_keys", "new_values", "slots", "after"),
     "copy": ("keys", "values", "copies", "after"),
 }
