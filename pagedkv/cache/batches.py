@@ -6,10 +6,14 @@ from collections.abc import Hashable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.rows import Rows
+
+FEW = 64  # ids: so many are put into what the device has, sooner than all of them anew
 
 
 class Batches:
@@ -34,6 +38,7 @@ class Batches:
         self.rows = Rows(tables)
         self._sizes = tables[0].block_size, num_blocks
         self._block_tables: mx.array | None = None
+        self._on_device = self.rows.block_tables  # what the device has, once it has something
         self._lens = self.rows.seen.lens  # of the batch before
         self._carried: dict[Hashable, tuple[Any, int]] = {}
         self._position = 0
@@ -46,7 +51,7 @@ class Batches:
         rows, lens = self.rows, self.rows.seen.lens
         block_tables = self._block_tables
         if block_tables is None or rows.changed:
-            block_tables = self._block_tables = mx.array(rows.block_tables)
+            block_tables = self._block_tables = self._sent(rows.block_tables)
             rows.changed = False
         grown = lens - self._lens
         by = int(grown[0])
@@ -55,3 +60,18 @@ class Batches:
         self._lens = lens
         self._position += by
         return DecodeBatch(block_tables, *self._sizes, lens, self._carried, self._position)
+
+    def _sent(self, ids: NDArray[np.int32]) -> mx.array:
+        """Return block ids on the device, which has most of them already.
+
+        MLX on CUDA moves memory from the host by page faults: the less the better.
+        """
+        before, self._on_device = self._on_device, ids.copy()
+        if self._block_tables is not None and before.shape == ids.shape:
+            changed = np.flatnonzero(before != ids)
+            if 0 < changed.size <= FEW:
+                where, what = mx.array(np.stack([changed, ids.ravel()[changed]]).astype(np.int32))
+                flat = self._block_tables.reshape(-1)
+                flat[where] = what
+                return flat.reshape(ids.shape)
+        return mx.array(ids)
