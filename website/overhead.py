@@ -303,7 +303,7 @@ CHARTS = {
 _FOUR = {"measure": "attention", "batch": 4, "block": 32}
 FIGURES = {
     "phases-h200": ("phases", "h200", _FOUR | {"path": "auto"}),
-    "phases-linux-2core-xeon": ("phases", "linux-2core-xeon", _FOUR | {"path": "auto"}),
+    "phases-linux-2core-xeon": ("phases", "linux-2core-xeon", _FOUR | {"measure": "step"}),
     "contexts-h200": ("contexts", "h200", _FOUR | {"commit": "phase 6"}),
 }
 """Pictures in the documents: chart, machine and which rows."""
