@@ -5,7 +5,7 @@ import random
 import pytest
 from engine import engine
 
-from pagedkv import PagedKVError
+from pagedkv import BlockPool, PagedKVError, Scheduler
 
 
 def begin(run):
@@ -330,3 +330,30 @@ def test_a_step_in_flight_changes_no_token_and_everybody_comes_to_an_end():
         evictions += stats.evicted_blocks
     assert preemptions > 40
     assert evictions > 40
+
+
+def test_no_request_takes_the_id_of_one_whose_update_was_interrupted():
+    """It would be finished in the place of the other when `update` is called again."""
+    broken = []
+
+    def listen(event):
+        if broken:
+            raise RuntimeError("listener")
+
+    scheduler = Scheduler(BlockPool(20), 2, on_event=listen)
+    scheduler.add("x", [1], 3, use_cache=False)
+    scheduler.add("y", [5], 3)
+    for _ in range(2):
+        scheduler.schedule()
+        scheduler.update({"x": 3, "y": 3})
+    scheduler.schedule()
+    broken.append(True)
+    with pytest.raises(RuntimeError, match="listener"):
+        scheduler.update({"x": 3, "y": 3})
+    broken.clear()
+    with pytest.raises(PagedKVError, match="update to be called again"):
+        scheduler.add("x", [7, 7], 2)
+    assert set(scheduler.update({"x": 3, "y": 3})) == {"x", "y"}
+    scheduler.add("x", [7, 7], 2)
+    assert scheduler.schedule().request_ids == ["x"]
+    scheduler.check_invariants()

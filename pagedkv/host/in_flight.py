@@ -176,3 +176,9 @@ class InFlight:
         for reservation in self._reservations:
             if reservation.is_open:
                 reservation.commit()
+
+
+def check_updated(in_flight: Iterable[InFlight]) -> None:
+    """Raise PagedKVError if an `update` of one was interrupted."""
+    for one in in_flight:
+        one.check_whole()

@@ -13,7 +13,7 @@ from pagedkv.host.admission import Admission
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
 from pagedkv.host.cache_event import Listener
-from pagedkv.host.in_flight import InFlight
+from pagedkv.host.in_flight import InFlight, check_updated
 from pagedkv.host.invariants import check_blocks
 from pagedkv.host.prefixes import Prefixes
 from pagedkv.host.schedule import Schedule
@@ -121,9 +121,9 @@ class Scheduler:
 
         Raises
         ------
-        ValueError
-            If an argument does not fit, or the request needs more blocks than there are. Nothing
-            has changed then.
+        ValueError, PagedKVError
+            If an argument does not fit, the request needs more blocks than there are, or an
+            `update` was interrupted. Nothing has changed then.
         """
         self._check_new(request_id)
         tokens = prompt_ids(prompt)
@@ -169,8 +169,7 @@ class Scheduler:
         earlier = self._in_flight
         if len(earlier) > 1:
             raise PagedKVError("expected update or retract of one of two schedules in flight")
-        for before in earlier:
-            before.check_whole()
+        check_updated(earlier)
         in_flight = InFlight(self.max_tokens)
         try:
             preempted = self._admission.choose(in_flight, preempts=not earlier)
@@ -391,6 +390,7 @@ class Scheduler:
         return self._sequences[request_id]
 
     def _check_new(self, request_id: Hashable) -> None:
+        check_updated(self._in_flight)  # who is finished by it is not known before
         if request_id in self._sequences:
             raise ValueError(f"expected a new request id, got {request_id!r} again")
 
