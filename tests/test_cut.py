@@ -120,3 +120,8 @@ def test_a_gpu_of_nobody_has_the_constants_of_its_backend():
     assert tuning_for("a GPU of nobody", "cuda") is TUNING["cuda"]
     assert tuning_for("Apple M9", "metal") is TUNING["metal"]
     assert tuning_for(None, "metal") is TUNING["metal"]
+
+
+def test_no_more_items_than_a_launch_takes():
+    for lens in ([16384] + [64] * 33000, [100000] * 33000):
+        assert len(items_of(lens, H100, groups=1, warp_tokens=2, token_bytes=256).items) < 2**16

@@ -99,6 +99,7 @@ def tuning_for(gpu: str | None, backend: str) -> Tuning:
     return TUNING.get(gpu or "", TUNING[backend])
 
 
+MOST_ITEMS = 2**16 - 1  # of a launch, which CUDA counts in 16 bits
 # Into how many parts to try and cut the longest context.
 _PARTS = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
 
@@ -216,6 +217,8 @@ def _best_size(
     sizes = -(-values[0] // _PARTS[slots >= _PARTS])
     parts = -(-values // sizes[:, None])  # by size and length
     begun = np.cumsum(parts * counts[values], axis=1)
+    possible = begun[:, -1] <= MOST_ITEMS
+    possible[0] = True  # not cut
     beside = np.minimum(-(-begun[:, -1] * groups // tuning.processors), per_processor)
     reads = beside * (tile_bytes / tuning.bandwidth)
     trips = (tuning.trip**4 + reads**4) ** 0.25
@@ -224,5 +227,5 @@ def _best_size(
     item = tuning.start + tuning.start_warp * warps + -(-values // parts) * trips[:, None]
     joins = (sizes < values[0]) * (tuning.join + tuning.join_part * parts[:, 0])
     times = (rounds * item).sum(axis=1) + joins
-    best = times.argmin()
+    best = np.where(possible, times, np.inf).argmin()
     return float(times[best]), int(sizes[best])

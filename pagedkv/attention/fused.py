@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.cut import Tuning, cut, tuning_for
+from pagedkv.attention.cut import MOST_ITEMS, Tuning, cut, tuning_for
 from pagedkv.attention.inputs import gpu_name
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.limits import INT32_MAX
@@ -38,8 +38,10 @@ def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
     queries, keys : tuple of int
         Shapes [B, Hq, Q, D] and [N, S, Hkv, D].
     """
-    _, heads, query_len, _ = queries
+    sequences, heads, query_len, _ = queries
     num_blocks, block_size, kv_heads, _ = keys
+    if sequences > MOST_ITEMS:
+        return f"{sequences} sequences (it takes up to {MOST_ITEMS})"
     if query_len > MOST_QUERIES:
         return f"{query_len} query tokens (it takes up to {MOST_QUERIES})"
     if heads // kv_heads > MOST_QUERY_HEADS:
