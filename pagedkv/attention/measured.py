@@ -75,8 +75,8 @@ def find(
     Returns
     -------
     Finding
-        The same for this process from then on. What was found out is kept for others, in
-        `cache_file`; what could not be is not.
+        What was found out is the same for this process from then on, and kept for others in
+        `cache_file`; what could not be is tried again.
 
     Warns
     -----
@@ -87,7 +87,9 @@ def find(
     known = findings(where)
     finding = known.get(kind)
     if finding is None or finding.path not in (*rivals, None):
-        finding = known[kind] = measure(rivals, make_trial())
+        finding = measure(rivals, make_trial())
+        if finding.path:
+            known[kind] = finding
         file = store(where, kind, finding) if finding.path else None
         if finding.fault:
             kept = f"kept in {file}" if file else "not kept, for the cache folder is not writable"
