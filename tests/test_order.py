@@ -7,6 +7,7 @@ from launching import BACKEND, emulate
 from reference import attend_one
 
 from pagedkv import OutOfBlocksError, PagedKVCache
+from pagedkv.attention.plan import AttentionPlan
 from pagedkv.cache.in_place import InPlace
 
 ON_GPU = BACKEND != "cpu"
@@ -263,3 +264,85 @@ def test_a_cache_stays_on_its_device():
         with mx.stream(mx.cpu), pytest.raises(ValueError, match="expected the default device"):
             step.attend(0, one, one, one, scale=1.0)
         step.attend(0, one, one, one, scale=1.0)
+
+
+def accesses(cache):
+    """How many accesses the newest one came after, in a cache of `counting` plans."""
+    cache.wait()
+    return int(cache._store.last(0).reshape(-1)[0].item())
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Attention that only counts: an output is one more than that of the access before."""
+
+    def attend(self, queries, keys, values, scores, after=None, new=None):
+        return mx.broadcast_to(
+            after.reshape(-1)[:1] + 1 + 0 * new[0].reshape(-1)[:1], queries.shape
+        )
+
+    monkeypatch.setattr(AttentionPlan, "attend", attend)
+    return PagedKVCache(
+        num_layers=1, num_blocks=20, block_size=8, kv_heads=2, head_dim=64, dtype=mx.float32
+    )
+
+
+def step_of(cache, table, keys=None):
+    """Begin a step of one token and attend; return it and the output."""
+    one = mx.ones((1, 2, 1, 64))
+    step = cache.extend([table], [1])
+    return step, step.attend(0, one, one if keys is None else keys, one, scale=1.0)
+
+
+def test_what_is_assigned_to_an_output_is_not_assigned_to_the_chain(counting):
+    table = counting.new_table()
+    for _ in range(3):
+        step, out = step_of(counting, table)
+        step.commit()
+        out[:] = 0  # the caller's own array
+    assert accesses(counting) == 3
+
+
+def test_a_rollback_forgets_no_step_that_ended_before_the_one_that_failed(counting):
+    """A step under way, one that ends, one that cannot be computed: the second is in the pools."""
+    first, second, third = (counting.new_table() for _ in range(3))
+    under_way = counting.extend([first], [1])
+    step, _ = step_of(counting, second)
+    step.commit()
+    cannot = mx.linalg.inv(mx.zeros((1, 2, 64, 64)), stream=mx.cpu)[:, :, :1]
+    failing, _ = step_of(counting, third, keys=cannot)
+    under_way.rollback()
+    failing.rollback()
+    assert accesses(counting) == 1
+
+
+def test_a_large_output_is_not_kept_once_it_is_computed():
+    """A prompt's, in every layer."""
+    layers, tokens = 4, 1024 if ON_GPU else 256
+    cache = PagedKVCache(
+        num_layers=layers, num_blocks=80, block_size=16, kv_heads=1, head_dim=64, dtype=mx.float32
+    )
+    rng = np.random.default_rng(53)
+    out, keys = (mx.array(random(rng, 1, heads, tokens, 64)) for heads in (32, 1))
+    mx.eval(out, keys)
+    one, before = out.nbytes, mx.get_active_memory()
+    assert one > 2**20
+    with cache.extend([cache.new_table()], [tokens]) as step:
+        for layer in range(layers):
+            out = step.attend(layer, out, keys, keys, scale=0.125)
+    mx.eval(out)
+    del out, step
+    mx.synchronize()
+    assert mx.get_active_memory() - before < one
+
+
+def test_plans_of_calls_that_do_not_come_again_are_not_kept():
+    """A scale of its own in each step, say."""
+    cache = PagedKVCache(
+        num_layers=1, num_blocks=20, block_size=8, kv_heads=2, head_dim=64, dtype=mx.float32
+    )
+    table, one = cache.new_table(), mx.ones((1, 2, 1, 64))
+    for number in range(80):
+        with cache.extend([table], [1]) as step:
+            step.attend(0, one, one, one, scale=1 + number / 1000, path="fused")
+    assert 0 < len(step.batch.carried) <= 40

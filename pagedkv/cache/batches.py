@@ -13,6 +13,7 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.rows import Rows
 
+KINDS = 32  # of calls whose plans are carried on; beyond, those of the batch before
 FEW = 64  # ids: so many are put into what the device has, sooner than all of them anew
 
 
@@ -58,6 +59,9 @@ class Batches:
         if (grown != by).any():
             self._carried, self._position, by = {}, 0, 0
         self._lens = lens
+        if len(self._carried) > KINDS:
+            carried = self._carried.items()
+            self._carried = {kind: made for kind, made in carried if made[1] == self._position}
         self._position += by
         return DecodeBatch(block_tables, *self._sizes, lens, self._carried, self._position)
 

@@ -10,6 +10,7 @@ which they are built, on whatever stream and however many steps ahead of the dev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ReferenceType, ref
 
 import mlx.core as mx
 
@@ -22,6 +23,13 @@ from pagedkv.errors import PagedKVError
 
 WARPS = 8  # of a group that moves a token
 FEW, SMALL = 32, 2**20  # bytes of an output that may be kept until the next access
+
+
+class Mark:
+    """Where the chains of all layers ended at one time."""
+
+    def __init__(self, last: list[mx.array]) -> None:
+        self.last = last[:]
 
 
 class InPlace:
@@ -41,6 +49,7 @@ class InPlace:
         self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
+        self._marks: list[ReferenceType[Mark]] = []
 
     def pools(self, layer: int) -> tuple[mx.array, mx.array]:
         """Return K and V of a layer for their shape and dtype: what they hold is not ordered."""
@@ -75,8 +84,15 @@ class InPlace:
         """Attend after all accesses so far; put `new`, K and V of the queries' tokens, first."""
         keys, values = self._keys[layer], self._values[layer]
         out = plan.attend(queries, keys, values, scores, self._last[layer], new)
-        self._last[layer] = out if FEW <= plan.output_bytes <= SMALL else _part_of(out)
-        return out
+        if FEW <= plan.output_bytes <= SMALL:
+            # Another Python object: what is assigned to one of them is not assigned to the other.
+            self._last[layer] = out.reshape(out.shape)
+            return out
+        # 8 elements do not keep the memory of all, once they are computed: with the output.
+        part = mx.contiguous(mx.broadcast_to(out[:1, :1, :1, :1], (1, 1, 1, 8)))
+        self._last[layer] = part
+        depending: list[mx.array] = mx.depends([out], [part])
+        return depending[0]
 
     def write(self, layer: int, new: New, slots: mx.array) -> None:
         """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""
@@ -123,29 +139,40 @@ class InPlace:
                 "steps are not in the pools: take them back from the sequences, or give these up"
             ) from error
 
-    def mark(self) -> list[mx.array]:
-        """Return where the chains end now, for `rewind`."""
-        return self._last[:]
+    def mark(self) -> Mark:
+        """Return where the chains end now, for `rewind`; steps under way hold theirs."""
+        self._marks = [marked for marked in self._marks if marked() is not None]
+        mark = Mark(self._last)
+        self._marks.append(ref(mark))
+        return mark
 
-    def rewind(self, mark: list[mx.array]) -> None:
-        """Wait for every access; pass over a failure of those since `mark`.
+    def rewind(self, mark: Mark) -> None:
+        """Wait for every access; pass over a failure in a step under way that nobody ended yet.
+
+        Parameters
+        ----------
+        mark : Mark
+            From when the step began that is rolled back now.
 
         Raises
         ------
         PagedKVError
-            As `wait`, of those before.
+            As `wait`, if what failed came before `mark`.
         """
         try:
             mx.eval(self._last)
         except Exception:
-            self._forget(mark)
+            # The newest that can be computed: steps that ended before it lose nothing.
+            marks = [marked for reference in self._marks if (marked := reference()) is not None]
+            for marked in reversed(marks):
+                try:
+                    mx.eval(marked.last)
+                except Exception:
+                    continue
+                self._forget(marked.last[:])
+                return
             self.wait()
 
     def _forget(self, last: list[mx.array]) -> None:
         mx.synchronize()  # what did run ends before what comes now
         self._last = last
-
-
-def _part_of(out: mx.array) -> mx.array:
-    """Return 8 elements that are computed after an output: they do not keep its memory."""
-    return mx.contiguous(mx.broadcast_to(out[:1, :1, :1, :1], (1, 1, 1, 8)))

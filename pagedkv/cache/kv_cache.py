@@ -161,8 +161,8 @@ class PagedKVCache(Pools):
 
         Blocks that the schedule shares and will write are copied first. `Step.attend` follows for
         every layer of each step, then `Scheduler.update`, or `retract` if something failed. The
-        next schedule may be chosen before that, but after this call; its steps are made when these
-        have attended in every layer.
+        next schedule may be chosen before that, when these have attended in every layer: they are
+        lazy, and need not be computed.
 
         Parameters
         ----------

@@ -67,7 +67,8 @@ class Step:
 
         Each token sees those before it and itself. All sequences have Q new tokens; where their
         counts differ, `PagedKVCache.write` takes K and V, and `PagedKVCache.attend` some of them.
-        On a GPU the kernel that attends also writes where it can: up to 8 tokens a sequence.
+        On a GPU the kernel that attends also writes where it can: up to 8 tokens a sequence. A
+        step changes what the cache knows: it is not to be traced, as by `mx.compile`.
 
         Parameters
         ----------
