@@ -63,7 +63,7 @@ def compute_lazily(model, cache, schedule, sampled=None):
         request_ids += [step.request_ids[row] for row in step.sample_rows]
     order = mx.array([request_ids.index(name) for name in schedule.samples], mx.int32)
     sampled = mx.concatenate(following)[order].astype(mx.int32)
-    mx.async_eval(sampled, cache.keys, cache.values)
+    mx.async_eval(sampled)  # and all that it follows from, K and V too
     return sampled
 
 
