@@ -73,6 +73,9 @@ DAMAGED = {
     "no finding": '{"WHERE": {"KIND": "fused"}}',
     "half a finding": '{"WHERE": {"KIND": {"path": "fused"}}}',
     "times in words": '{"WHERE": {"KIND": {"path": "fused", "ms": {"fused": "fast"}}}}',
+    "times beyond floats": '{"WHERE": {"KIND": {"path": "fused", "ms": {"fused": 1'
+    + "0" * 400
+    + "}}}}",
     "unknown path": '{"WHERE": {"KIND": {"path": "x", "ms": {}, "fault": "", "day": "today"}}}',
     "no path": '{"WHERE": {"KIND": {"path": null, "ms": {}, "fault": "", "day": "today"}}}',
 }

@@ -6,7 +6,7 @@ import pytest
 from launching import BACKEND, emulate
 from reference import attend_one
 
-from pagedkv import OutOfBlocksError, PagedKVCache
+from pagedkv import OutOfBlocksError, PagedKVCache, PagedKVError
 from pagedkv.attention.plan import AttentionPlan
 from pagedkv.cache.in_place import InPlace
 
@@ -313,6 +313,21 @@ def test_a_rollback_forgets_no_step_that_ended_before_the_one_that_failed(counti
     failing, _ = step_of(counting, third, keys=cannot)
     under_way.rollback()
     failing.rollback()
+    assert accesses(counting) == 1
+
+
+def test_a_rollback_says_that_it_takes_later_steps_along(counting):
+    """They came after the one that failed, and so could not be computed either."""
+    first, second = counting.new_table(), counting.new_table()
+    cannot = mx.linalg.inv(mx.zeros((1, 2, 64, 64)), stream=mx.cpu)[:, :, :1]
+    failing, _ = step_of(counting, first, keys=cannot)
+    step_of(counting, second)[0].commit()
+    with pytest.raises(PagedKVError, match="later ones came after it"):
+        failing.rollback()
+    assert (first.num_tokens, second.num_tokens) == (0, 1)
+    assert accesses(counting) == 0
+    second.truncate(0)
+    step_of(counting, second)[0].commit()
     assert accesses(counting) == 1
 
 

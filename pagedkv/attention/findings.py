@@ -165,5 +165,5 @@ def _from_json(entry: Any) -> Finding | None:
     try:
         ms = {str(name): float(time) for name, time in entry["ms"].items()}
         return Finding(str(entry["path"]), ms, str(entry["fault"]), day=str(entry["day"]))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None

@@ -28,8 +28,8 @@ FEW, SMALL = 32, 2**20  # bytes of an output that may be kept until the next acc
 class Mark:
     """Where the chains of all layers ended at one time."""
 
-    def __init__(self, last: list[mx.array]) -> None:
-        self.last = last[:]
+    def __init__(self, last: list[mx.array], number: int) -> None:
+        self.last, self.number = last[:], number
 
 
 class InPlace:
@@ -50,6 +50,7 @@ class InPlace:
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
         self._marks: list[ReferenceType[Mark]] = []
+        self._begun = 0  # marks so far
 
     def pools(self, layer: int) -> tuple[mx.array, mx.array]:
         """Return K and V of a layer for their shape and dtype: what they hold is not ordered."""
@@ -142,7 +143,8 @@ class InPlace:
     def mark(self) -> Mark:
         """Return where the chains end now, for `rewind`; steps under way hold theirs."""
         self._marks = [marked for marked in self._marks if marked() is not None]
-        mark = Mark(self._last)
+        self._begun += 1
+        mark = Mark(self._last, self._begun)
         self._marks.append(ref(mark))
         return mark
 
@@ -157,11 +159,11 @@ class InPlace:
         Raises
         ------
         PagedKVError
-            As `wait`, if what failed came before `mark`.
+            As `wait`, if what failed came before `mark`, or if others came after it.
         """
         try:
             mx.eval(self._last)
-        except Exception:
+        except Exception as error:
             # The newest that can be computed: steps that ended before it lose nothing.
             marks = [marked for reference in self._marks if (marked := reference()) is not None]
             for marked in reversed(marks):
@@ -170,6 +172,11 @@ class InPlace:
                 except Exception:
                     continue
                 self._forget(marked.last[:])
+                if marked.number < self._begun:
+                    raise PagedKVError(
+                        "a step failed when it was evaluated, and later ones came after it: theirs "
+                        "are not in the pools either, take these back from their sequences"
+                    ) from error
                 return
             self.wait()
 

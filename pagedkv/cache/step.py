@@ -225,7 +225,8 @@ class Extension(Step):
         PagedKVError
             If the step is over; if somebody else changed one of its sequences, when the step is
             over and the sequences stay as they are now; or, on a GPU, as `PagedKVCache.wait`, if an
-            earlier step failed when it was evaluated. Pool and tables are as they were also then.
+            earlier step failed when it was evaluated, or this one did and others came after it.
+            Pool and tables are as they were also then.
         """
         self._check_open()
         if not self._undoing:  # again, after an interrupt
