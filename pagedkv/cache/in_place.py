@@ -128,16 +128,16 @@ class InPlace:
         Raises
         ------
         PagedKVError
-            If MLX could not compute one, or what it depends on. Those after it have not been
-            computed either. What was written before is as it was, and the pools can be used.
+            If MLX could not compute one, or what it depends on. Those that had not been computed
+            are not in the pools; what had been is as it was, and the pools can be used.
         """
         try:
             mx.eval(self._last)
         except Exception as error:
             self._forget([self._nothing] * len(self._last))
             raise PagedKVError(
-                f"a step failed when it was evaluated: {error}. Its tokens and those of later "
-                "steps are not in the pools: take them back from the sequences, or give these up"
+                f"a step failed when it was evaluated: {error}. Its tokens, and those of steps "
+                "not evaluated yet, are not in the pools: take them back from the sequences"
             ) from error
 
     def mark(self) -> Mark:

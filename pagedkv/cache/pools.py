@@ -250,8 +250,8 @@ class Pools:
 
         Only needed after a failure. A step that MLX cannot compute raises when its output is
         evaluated. On a GPU, if that cannot even be launched, so does every later step that attends
-        over the same layer, of whatever sequences. This makes an end of it: the pools hold what was
-        written before the step that failed, and go on from there.
+        over the same layer, of whatever sequences. This makes an end of it: the pools hold what had
+        been computed, and go on from there. Steps whose outputs were evaluated are in it.
 
         Raises
         ------
