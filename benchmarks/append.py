@@ -18,15 +18,10 @@ from .common import (
     block_tables,
     feature,
     on_gpu,
+    random,
     require_cell,
     require_memory,
 )
-
-
-def _random(*shape):
-    array = mx.random.uniform(-1, 1, shape, dtype=DTYPE)
-    mx.eval(array)
-    return array
 
 
 class _Append:
@@ -47,7 +42,7 @@ def _template(num_blocks, block_size, batch):
     """Block-major pool and the blocks to append, seeded."""
     mx.random.seed(0)
     block = (block_size, KV_HEADS, HEAD_DIM)
-    return _random(num_blocks, *block), _random(batch, *block)
+    return random(num_blocks, *block), random(batch, *block)
 
 
 class _Naive(_Append):
@@ -92,7 +87,7 @@ class _CopiedPools:
 
     def __init__(self, num_blocks, block_size):
         self.append_block = feature("append_block")
-        self.pools = [_random(num_blocks, block_size, KV_HEADS, HEAD_DIM) for _ in "kv"]
+        self.pools = [random(num_blocks, block_size, KV_HEADS, HEAD_DIM) for _ in "kv"]
 
     def append(self, blocks, block_ids):
         updated = []
@@ -143,7 +138,7 @@ class Auto(_Append):
         tables, num_blocks = block_tables(batch, context, block_size)
         self.block_ids = [table[-1] for table in tables]
         self.pools = _pools(num_blocks, block_size)
-        self.blocks = _random(batch, KV_HEADS, block_size, HEAD_DIM)
+        self.blocks = random(batch, KV_HEADS, block_size, HEAD_DIM)
         self.pools.append(self.blocks, self.block_ids)
 
     def time_append(self, batch, context, block_size):
@@ -166,7 +161,7 @@ class PoolSize(Auto):
         block_size = 32
         block_bytes = 2 * block_size * KV_HEADS * HEAD_DIM * DTYPE.size
         self.pools = _pools(pool_mib * 2**20 // block_bytes, block_size)
-        self.blocks = _random(1, KV_HEADS, block_size, HEAD_DIM)
+        self.blocks = random(1, KV_HEADS, block_size, HEAD_DIM)
         self.time_append(pool_mib)
 
     def time_append(self, pool_mib):
@@ -199,8 +194,8 @@ class _Pipelined:
         self.batch = feature("DecodeBatch").from_tables(tables, [context] * batch, **sizes)
         last = [table[-1] * block_size for table in tables]
         self.slots = feature("SlotMapping").from_slots(last, **sizes)
-        self.queries = _random(batch, QUERY_HEADS, 1, HEAD_DIM)
-        self.token = _random(batch, KV_HEADS, 1, HEAD_DIM)
+        self.queries = random(batch, QUERY_HEADS, 1, HEAD_DIM)
+        self.token = random(batch, KV_HEADS, 1, HEAD_DIM)
 
     def decode(self, write):
         for _ in range(self.steps):
@@ -233,7 +228,7 @@ class PipelinedWrite(_Pipelined):
         num_slots = num_blocks * block_size
         slots = feature("SlotMapping").from_slots(np.arange(num_slots), **sizes)
         for layer in self.layers:
-            new = [_random(1, KV_HEADS, num_slots, HEAD_DIM) for _ in "kv"]
+            new = [random(1, KV_HEADS, num_slots, HEAD_DIM) for _ in "kv"]
             self.cache.write(layer, *new, slots)
             mx.eval(self.cache.keys, self.cache.values)
 

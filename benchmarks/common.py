@@ -50,6 +50,13 @@ def on_gpu():
     return mx.default_device().type == mx.gpu
 
 
+def random(*shape, limit=1):
+    """Return seeded numbers between -`limit` and `limit`, evaluated."""
+    array = mx.random.uniform(-limit, limit, shape, dtype=DTYPE)
+    mx.eval(array)
+    return array
+
+
 def layers(batch, context, block_size):
     """Layers in a measured decode step, fixed for a cell and a kind of device.
 

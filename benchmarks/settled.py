@@ -8,7 +8,7 @@ from inspect import signature
 import mlx.core as mx
 import numpy as np
 
-from .append import _Pipelined, _random
+from .append import _Pipelined
 from .common import (
     DTYPE,
     HEAD_DIM,
@@ -16,6 +16,7 @@ from .common import (
     PARAM_NAMES,
     SCALE,
     feature,
+    random,
     require_cell,
     require_gpu,
     require_memory,
@@ -123,7 +124,7 @@ class PipelinedCopy(_Pipelined):
 
     def make_pools(self, num_blocks, block_size):
         shape = num_blocks, block_size, KV_HEADS, HEAD_DIM
-        self.pools = [[_random(*shape) for _ in self.layers] for _ in "kv"]
+        self.pools = [[random(*shape) for _ in self.layers] for _ in "kv"]
 
     def read(self, layer, queries):
         keys, values = (pools[layer] for pools in self.pools)

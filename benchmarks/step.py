@@ -19,7 +19,6 @@ from .caches import Contiguous, paged
 from .common import (
     BATCHES,
     CONTEXTS,
-    DTYPE,
     HEAD_DIM,
     KV_HEADS,
     PARAM_NAMES,
@@ -28,6 +27,7 @@ from .common import (
     kv_bytes,
     layers,
     on_gpu,
+    random,
     require_cell,
     require_fast,
     require_gpu,
@@ -42,12 +42,6 @@ def num_steps():
     step is long, and the host has nothing to run ahead of.
     """
     return 32 if on_gpu() else 4
-
-
-def _random(*shape, limit=1):
-    array = mx.random.uniform(-limit, limit, shape, dtype=DTYPE)
-    mx.eval(array)
-    return array
 
 
 class Generation:
@@ -66,14 +60,14 @@ class Generation:
     def __init__(self, batch, context, num_layers, steps):
         mx.random.seed(0)
         token = (batch, KV_HEADS, 1, HEAD_DIM)
-        seeded = [_random(batch, KV_HEADS, context, HEAD_DIM) for _ in "kv"]
+        seeded = [random(batch, KV_HEADS, context, HEAD_DIM) for _ in "kv"]
         # Each layer holds the seeded tokens in another order, in memory of its own.
         self.contents = [
             tuple(mx.roll(x, layer + 1, axis=2) for x in seeded) for layer in range(num_layers)
         ]
-        self.queries = [_random(batch, QUERY_HEADS, 1, HEAD_DIM, limit=4) for _ in range(steps)]
+        self.queries = [random(batch, QUERY_HEADS, 1, HEAD_DIM, limit=4) for _ in range(steps)]
         self.new = [
-            [(_random(*token), _random(*token)) for _ in range(num_layers)] for _ in range(steps)
+            [(random(*token), random(*token)) for _ in range(num_layers)] for _ in range(steps)
         ]
 
     def run(self, cache, *, ahead=True):
@@ -238,8 +232,8 @@ class _OnTheHost:
         cell = (sequences, self.context, self.block_size)
         require_memory(4 * kv_bytes(*cell))
         self.cache = paged(cell, 1, self.steps)
-        self.new = [tuple(_random(sequences, KV_HEADS, 1, HEAD_DIM) for _ in "kv")]
-        self.queries = _random(sequences, QUERY_HEADS, 1, HEAD_DIM)
+        self.new = [tuple(random(sequences, KV_HEADS, 1, HEAD_DIM) for _ in "kv")]
+        self.queries = random(sequences, QUERY_HEADS, 1, HEAD_DIM)
 
     def build(self):
         self.out = self.cache.step(self.queries, self.new)
