@@ -36,6 +36,12 @@ def blocks_needed(tokens: int, block_size: int) -> int:
     return -(-count_of(tokens, "tokens") // positive_int32(block_size, "block_size"))
 
 
+def slots_of(ids: array[int], block_size: int, start: int, stop: int) -> NDArray[np.int64]:
+    """Return the slot of each token from `start` up to `stop` in blocks of these ids, unchecked."""
+    blocks, offsets = np.divmod(np.arange(start, stop), block_size)
+    return np.asarray(ids, dtype=np.int64)[blocks] * block_size + offsets
+
+
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens, held in a `BlockPool`.
 
@@ -100,8 +106,7 @@ class BlockTable:
             raise ValueError(
                 f"expected 0 <= start <= stop <= {self.num_tokens} tokens, got {start}, {stop}"
             )
-        blocks, offsets = np.divmod(np.arange(start, stop), self.block_size)
-        return np.asarray(self.ids, dtype=np.int64)[blocks] * self.block_size + offsets
+        return slots_of(self.ids, self.block_size, start, stop)
 
     def missing_blocks(self, count: int) -> int:
         """Return how many blocks `count` more tokens take from the pool.
@@ -139,7 +144,7 @@ class BlockTable:
         OutOfBlocksError
             If the pool has too few free blocks. Nothing has changed then.
         SharedBlockError
-            If the last block is partly filled and has other holders: `reserve` would have it
+            If the last block is partly filled and has other holders: `Rows.reserve` has it
             copied. Nothing has changed then.
         ValueError
             If `count` is not an integer or is negative.
@@ -258,7 +263,7 @@ class BlockTable:
         self.ids, self.num_tokens = state
 
     def grow(self, count: int, block_ids: list[int]) -> tuple[int, int] | None:
-        """Go on by tokens in blocks that the caller took from the pool: what `reserve` does.
+        """Go on by tokens in blocks that the caller took from the pool, as a `Reservation` does.
 
         Parameters
         ----------

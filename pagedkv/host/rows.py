@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.host.block_table import BlockTable
+from pagedkv.host.block_table import BlockTable, slots_of
 from pagedkv.host.reservation import Reservation
 from pagedkv.limits import count_of
 
@@ -64,8 +64,7 @@ class Seen:
             return last * block_size + (self.lens - 1) % block_size
         slots = [np.empty(0, np.int64)]
         for ids, end, count in zip(self.ids, self.lens.tolist(), counts, strict=True):
-            blocks, offsets = np.divmod(np.arange(end - count, end), block_size)
-            slots.append(np.asarray(ids, dtype=np.int64)[blocks] * block_size + offsets)
+            slots.append(slots_of(ids, block_size, end - count, end))
         return np.concatenate(slots)
 
 
