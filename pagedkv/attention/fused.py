@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.cut import MOST_ITEMS, Tuning, cut, tuning_for
-from pagedkv.attention.inputs import gpu_name
+from pagedkv.attention.inputs import New, gpu_name
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.limits import INT32_MAX
 
@@ -84,7 +84,7 @@ class Plan:
         values: mx.array,
         scores: ScoreOptions,
         after: mx.array | None = None,
-        new: tuple[mx.array, mx.array] | None = None,
+        new: New | None = None,
     ) -> mx.array:
         """Attend in one layer; see `DecodePath.attend`."""
         slopes, sinks = scores.alibi_slopes, scores.sinks

@@ -163,10 +163,9 @@ class Pools:
         ValueError, UnsupportedPathError
             As `paged_attention`, and if there is no such layer or the default device is another.
         """
-        layer, store = self._check_layer(layer), self._store
-        pools, last = store.pools(layer), store.last(layer)
-        plan = plan_for(queries, *pools, batch, scale, path, scores, last)
-        return store.attend(layer, plan, queries, scores)
+        layer = self._check_layer(layer)
+        plan = self._plan_for(layer, queries, batch, scale, path, scores)
+        return self._store.attend(layer, plan, queries, scores)
 
     def plan(
         self,
@@ -197,9 +196,7 @@ class Pools:
         ValueError, UnsupportedPathError
             As `attend` and `write`. Nothing has changed then.
         """
-        layer, store = self._check_layer(layer), self._store
-        pools, last = store.pools(layer), store.last(layer)
-        plan = plan_for(queries, *pools, batch, scale, path, scores, last)
+        plan = self._plan_for(self._check_layer(layer), queries, batch, scale, path, scores)
         self._check_new(*new)
         return plan
 
@@ -267,6 +264,18 @@ class Pools:
     def rewind(self, mark: Any) -> None:
         """Wait, as `wait` does, and pass over a failure of what came after `mark`."""
         self._store.rewind(mark)
+
+    def _plan_for(
+        self,
+        layer: int,
+        queries: mx.array,
+        batch: DecodeBatch,
+        scale: float,
+        path: str,
+        scores: ScoreOptions,
+    ) -> AttentionPlan:
+        pools, last = self._store.pools(layer), self._store.last(layer)
+        return plan_for(queries, *pools, batch, scale, path, scores, last)
 
     def _check_layer(self, layer: int) -> int:
         self._check_device()
