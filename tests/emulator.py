@@ -20,10 +20,12 @@ ATTRIBUTES = ("threadgroup_position_in_grid", "thread_position_in_threadgroup")
 
 def signature(name, inputs, dtypes_and_sizes, out_dtype, text):
     """The function MLX writes around a Metal kernel's text; small inputs are `constant`."""
-    arguments = [
-        f"const {'constant' if size < 8 else 'device'} {NAMES[dtype]}* {argument}"
-        for argument, (dtype, size) in zip(inputs, dtypes_and_sizes, strict=True)
-    ]
+    arguments = []
+    for argument, (dtype, size) in zip(inputs, dtypes_and_sizes, strict=True):
+        space = "constant" if size < 8 else "device"
+        arguments.append(f"const {space} {NAMES[dtype]}* {argument}")
+        if f"{argument}_shape" in text:
+            arguments.append(f"const constant int* {argument}_shape")
     arguments.append(f"device {NAMES[out_dtype]}* outputs")
     arguments += [f"uint3 {attribute}" for attribute in ATTRIBUTES if attribute in text]
     return f"void {name}({', '.join(arguments)}) {{\n{text}\n}}\n"
@@ -31,9 +33,11 @@ def signature(name, inputs, dtypes_and_sizes, out_dtype, text):
 
 def program(header, text, inputs, dtypes_and_sizes, out_dtype):
     """A translation unit with a C function that launches a grid."""
-    casts = [
-        f"(const {NAMES[dtype]}*)buffers[{i}]" for i, (dtype, _) in enumerate(dtypes_and_sizes)
-    ]
+    casts = []
+    for argument, (dtype, _) in zip(inputs, dtypes_and_sizes, strict=True):
+        casts.append(f"(const {NAMES[dtype]}*)buffers[{len(casts)}]")
+        if f"{argument}_shape" in text:
+            casts.append(f"(const int*)buffers[{len(casts)}]")
     casts.append(f"({NAMES[out_dtype]}*)buffers[{len(casts)}]")
     return f"""#include "{HERE / "metal_on_cpu.h"}"
 {header}
@@ -93,7 +97,12 @@ class Emulator:
         # Poison, so that what is not written shows.
         poison = {mx.float32: 0x7FC00000, mx.float16: 0x7E00, mx.bfloat16: 0x7FC0}[dtype]
         out = np.full(shape, poison, np.uint32 if dtype == mx.float32 else np.uint16)
-        buffers = [*map(as_numpy, inputs), out]
+        buffers = []
+        for name, array in zip(names, inputs, strict=True):
+            buffers.append(as_numpy(array))
+            if f"{name}_shape" in text:
+                buffers.append(np.array(array.shape, np.int32))
+        buffers.append(out)
         self.seed += 1
         status = library.launch(
             (ctypes.c_void_p * len(buffers))(*(buffer.ctypes.data for buffer in buffers)),

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
@@ -71,10 +70,9 @@ class Plan:
     launches: int
     warps: int
     _tables: mx.array
-    _numbers: NDArray[np.int32]  # what the kernels read beside the tables, on the host
-    _growth: NDArray[np.int32]  # what one more token of each sequence adds to them
+    _numbers: mx.array  # what the kernel reads beside the tables
+    _growth: mx.array  # what one more token of each sequence adds to it
     _room: int  # tokens by which all may grow before it is better to cut anew
-    _on_device: mx.array
     _kernels: _Kernels
 
     def attend(
@@ -88,7 +86,7 @@ class Plan:
     ) -> mx.array:
         """Attend in one layer; see `DecodePath.attend`."""
         slopes, sinks = scores.alibi_slopes, scores.sinks
-        inputs = [queries, keys, values, self._tables, self._on_device]
+        inputs = [queries, keys, values, self._tables, self._numbers]
         if new is not None:
             inputs += new
         if after is not None:
@@ -111,17 +109,17 @@ class Plan:
         """Return the plan of the same sequences, each `by` tokens longer; None to cut anew."""
         if not 0 <= by <= self._room:
             return None
-        numbers = self._numbers + by * self._growth
-        numbers[3] = batch.block_tables.shape[1]
+        # On the device: a new array from the host costs MLX on CUDA more than all the rest, since
+        # memory moves between the two by page faults.
+        growth = self._growth if by == 1 else by * self._growth
         return Plan(
             self.items,
             self.launches,
             self.warps,
             batch.block_tables,
-            numbers,
+            self._numbers + growth,
             self._growth,
             self._room - by,
-            mx.array(numbers),
             self._kernels,
         )
 
@@ -214,7 +212,7 @@ def make_plan(
     items = len(work)
     divided = items > rows_of_batch
     header = np.array([scale, scores.softcap or 0.0, 0, 0, 0, 0, 0, 0], np.float32).view(np.int32)
-    header[2:5] = scores.window or 0, batch.block_tables.shape[1], items
+    header[2], header[4] = scores.window or 0, items
     numbers = np.concatenate([header, work.ravel()]).astype(np.int32)
     spans = np.concatenate([[items, 0], rows_of_work.ravel()]).astype(np.int32)
     # One more token of each sequence: every context is longer, and so is the item at its end.
@@ -263,10 +261,9 @@ def make_plan(
         launches=1 + divided,
         warps=warps,
         _tables=batch.block_tables,
-        _numbers=numbers,
-        _growth=growth,
+        _numbers=mx.array(numbers),
+        _growth=mx.array(growth),
         _room=tile,
-        _on_device=mx.array(numbers),
         _kernels=_Kernels(
             splits,
             {

@@ -56,7 +56,10 @@ def source(body: str, backend: str, constants: Constants) -> tuple[str, str]:
         # MLX hashes the whole text each time a call is evaluated, so it is kept short. The digest
         # stands for the files' contents, by which MLX finds what it has compiled before.
         digest = hashlib.sha256((header + text).encode()).hexdigest()
-        header, text = f'#include "{files[0]}"\n', f'#include "{files[1]}"\n// {digest}\n'
+        # MLX passes shapes that it finds named here; it does not look into files.
+        shapes = " ".join(sorted(set(re.findall(r"\w+_shape\b", text))))
+        header = f'#include "{files[0]}"\n'
+        text = f'#include "{files[1]}"\n// {digest} {shapes}\n'
     defines = "".join(f"#define {name} {value}\n" for name, value in constants)
     return header + defines, f"{PLACE[backend]}\n{text}"
 

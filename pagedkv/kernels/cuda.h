@@ -23,19 +23,26 @@ struct BFloat8 {
   uint4 bits;
 };
 struct Float8 {
-  float4 low, high;
+  uint4 low, high;
 };
 
-// K and V are read once: streaming loads leave the cache to what is read again.
+// K and V are read once, row after row: past the first cache, and the second is told to fetch on.
+// It must not be one of the loads for what no kernel writes: some of it this kernel has just written.
+__device__ __forceinline__ uint4 stream(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
+  return x;
+}
 __device__ __forceinline__ Half8 load(const __half* p) {
-  return {__ldcs(reinterpret_cast<const uint4*>(p))};
+  return {stream(p)};
 }
 __device__ __forceinline__ BFloat8 load(const __nv_bfloat16* p) {
-  return {__ldcs(reinterpret_cast<const uint4*>(p))};
+  return {stream(p)};
 }
 __device__ __forceinline__ Float8 load(const float* p) {
-  auto q = reinterpret_cast<const float4*>(p);
-  return {__ldcs(q), __ldcs(q + 1)};
+  return {stream(p), stream(p + 4)};
 }
 
 __device__ __forceinline__ void unpack(Half8 x, float* out) {
@@ -54,8 +61,8 @@ __device__ __forceinline__ void unpack(BFloat8 x, float* out) {
   }
 }
 __device__ __forceinline__ void unpack(Float8 x, float* out) {
-  out[0] = x.low.x, out[1] = x.low.y, out[2] = x.low.z, out[3] = x.low.w;
-  out[4] = x.high.x, out[5] = x.high.y, out[6] = x.high.z, out[7] = x.high.w;
+  const unsigned words[8] = {x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w};
+  UNROLL for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
 }
 
 __device__ __forceinline__ float lane_xor(float x, int mask) {

@@ -28,7 +28,7 @@ const bool active = D == LANES * 8 || seat * 8 < D;
 const int column = active ? seat * 8 : 0;
 
 const float scale = as_float(plan[0]), softcap = as_float(plan[1]);
-const int window = plan[2], max_blocks = plan[3];
+const int window = plan[2], max_blocks = block_tables_shape[1];
 auto item = plan + 8 + 4 * group_y;
 const int sequence = item[0], start = item[1], end = item[2], context = item[3];
 auto table = block_tables + size_t(sequence) * max_blocks;
