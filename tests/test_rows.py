@@ -236,3 +236,45 @@ def test_an_interrupt_takes_all_or_nothing():
         lens = [table.num_tokens for table in tables]
         assert lens == ([8, 6, 13] if done else [7, 5, 12])
         assert_right(Rows(tables))
+
+
+SHARES = {
+    "fork": lambda table: table.fork(),
+    "another holder": lambda table: table.pool.retain(table.block_ids[-1:]),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_tail_shared_while_a_step_is_open_is_replaced_by_the_next(name):
+    _, tables = three_sequences()
+    rows = Rows(tables[:1])
+    rows.reserve([1]).commit()
+    tables[0].truncate(6)
+    rows.reserve([1]).commit()  # 7 of 8 tokens: another fits
+    tables[0].truncate(5)
+    rows.reserve([1]).commit()
+    seen = rows.seen
+    kept = SHARES[name](tables[0])
+    assert seen.holds()  # as a step does that attends
+    reservation = rows.reserve([1])
+    assert reservation.copies == [(1, 6)]
+    reservation.commit()
+    assert_right(rows)
+    del kept
+
+
+def test_steps_that_fit_are_not_counted_anew(monkeypatch):
+    pool = BlockPool(64)
+    tables = [BlockTable(pool, 4) for _ in range(2)]
+    for table, count in zip(tables, (5, 6), strict=True):
+        table.append(count)
+    rows = Rows(tables)
+    counted = []
+    needs = rows._needs
+    monkeypatch.setattr(rows, "_needs", lambda *sizes: counted.append(1) or needs(*sizes))
+    for _ in range(12):
+        rows.reserve([1, 1]).commit()
+        assert_right(rows)
+        counted.append(0)
+    # 8 tokens are full after 2 and 3 steps: so one fits twice, then each takes a block, apart.
+    assert counted == [1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0]

@@ -28,7 +28,8 @@ class BlockPool:
     Attributes
     ----------
     changes : int
-        Grows before any `BlockTable` of this pool changes: while it is the same, they all are.
+        Grows before any `BlockTable` of this pool changes or a block gets another holder: while it
+        is the same, so are they.
 
     Raises
     ------
@@ -121,6 +122,7 @@ class BlockPool:
         """
         counts, done = self._counts, 0
         block_ids[:0]
+        self.changes += 1
         try:
             for block_id in block_ids:
                 count = counts[block_id]

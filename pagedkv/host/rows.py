@@ -101,9 +101,13 @@ class Rows:
         if any(t.pool is not self._pool or t.block_size != self._block_size for t in tables):
             raise ValueError("expected tables of one pool and block size")
         self._counts: array[int] | None = None  # of the last reservation, if all are positive
+        self._added = np.empty(0, np.int64)  # the same
+        # How many more of the same fit what the sequences hold, while `changes` is the second.
+        self._ahead = 0, -1
         self._array = np.zeros((len(tables), 1), np.int32)
         self._widths = np.zeros(len(tables), np.int64)
         self._places = np.arange(len(tables))
+        self._no_needs = [0] * len(tables)
         self.seen = Seen.of(tables)
         self._write(list(range(len(tables))))
 
@@ -149,33 +153,45 @@ class Rows:
         """
         seen = self.follow()
         new = self._checked(counts)
-        added = np.frombuffer(new, np.int64)
+        again = new == self._counts
+        added = self._added if again else np.frombuffer(new, np.int64)
         ends = seen.lens + added
-        if new != self._counts:
+        if not again:
             self._check_growth(added, ends)
-            self._counts = new if added.min() > 0 else None
-        widths = -(-ends // self._block_size)
-        needs = widths - self._widths
-        shared = self._pool.shared(self._tails)
-        if shared.any():  # full blocks may be
-            needs += shared & (seen.lens % self._block_size > 0) & (added > 0)
+            self._counts, self._added = (new if added.min() > 0 else None), added
+        ahead, changes = self._ahead
+        fits = again and ahead > 0 and self._pool.changes == changes
+        needs = self._no_needs if fits else self._needs(added, ends)
         reservation = Reservation(seen.tables, new)
         try:
-            reservation.take(needs.tolist())
+            reservation.take(needs)
             ids = seen.ids
-            grown: list[int] = needs.nonzero()[0].tolist()
+            grown = [] if fits else [row for row, need in enumerate(needs) if need]
             if grown:
                 ids = ids.copy()
                 for row in grown:
                     ids[row] = seen.tables[row].ids
             self.seen = Seen(seen.tables, ids, ends, self._pool.changes)
             if grown:
-                self._write(grown)
+                self._write(grown, appended=max(needs) == 1 and not reservation.copies)
+            if self._counts is not None:
+                if not fits:
+                    ahead = 1 + int(((self._widths * self._block_size - ends) // added).min())
+                self._ahead = ahead - 1, self._pool.changes
             return reservation
         except BaseException:
             if reservation.is_open:
                 reservation.undo()
             raise
+
+    def _needs(self, added: NDArray[np.int64], ends: NDArray[np.int64]) -> list[int]:
+        """Return how many blocks each sequence takes to grow."""
+        needs = -(-ends // self._block_size) - self._widths
+        shared = self._pool.shared(self._tails)
+        if shared.any():  # full blocks may be
+            needs += shared & (self.seen.lens % self._block_size > 0) & (added > 0)
+        missing: list[int] = needs.tolist()
+        return missing
 
     def _checked(self, counts: Sequence[int]) -> array[int]:
         """Return counts as an array of int64; ValueError unless there is an integer a table."""
@@ -200,15 +216,17 @@ class Rows:
             row = int(ends.argmin())
             raise ValueError(f"expected context lengths >= 1, got {ends[row]} in row {row}")
 
-    def _write(self, rows: list[int]) -> None:
-        """Bring rows of the array to what was seen."""
+    def _write(self, rows: list[int], *, appended: bool = False) -> None:
+        """Bring rows of the array to what was seen; `appended`: to each a block at the end."""
         ids = [self.seen.ids[row] for row in rows]
         widths = [len(blocks) for blocks in ids]
         missing = max(widths) - self._array.shape[1]
         if missing > 0:
             more = np.repeat(self._array[:, :1], missing, axis=1)
             self._array = np.concatenate([self._array, more], axis=1)
-        if len(rows) < 8:
+        if appended and min(widths) > 1:
+            self._array[rows, np.array(widths) - 1] = [blocks[-1] for blocks in ids]
+        elif len(rows) < 8:
             for row, blocks, width in zip(rows, ids, widths, strict=True):
                 self._array[row] = blocks[0] if blocks else 0
                 self._array[row, :width] = blocks
