@@ -304,6 +304,7 @@ _FOUR = {"measure": "attention", "batch": 4, "block": 32}
 FIGURES = {
     "phases-h200": ("phases", "h200", _FOUR | {"path": "auto"}),
     "phases-linux-2core-xeon": ("phases", "linux-2core-xeon", _FOUR | {"measure": "step"}),
+    "phases-h100": ("phases", "h100", _FOUR | {"measure": "step"}),
     "contexts-h200": ("contexts", "h200", _FOUR | {"commit": "phase 6"}),
 }
 """Pictures in the documents: chart, machine and which rows."""
