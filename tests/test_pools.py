@@ -107,11 +107,24 @@ def test_a_refused_write_changes_nothing(name):
         ({"kv_heads": 0}, r"kv_heads in \[1, 2147483647\], got 0"),
         ({"head_dim": 0}, r"head_dim in \[1, 2147483647\], got 0"),
         ({"num_blocks": 6.5}, r"num_blocks to be an integer, got 6\.5"),
+        ({"head_dim": "8"}, "head_dim to be an integer, got '8'"),
+        ({"head_dim": {8, 16}}, r"head_dim to be an integer, got \{8, 16\}"),
+        ({"kv_heads": None}, "kv_heads to be an integer, got None"),
+        ({"kv_heads": [2, 2, 2]}, "kv_heads of each of 2 layers, got 3"),
+        ({"head_dim": (8,)}, "head_dim of each of 2 layers, got 1"),
+        ({"head_dim": []}, "head_dim to have at least one entry, got none"),
+        ({"kv_heads": [2, 0]}, r"kv_heads of layer 1 in \[1, 2147483647\], got 0"),
+        ({"head_dim": [-8, 8]}, r"head_dim of layer 0 in \[1, 2147483647\], got -8"),
+        ({"head_dim": [8, 2**31]}, r"head_dim of layer 1 in .* got 2147483648"),
+        ({"head_dim": [8, 16.5]}, "head_dim to hold integers, got float64"),
+        ({"kv_heads": ["2", "2"]}, "kv_heads to hold integers, got <U1"),
+        ({"kv_heads": [[2, 2]]}, "kv_heads to be one-dimensional, got 2 dimensions"),
         ({"dtype": mx.int8}, "float16, bfloat16 or float32, got .*int8"),
         ({"num_blocks": 2**26, "block_size": 32}, r"block_size in .* got 2147483648"),
     ],
 )
-def test_a_cache_refuses(changes, message):
+def test_a_cache_refuses(changes, message, monkeypatch):
+    monkeypatch.setattr(mx, "zeros", None)  # nothing is allocated before
     with pytest.raises(ValueError, match=message):
         cache(**changes)
 

@@ -62,8 +62,10 @@ class PagedKVCache(Pools):
 
     Parameters
     ----------
-    num_layers, num_blocks, block_size, kv_heads, head_dim : int
-        Sizes, as for `Pools`.
+    num_layers, num_blocks, block_size : int
+        Layers of the model, blocks of each pool, and tokens in a block.
+    kv_heads, head_dim : int or sequence of int
+        Hkv and D of every layer, or of each, as for `Pools`.
     dtype : mx.Dtype
         float16, bfloat16 or float32.
 
@@ -84,8 +86,8 @@ class PagedKVCache(Pools):
         num_layers: int,
         num_blocks: int,
         block_size: int,
-        kv_heads: int,
-        head_dim: int,
+        kv_heads: int | Sequence[int],
+        head_dim: int | Sequence[int],
         dtype: mx.Dtype = mx.float16,
     ) -> None:
         super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.inputs import DTYPES, New
+from pagedkv.attention.inputs import DTYPES, New, Shape
 from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
@@ -19,7 +21,7 @@ from pagedkv.limits import id_below, integers, positive_int32
 
 
 class Pools:
-    """K and V pools of all layers, [N, S, Hkv, D] each.
+    """K and V pools of all layers, [N, S, Hkv, D] each, with Hkv and D of its layer.
 
     The pools are allocated once, zeroed, on the default device, and written in place: on a GPU by
     kernels of ours, see `pagedkv.cache.in_place`, on a CPU by MLX, see `pagedkv.cache.donated`.
@@ -34,17 +36,18 @@ class Pools:
         N, blocks of each pool.
     block_size : int
         S, tokens in a block.
-    kv_heads : int
-        Hkv.
-    head_dim : int
-        D.
+    kv_heads : int or sequence of int
+        Hkv of every layer, or of each.
+    head_dim : int or sequence of int
+        D of every layer, or of each.
     dtype : mx.Dtype
         float16, bfloat16 or float32.
 
     Raises
     ------
     ValueError
-        If a size or the number of slots is not a positive 32-bit integer, or the dtype is another.
+        If a size or the number of slots is not a positive 32-bit integer, a sequence does not have
+        one for each layer, or the dtype is another. Nothing has been allocated then.
     """
 
     def __init__(
@@ -52,24 +55,24 @@ class Pools:
         num_layers: int,
         num_blocks: int,
         block_size: int,
-        kv_heads: int,
-        head_dim: int,
+        kv_heads: int | Sequence[int],
+        head_dim: int | Sequence[int],
         dtype: mx.Dtype,
     ) -> None:
-        sizes = {
-            "num_layers": num_layers,
-            "num_blocks": num_blocks,
-            "block_size": block_size,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-        }
-        self.num_layers, *shape = (positive_int32(size, name) for name, size in sizes.items())
-        self.num_blocks, self.block_size, self._kv_heads, self._head_dim = shape
+        sizes = {"num_layers": num_layers, "num_blocks": num_blocks, "block_size": block_size}
+        self.num_layers, self.num_blocks, self.block_size = (
+            positive_int32(size, name) for name, size in sizes.items()
+        )
         positive_int32(self.num_blocks * self.block_size, "num_blocks * block_size")
         if dtype not in DTYPES:
             raise ValueError(f"expected float16, bfloat16 or float32, got {dtype}")
         self._dtype, self._device = dtype, mx.default_device().type
-        keys, values = ([mx.zeros(shape, dtype) for _ in range(self.num_layers)] for _ in "kv")
+        heads = _by_layer(kv_heads, self.num_layers, "kv_heads")
+        dims = _by_layer(head_dim, self.num_layers, "head_dim")
+        self._shapes: list[Shape] = [
+            (self.num_blocks, self.block_size, *shape) for shape in zip(heads, dims, strict=True)
+        ]
+        keys, values = ([mx.zeros(shape, dtype) for shape in self._shapes] for _ in "kv")
         mx.eval(keys, values)
         backend = backend_of(mx.default_device())
         self._store: InPlace | Donated
@@ -78,8 +81,7 @@ class Pools:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block in all layers, K and V."""
-        block = self.block_size * self._kv_heads * self._head_dim
-        return 2 * self.num_layers * block * self._dtype.size
+        return 2 * self._dtype.size * sum(math.prod(shape[1:]) for shape in self._shapes)
 
     @property
     def keys(self) -> tuple[mx.array, ...]:
@@ -107,7 +109,7 @@ class Pools:
         layer : int
             Which layer, from 0.
         keys, values : mx.array
-            Shape [B, Hkv, L, D], dtype of the pools.
+            Shape [B, Hkv, L, D] with Hkv and D of the layer, dtype of the pools.
         slots : SlotMapping
             Where the B * L tokens go, a sequence's L tokens together.
 
@@ -126,7 +128,7 @@ class Pools:
                 f"expected slots of {self.num_blocks} blocks of {self.block_size} tokens, "
                 f"got {slots.num_blocks} of {slots.block_size}"
             )
-        self._check_new(keys, values)
+        self._check_new(layer, keys, values)
         if keys.shape[0] * keys.shape[2] != slots.slots.size:
             raise ValueError(
                 f"expected {slots.slots.size} tokens, one a slot, "
@@ -184,7 +186,7 @@ class Pools:
         layer, queries, batch, scale, path, scores
             As for `attend`.
         new : tuple of (mx.array, mx.array)
-            K and V of the queries' tokens, [B, Hkv, Q, D] each.
+            K and V of the queries' tokens, [B, Hkv, Q, D] each, with Hkv and D of the layer.
 
         Returns
         -------
@@ -196,8 +198,9 @@ class Pools:
         ValueError, UnsupportedPathError
             As `attend` and `write`. Nothing has changed then.
         """
-        plan = self._plan_for(self._check_layer(layer), queries, batch, scale, path, scores)
-        self._check_new(*new)
+        layer = self._check_layer(layer)
+        plan = self._plan_for(layer, queries, batch, scale, path, scores)
+        self._check_new(layer, *new)
         return plan
 
     def write_and_attend(
@@ -209,9 +212,14 @@ class Pools:
         slots: Callable[[], SlotMapping],
         scores: ScoreOptions,
     ) -> mx.array:
-        """Write tokens and attend with them, as `plan` says; `slots` returns theirs if needed."""
+        """Write tokens and attend with them, as `plan` says; `slots` returns theirs if needed.
+
+        ValueError if the tokens do not fit the layer. Nothing has changed then.
+        """
         if type(layer) is not int or not 0 <= layer < self.num_layers:  # each layer comes here
             layer = id_below(self.num_layers, layer, "a layer")
+        if plan.call.keys != self._shapes[layer]:  # then the tokens fit others
+            self._check_new(layer, *new)
         store = self._store
         if store.writes(plan):
             return store.attend(layer, plan, queries, scores, new)
@@ -288,15 +296,23 @@ class Pools:
                 f"got {mx.default_device().type}"
             )
 
-    def _check_new(self, keys: mx.array, values: mx.array) -> None:
-        shape = keys.shape
-        if len(shape) != 4 or shape[1] != self._kv_heads or shape[3] != self._head_dim:
-            raise ValueError(
-                f"expected keys of shape [B, {self._kv_heads}, L, {self._head_dim}], got {shape}"
-            )
+    def _check_new(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        shape, (kv_heads, head_dim) = keys.shape, self._shapes[layer][2:]
+        if len(shape) != 4 or shape[1] != kv_heads or shape[3] != head_dim:
+            raise ValueError(f"expected keys of shape [B, {kv_heads}, L, {head_dim}], got {shape}")
         if values.shape != shape:
             raise ValueError(f"expected values of shape {shape}, got {values.shape}")
         if not keys.dtype == values.dtype == self._dtype:
             raise ValueError(
                 f"expected {self._dtype}, got keys of {keys.dtype} and values of {values.dtype}"
             )
+
+
+def _by_layer(sizes: Any, num_layers: int, name: str) -> list[int]:
+    """Return a size of each layer, of one for all or one each; ValueError for anything else."""
+    if np.ndim(sizes) == 0:
+        return [positive_int32(sizes, name)] * num_layers
+    given = integers(sizes, name)
+    if len(given) != num_layers:
+        raise ValueError(f"expected {name} of each of {num_layers} layers, got {len(given)}")
+    return [positive_int32(size, f"{name} of layer {layer}") for layer, size in enumerate(given)]

@@ -77,7 +77,8 @@ class Step:
         queries : mx.array
             Shape [B, Hq, Q, D], dtype of the pools.
         keys, values : mx.array
-            Shape [B, Hkv, Q, D], dtype of the pools; Hq is a multiple of Hkv.
+            Shape [B, Hkv, Q, D] with Hkv and D of the layer, dtype of the pools; Hq is a multiple
+            of Hkv.
         scale, path, scores
             As for `decode_attention`.
 
