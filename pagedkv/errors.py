@@ -25,3 +25,7 @@ class OutOfBlocksError(PagedKVError):
 
 class SharedBlockError(PagedKVError):
     """A block that other sequences hold would be written. Nothing has changed."""
+
+
+class UnsupportedModelError(PagedKVError, ValueError):
+    """A model whose layers cannot keep K and V in a paged store."""

@@ -83,6 +83,11 @@ class Pools:
         """Bytes of a block in all layers, K and V."""
         return 2 * self._dtype.size * sum(math.prod(shape[1:]) for shape in self._shapes)
 
+    def layer_bytes(self, layer: int) -> int:
+        """Return the bytes of a block in one layer, K and V."""
+        keys, values = self._store.pools(layer)
+        return (keys.nbytes + values.nbytes) // self.num_blocks
+
     @property
     def keys(self) -> tuple[mx.array, ...]:
         """K pools by layer, to be looked at: all that was written so far is in them.
@@ -264,6 +269,11 @@ class Pools:
             On a GPU, if a step since the last wait cannot be computed.
         """
         self._store.wait()
+
+    def written(self, layer: int) -> list[mx.array]:
+        """Return what is computed once all writes to a layer so far are; it is not to be kept."""
+        last = self._store.last(layer)
+        return [*self._store.pools(layer)] if last is None else [last]
 
     def mark(self) -> object:
         """Return what `rewind` takes: the accesses so far."""

@@ -1,0 +1,299 @@
+"""A layer's cache as mlx-lm knows it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache
+
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.gather import gather_rows
+from pagedkv.attention.scores import ScoreOptions
+from pagedkv.cache.step import Extension
+from pagedkv.errors import PagedKVError
+from pagedkv.mlx_lm.routing import Routed, plain
+from pagedkv.mlx_lm.sequences import Sequences
+
+
+class NotInState:
+    """Stands in a layer's state where a file would need K and V."""
+
+    def __repr__(self) -> str:
+        return "a paged layer: call mlx_lm.models.cache.save_prompt_cache while its store is open"
+
+
+class PagedLayer(Routed):
+    """What mlx-lm reads and calls of a layer's cache, over blocks of a store.
+
+    Parameters
+    ----------
+    sequences : Sequences
+        What it shares with the other layers.
+    layer : int
+        Which of the store's layers, from 0; the first does what concerns all.
+    """
+
+    def __init__(self, sequences: Sequences, layer: int) -> None:
+        self.sequences, self.layer = sequences, layer
+        self.window = sequences.memory.shapes[layer].window
+        self._scores = ScoreOptions(window=self.window)
+        self._new: tuple[mx.array, mx.array, Extension] | None = None
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the next token: an int, or int32 of shape [B] for a batch."""
+        return self.sequences.offset(self.layer)
+
+    def make_mask(
+        self,
+        N: int,  # noqa: N803
+        return_array: bool = False,
+        window_size: int | None = None,
+    ) -> Any:
+        """Return what stands for a mask: the layers know by themselves who sees what."""
+        if return_array:
+            longest = max(self.sequences.num_tokens(self.layer))
+            mask = create_causal_mask(N, longest, window_size=window_size)
+            self.sequences.mask = mask
+            return mask
+        self.sequences.num_tokens(self.layer)
+        return None if N == 1 else "causal"
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take the new tokens' K and V, [B, Hkv, L, D]; `attend` writes them."""
+        sequences = self.sequences
+        if self._new is not None and self._new[2] is sequences.step:
+            sequences.end()  # of a pass that broke off before this layer attended
+        self._new = keys, values, sequences.begin(self.layer, keys.shape[0], keys.shape[2])
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Write the new tokens, and attend with them over all that their sequences hold.
+
+        Raises
+        ------
+        PagedKVError
+            If K and V are not those of `update_and_fetch`, or there is a mask of the model's own.
+        """
+        new, sequences = self._new, self.sequences
+        if (
+            new is None
+            or new[2] is not sequences.step
+            or keys is not new[0]
+            or values is not new[1]
+        ):
+            raise PagedKVError("expected the K and V that the layer put into its cache")
+        if isinstance(mask, mx.array) and mask is not sequences.mask:
+            raise PagedKVError("expected a mask of the cache's, got another")
+        try:
+            out = self._attend(new[2], queries, keys, values, scale, sinks)
+            self._new = None
+            sequences.attended(self.layer, keys.shape[2])
+            return out
+        except BaseException:
+            sequences.end()
+            raise
+
+    def _attend(
+        self,
+        step: Extension,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if sinks is not self._scores.sinks:
+            self._scores = ScoreOptions(window=self.window, sinks=sinks)
+        own, dim = queries.dtype, values.shape[3]
+        wide, sequences = self.sequences.memory.head_dims[self.layer], self.sequences
+        queries = queries.astype(keys.dtype)
+        queries, keys, values = (widened(x, wide) for x in (queries, keys, values))
+        if keys.shape[2] > 1 and not any(sequences.lens):
+            out = self._first(step, queries, keys, values, scale)
+        elif sequences.is_ragged:
+            out = self._ragged(step, queries, keys, values, scale)
+        else:
+            out = step.attend(self.layer, queries, keys, values, scale=scale, scores=self._scores)
+        return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
+
+    def _first(
+        self, step: Extension, queries: mx.array, keys: mx.array, values: mx.array, scale: float
+    ) -> mx.array:
+        """Attend over the new tokens alone: nothing came before them."""
+        self._write(step, keys, values)
+        count, mask = keys.shape[2], "causal"
+        if self.window is not None and self.window < count:
+            mask = create_causal_mask(count, window_size=self.window)
+        return plain(queries, keys, values, scale, mask, self._scores.sinks)
+
+    def _ragged(
+        self, step: Extension, queries: mx.array, keys: mx.array, values: mx.array, scale: float
+    ) -> mx.array:
+        """Attend where sequences have tokens of different number, and padding on the right."""
+        self._write(step, keys, values)
+        sequences = self.sequences
+        outputs = [mx.zeros_like(queries[:1])] * len(sequences.tables)
+        for rows, count, batch in sequences.groups():
+            out = sequences.kv.attend(
+                self.layer,
+                queries[mx.array(rows), :, :count],
+                batch,
+                scale=scale,
+                scores=self._scores,
+            )
+            out = mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - count), (0, 0)])
+            for place, row in enumerate(rows):
+                outputs[row] = out[place : place + 1]
+        return mx.concatenate(outputs)
+
+    def _write(self, step: Extension, keys: mx.array, values: mx.array) -> None:
+        if self.sequences.is_ragged:
+            chosen = self.sequences.real_tokens(keys.shape[2])
+            keys, values = (
+                x.swapaxes(1, 2).reshape(1, -1, *x.shape[1::2])[:, chosen].swapaxes(1, 2)
+                for x in (keys, values)
+            )
+        self.sequences.kv.write(self.layer, keys, values, step.slots)
+
+    def unpaged(self) -> KVCache:
+        """Return a copy of a single sequence's tokens in a cache of mlx-lm's own."""
+        sequences, shape = self.sequences, self.sequences.memory.shapes[self.layer]
+        sequences.end()
+        if len(sequences.tables) != 1:
+            raise ValueError(f"expected one sequence, got {len(sequences.tables)}")
+        [table], kv, cache = sequences.tables, sequences.kv, KVCache()
+        if table.num_tokens:
+            batch = DecodeBatch.from_tables(
+                [table.block_ids],
+                [table.num_tokens],
+                block_size=kv.block_size,
+                num_blocks=kv.num_blocks,
+            )
+            keys, values = (gather_rows(x[self.layer], batch) for x in (kv.keys, kv.values))
+            held = keys[..., : shape.key_dim], values[..., : shape.value_dim]
+            mx.eval(held)
+            cache.state = (*held, table.num_tokens)
+        return cache
+
+    # What mlx-lm calls of a cache.
+
+    @property
+    def state(self) -> tuple[list[mx.array], NotInState]:
+        """What is evaluated to have all tokens written. It is no file's content."""
+        return self.sequences.kv.written(self.layer), NotInState()
+
+    @classmethod
+    def from_state(cls, state: Any) -> PagedLayer:
+        """Refuse: `PagedStore.load` reads files."""
+        raise ValueError("expected PagedStore.load: a paged cache belongs to a store")
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Refuse `kv_bits`."""
+        raise ValueError(
+            f"expected kv_bits=None, got {bits}: a paged store keeps K and V as they are"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this layer in the blocks that the sequences hold, a shared one counted once."""
+        ids = {block for table in self.sequences.tables for block in table.ids}
+        return len(ids) * self.sequences.kv.layer_bytes(self.layer)
+
+    def size(self) -> int:
+        """Return the tokens of the longest sequence."""
+        return max(self.sequences.num_tokens(self.layer), default=0)
+
+    def empty(self) -> bool:
+        """Whether there is no token yet."""
+        return self.size() == 0
+
+    def is_trimmable(self) -> bool:
+        """Whether tokens can be taken back: always."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Drop up to `n` tokens from the end of each sequence; return how many."""
+        if self.layer == 0:
+            self.sequences.trimmed = self.sequences.trim(n)
+        return self.sequences.trimmed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
+        return PagedLayer(copy.deepcopy(self.sequences, memo), self.layer)
+
+    @staticmethod
+    def merge(layers: Sequence[PagedLayer]) -> PagedLayer:
+        """Return one cache of the sequences of several, which stay as they are."""
+        first = layers[0]
+        lead = first.sequences
+        if first.layer == 0:
+            merged = lead.fork(range(len(lead.tables)), is_batch=True)
+            for other in layers[1:]:
+                merged.extend(other.sequences.fork(range(len(other.sequences.tables))))
+            lead.made = weakref.ref(merged)
+            return PagedLayer(merged, 0)
+        return first._follow()
+
+    def extract(self, idx: int) -> PagedLayer:
+        """Return a sequence as a cache of its own."""
+        if self.layer == 0:
+            one = self.sequences.fork([idx])
+            self.sequences.made = weakref.ref(one)
+            return PagedLayer(one, 0)
+        return self._follow()
+
+    def _follow(self) -> PagedLayer:
+        """Return this layer of what the first has just made."""
+        made = self.sequences.made() if self.sequences.made else None
+        if made is None:
+            raise PagedKVError("expected the first layer's call before those of the others")
+        return PagedLayer(made, self.layer)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep some of the sequences."""
+        if self.layer == 0:
+            self.sequences.filter([int(row) for row in batch_indices])
+
+    def extend(self, other: PagedLayer) -> None:
+        """Take over the sequences of another batch."""
+        if self.layer == 0:
+            self.sequences.extend(other.sequences)
+
+    def prepare(
+        self,
+        *,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+        left_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Take note of prompts to come that are padded on the right."""
+        if left_padding is not None:
+            raise ValueError("expected padding on the right, got left_padding")
+        if self.layer == 0 and right_padding is not None:
+            if lengths is None:
+                raise ValueError("expected lengths with right_padding, got none")
+            self.sequences.prepare(lengths)
+
+    def finalize(self) -> None:
+        """Take note that the padded prompts are over: there is nothing to remove."""
+        if self.layer == 0:
+            self.sequences.prepare(None)
+
+
+def widened(x: mx.array, head_dim: int) -> mx.array:
+    """Return an array with zeros up to the pools' head dim: they change no product."""
+    missing = head_dim - x.shape[3]
+    return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x

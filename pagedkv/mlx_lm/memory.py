@@ -1,0 +1,123 @@
+"""Pools and cached prefixes of a model, and what its caches take of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from pagedkv.cache.kv_cache import PagedKVCache
+from pagedkv.cache.step import Extension
+from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedModelError
+from pagedkv.host.block_table import BlockTable
+from pagedkv.host.prefix_cache import RadixTree
+from pagedkv.limits import positive_int32
+from pagedkv.mlx_lm.probe import LayerShape
+
+
+class Memory:
+    """The blocks of a store, while it is open.
+
+    Parameters
+    ----------
+    shapes : list of LayerShape
+        The paged layers.
+    block_size : int
+        S, tokens in a block.
+    num_blocks, num_bytes : int or None
+        The budget, one of them.
+    is_whole : bool
+        Whether a sequence is all in the pools: else a cached prefix would lack what is not.
+
+    Attributes
+    ----------
+    head_dims : list of int
+        D of the pools by layer: the larger one of K's and V's.
+    dropped : deque of list of BlockTable
+        Of caches that somebody let go of, to be taken back by `collect`: the garbage collector may
+        come while the pool is being changed.
+    peak : int
+        Most blocks held at once.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If K and V are not of one dtype.
+    ValueError
+        If there is no room for a block.
+    """
+
+    def __init__(
+        self,
+        shapes: list[LayerShape],
+        block_size: int,
+        *,
+        num_blocks: int | None,
+        num_bytes: int,
+        is_whole: bool,
+    ) -> None:
+        self.shapes, self.is_whole = shapes, is_whole
+        self.head_dims = [max(shape.key_dim, shape.value_dim) for shape in shapes]
+        kv_heads = [shape.kv_heads for shape in shapes]
+        dtypes = {shape.dtype for shape in shapes}
+        if len(dtypes) > 1:
+            raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
+        [dtype] = dtypes
+        block_size = positive_int32(block_size, "block_size")
+        if num_blocks is None:
+            elements = sum(h * d for h, d in zip(kv_heads, self.head_dims, strict=True))
+            block_bytes = 2 * block_size * elements * dtype.size
+            num_blocks = num_bytes // block_bytes
+            if num_blocks < 1:
+                raise ValueError(f"expected memory for a block, {block_bytes} bytes at least")
+        self.kv = PagedKVCache(
+            num_layers=len(shapes),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_heads=kv_heads,
+            head_dim=self.head_dims,
+            dtype=dtype,
+        )
+        self.tree = RadixTree(self.kv.pool, block_size)
+        self.dropped: deque[list[BlockTable]] = deque()
+        self.peak = 0
+        self._is_open = True
+
+    def check_open(self) -> None:
+        """Raise PagedKVError if the store was closed."""
+        if not self._is_open:
+            raise PagedKVError("expected an open store, this one was closed")
+
+    def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
+        """Begin a step, see `PagedKVCache.extend`; cached prefixes make room for it."""
+        self.check_open()
+        while True:
+            try:
+                step = self.kv.extend(tables, counts)
+                pool = self.kv.pool
+                self.peak = max(self.peak, pool.num_blocks - pool.num_free)
+                return step
+            except OutOfBlocksError as error:
+                if not self.tree.evict(error.needed - error.free):
+                    raise
+
+    def collect(self) -> None:
+        """Take back the blocks of caches that were let go of."""
+        while self.dropped:
+            for table in self.dropped.popleft():
+                table.truncate(0)
+
+    def keep(self, table: BlockTable, tokens: Sequence[int], namespace: Hashable) -> int:
+        """Cache the whole blocks of a sequence that holds `tokens`; return how many tokens."""
+        self.check_open()
+        if not self.is_whole:
+            return 0
+        held = np.asarray(tokens, np.int32)[: table.num_tokens]
+        blocks, _ = self.tree.insert(held, table.ids.tolist(), namespace)
+        return len(blocks) * self.kv.block_size
+
+    def close(self) -> None:
+        """Give the pools' memory back."""
+        self._is_open = False
+        del self.kv, self.tree

@@ -1,0 +1,139 @@
+"""What a model's layers do with their caches, found out in a pass that is never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.mlx_lm.routing import Routed, plain
+
+TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a paged layer keeps.
+
+    Attributes
+    ----------
+    index : int
+        Its place in the model's list of caches.
+    kv_heads, key_dim, value_dim : int
+        Hkv, and D of K and of V.
+    window : int or None
+        Tokens that a query sees at most.
+    dtype : mx.Dtype
+        Of K and V.
+    """
+
+    index: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    dtype: mx.Dtype
+
+
+class _Probe(Routed):
+    """A cache that notes what is done with it; `masks` are those handed out, with their windows."""
+
+    offset = 0
+
+    def __init__(self, masks: list[tuple[object, int | None]]) -> None:
+        self.new: tuple[mx.array, mx.array] | None = None
+        self.window: int | None = None
+        self.odd = "does not keep K and V"
+        self._calls = 0
+        self._masks = masks
+
+    def make_mask(
+        self,
+        N: int,  # noqa: N803
+        return_array: bool = False,
+        window_size: int | None = None,
+    ) -> Any:
+        if window_size is None and not return_array:
+            return "causal"
+        mask = create_causal_mask(N, window_size=window_size)
+        self._masks.append((mask, window_size))
+        return mask
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.odd = "writes K and V twice" if self.new else "does not attend through mlx-lm's base"
+        self.new = keys, values
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        self._calls += 1
+        known = [("causal", None), *self._masks] if isinstance(mask, str) else self._masks
+        windows = [window for made, window in known if made is mask or mask == "causal"][:1]
+        if self.new is None or keys is not self.new[0] or values is not self.new[1]:
+            self.odd = "attends over other K and V than its own"
+        elif self._calls > 1:
+            self.odd = "shares its K and V with another"
+        elif not windows:
+            self.odd = "attends with a mask of its own"
+        else:
+            [self.window], self.odd = windows, ""
+        return plain(queries, keys, values, scale, mask, sinks)
+
+
+def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
+    """Return what the layers keep that can be paged; others keep mlx-lm's own caches.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of mlx-lm, while attention is routed.
+    caches : list
+        Empty caches as the model wants them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer that keeps K and V cannot be paged, or none does.
+    """
+    masks: list[tuple[object, int | None]] = []
+    probes: list[Any] = [
+        _Probe(masks) if type(cache) in (KVCache, RotatingKVCache) else cache for cache in caches
+    ]
+    name = type(model).__module__.rpartition(".")[2]
+    try:
+        model(mx.zeros((1, TOKENS), mx.int32), cache=probes)
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} cannot be paged: {error}") from error
+    shapes = []
+    for index, (cache, probe) in enumerate(zip(caches, probes, strict=True)):
+        if not isinstance(probe, _Probe):
+            continue
+        if probe.odd or probe.new is None:
+            raise UnsupportedModelError(f"{name} cannot be paged: layer {index} {probe.odd}")
+        window = probe.window
+        if isinstance(cache, RotatingKVCache):
+            kept = cache.max_size
+            if cache.keep or window not in (None, kept):
+                raise UnsupportedModelError(
+                    f"{name} cannot be paged: layer {index} sees {window} tokens and keeps "
+                    f"{cache.keep} and the last {kept}"
+                )
+            window = kept
+        keys, values = probe.new
+        _, heads, _, key_dim = keys.shape
+        shapes.append(LayerShape(index, heads, key_dim, values.shape[3], window, keys.dtype))
+    if not shapes:
+        raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V")
+    return shapes

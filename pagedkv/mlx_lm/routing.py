@@ -1,0 +1,162 @@
+"""The one place where mlx-lm's functions are replaced, and where that is undone.
+
+Models import the attention function by name, each into its own module. While a store is open, every
+module that holds mlx-lm's own holds ours in its place, which sends the caches of a store to their
+store and all others where they went before. So it is with the few others in `_ROUTES`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step as own_generate_step
+from mlx_lm.models import base
+from mlx_lm.models import cache as caches
+
+_lock = threading.Lock()
+_open = 0
+
+
+class Routed:
+    """A layer's cache that attends by itself."""
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Return the attention of a layer, with what it hands to mlx-lm's function."""
+        raise NotImplementedError
+
+    def unpaged(self) -> Any:
+        """Return a cache of mlx-lm's own with the same tokens."""
+        raise NotImplementedError
+
+
+class RoutedPrompt:
+    """A prompt cache that takes part in its generation."""
+
+    def generate(
+        self, own: Callable[..., Any], prompt: mx.array, *arguments: Any, **options: Any
+    ) -> Any:
+        """Return what mlx-lm's `generate_step` is to return, which is `own`."""
+        raise NotImplementedError
+
+
+class RoutedMaker:
+    """A model's `make_cache` while it has a store."""
+
+    def __call__(self, tokens: Sequence[int] = ()) -> RoutedPrompt:
+        """Return a prompt cache, for a prompt if it is known."""
+        raise NotImplementedError
+
+
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attend as mlx-lm does, over a store's pools if `cache` is a layer of a store."""
+    if isinstance(cache, Routed):
+        return cache.attend(queries, keys, values, scale, mask, sinks)
+    own: Callable[..., mx.array] = _OWN["scaled_dot_product_attention"]
+    return own(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def generate_step(prompt: mx.array, model: Any, *stream: Any, **options: Any) -> Any:
+    """Generate as mlx-lm does; a store's prompt cache leaves out what it holds already."""
+    own, make, cache = _OWN["generate_step"], _maker(model), options.get("prompt_cache")
+    if isinstance(cache, RoutedPrompt) or (cache is None and make):
+        for name in ("kv_bits", "max_kv_size"):
+            if options.get(name) is not None:
+                raise ValueError(f"expected {name}=None over a paged store, got {options[name]}")
+        if cache is None and make:
+            tokens: Any = [] if options.get("input_embeddings") is not None else prompt.tolist()
+            options["prompt_cache"] = cache = make(tokens)
+        assert cache is not None
+        return cache.generate(own, prompt, model, *stream, **options)
+    return own(prompt, model, *stream, **options)
+
+
+def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> Any:
+    """Make a prompt cache as mlx-lm does; a model with a store has no cache of another size."""
+    if max_kv_size is not None and _maker(model):
+        raise ValueError(f"expected max_kv_size=None over a paged store, got {max_kv_size}")
+    return _OWN["make_prompt_cache"](model, max_kv_size)
+
+
+def _maker(model: Any) -> RoutedMaker | None:
+    make = getattr(model, "make_cache", None)
+    return make if isinstance(make, RoutedMaker) else None
+
+
+def save_prompt_cache(
+    file_name: str, cache: list[Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Save a prompt cache as mlx-lm does: of a paged one the tokens it holds, not the pools."""
+    unpaged = [layer.unpaged() if isinstance(layer, Routed) else layer for layer in cache]
+    _OWN["save_prompt_cache"](file_name, unpaged, metadata)
+
+
+_ROUTES: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attend,
+    "generate_step": generate_step,
+    "make_prompt_cache": make_prompt_cache,
+    "save_prompt_cache": save_prompt_cache,
+}
+_OWN: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": base.scaled_dot_product_attention,
+    "generate_step": own_generate_step,
+    "make_prompt_cache": caches.make_prompt_cache,
+    "save_prompt_cache": caches.save_prompt_cache,
+}
+
+
+def plain(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attend with mlx-lm's own function over arrays."""
+    return attend(queries, keys, values, None, scale, mask, sinks)
+
+
+def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., Any]]) -> None:
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})
+        if names.get("__name__") != __name__:
+            for name, function in new.items():
+                if names.get(name) is old[name]:
+                    setattr(module, name, function)
+
+
+def open_routes() -> None:
+    """Replace them, for one more store; models that are imported later import ours."""
+    global _open
+    with _lock:
+        _open += 1
+        _replace(_OWN, _ROUTES)
+
+
+def close_routes() -> None:
+    """Undo `open_routes`; the last store's leaves mlx-lm as it was."""
+    global _open
+    with _lock:
+        _open -= 1
+        if not _open:
+            _replace(_ROUTES, _OWN)

@@ -1,0 +1,195 @@
+"""The sequences of a prompt cache: what all its layers share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.cache.kv_cache import PagedKVCache
+from pagedkv.cache.step import Extension
+from pagedkv.errors import PagedKVError
+from pagedkv.host.block_table import BlockTable
+from pagedkv.mlx_lm.memory import Memory
+
+
+class Sequences:
+    """Sequences that a model computes together, and the forward pass that is under way.
+
+    mlx-lm knows layers alone: it reads the offset of each, hands K and V to each, trims, filters
+    and extends each. Here the first layer does what concerns all.
+
+    Parameters
+    ----------
+    memory : Memory
+        Whose blocks they hold.
+    tables : list of BlockTable
+        The sequences. When this object is dropped, their blocks go back to it.
+    is_batch : bool
+        Whether mlx-lm made a batch of them: its offset is an array then.
+    """
+
+    def __init__(self, memory: Memory, tables: list[BlockTable], *, is_batch: bool = False) -> None:
+        self.memory, self.tables, self.is_batch = memory, tables, is_batch
+        self.lengths: list[int] | None = None  # of prompts to come, which are padded on the right
+        self._passed = 0  # tokens of them, with padding
+        self.step: Extension | None = None
+        self.mask: mx.array | None = None  # the last one that was asked for as an array
+        self.lens: list[int] = []  # before the step under way
+        self._done: set[int] = set()
+        self._offsets: mx.array | None = None
+        self.trimmed = 0  # by the first layer, for the others; so is `made`
+        self.made: weakref.ref[Sequences] | None = None
+        self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
+        self.finalizer.atexit = False
+
+    @property
+    def kv(self) -> PagedKVCache:
+        """The pools."""
+        return self.memory.kv
+
+    def num_tokens(self, layer: int) -> list[int]:
+        """Return the tokens of each sequence before the pass that `layer` takes part in next."""
+        self._end_stale(layer)
+        return self.lens if self.step else [table.num_tokens for table in self.tables]
+
+    def offset(self, layer: int) -> int | mx.array:
+        """Return the position of the next token: an int, or [B] int32 for a batch."""
+        lens = self.num_tokens(layer)
+        if not self.is_batch:
+            return lens[0]
+        if self._offsets is None:
+            self._offsets = mx.array(lens)
+        return self._offsets
+
+    def begin(self, layer: int, batch: int, count: int) -> Extension:
+        """Return the step of a pass over `batch` sequences with `count` tokens each, padding too.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the store has too few blocks, cached prefixes given up. Nothing has changed then.
+        ValueError
+            If the sequences are more or fewer.
+        """
+        self._end_stale(layer)
+        if self.step is None:
+            self.memory.collect()
+            if batch != len(self.tables):
+                if self.is_batch or any(table.num_tokens for table in self.tables):
+                    raise ValueError(f"expected {len(self.tables)} sequences, got {batch}")
+                more = [self.kv.new_table() for _ in range(batch - len(self.tables))]
+                self.tables[:] = [*self.tables, *more][:batch]
+            lens = [table.num_tokens for table in self.tables]
+            counts = [count] * batch
+            if self.lengths is not None:
+                counts = [min(max(x - self._passed, 0), count) for x in self.lengths]
+            rows = [row for row, new in enumerate(counts) if new]
+            self.lens, self._counts, self._done = lens, counts, set()
+            self._groups: list[tuple[list[int], int, DecodeBatch]] = []
+            self._chosen: mx.array | None = None
+            self.step = self.memory.extend(
+                [self.tables[row] for row in rows], [counts[row] for row in rows]
+            )
+        return self.step
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the pass has padding: sequences with fewer tokens than others."""
+        return len(set(self._counts)) > 1
+
+    def real_tokens(self, count: int) -> mx.array:
+        """Return which of B * `count` tokens are no padding, int32."""
+        if self._chosen is None:
+            places = [np.arange(new) + row * count for row, new in enumerate(self._counts)]
+            self._chosen = mx.array(np.concatenate(places).astype(np.int32))
+        return self._chosen
+
+    def groups(self) -> list[tuple[list[int], int, DecodeBatch]]:
+        """Return rows with equally many new tokens: which, how many, and what they attend over."""
+        if not self._groups:
+            for count in sorted({*self._counts} - {0}):
+                rows = [row for row, new in enumerate(self._counts) if new == count]
+                tables = [self.tables[row] for row in rows]
+                batch = DecodeBatch.from_tables(
+                    [table.block_ids for table in tables],
+                    [table.num_tokens for table in tables],
+                    block_size=self.kv.block_size,
+                    num_blocks=self.kv.num_blocks,
+                )
+                self._groups.append((rows, count, batch))
+        return self._groups
+
+    def attended(self, layer: int, count: int) -> None:
+        """Note that a layer has attended; the last one ends the step."""
+        self._done.add(layer)
+        if len(self._done) == len(self.memory.shapes):
+            assert self.step is not None
+            step, self.step = self.step, None
+            step.commit()
+            self._passed += count
+            if self.lengths is not None:
+                self._offsets = None
+            elif self._offsets is not None:
+                self._offsets = self._offsets + count
+
+    def end(self) -> None:
+        """End the pass under way, if one is: not all of its layers came, so nothing is kept."""
+        if self.step is not None:
+            step, self.step = self.step, None
+            step.rollback()
+
+    def _end_stale(self, layer: int) -> None:
+        """End a pass that never ended, if `layer` belongs to the next one."""
+        if self.step is not None and layer in self._done:
+            self.end()
+
+    def changed(self) -> None:
+        """Note that lengths or sequences are others now."""
+        self.end()
+        self._offsets = None
+
+    def prepare(self, lengths: Sequence[int] | None) -> None:
+        """Take note of how long the prompts are that come padded on the right; None for the end."""
+        self.changed()
+        self.lengths, self._passed = (None if lengths is None else list(lengths)), 0
+
+    def trim(self, count: int) -> int:
+        """Drop tokens from the end of each sequence; return how many."""
+        self.changed()
+        count = min([count, *(table.num_tokens for table in self.tables)])
+        for table in self.tables:
+            table.truncate(table.num_tokens - count)
+        return count
+
+    def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
+        """Return some of the sequences once more: nothing is copied."""
+        self.end()
+        return Sequences(self.memory, [self.tables[row].fork() for row in rows], is_batch=is_batch)
+
+    def filter(self, rows: Sequence[int]) -> None:
+        """Keep some of the sequences."""
+        self.changed()
+        kept = [self.tables[row] for row in rows]
+        dropped = [table for table in self.tables if table not in kept]
+        self.tables[:] = kept
+        if self.lengths is not None:
+            self.lengths = [self.lengths[row] for row in rows]
+        for table in dropped:
+            table.truncate(0)
+
+    def extend(self, other: Sequences) -> None:
+        """Take over the sequences of another batch of the same store."""
+        if other.memory is not self.memory:
+            raise PagedKVError("expected caches of one store")
+        self.changed()
+        other.changed()
+        taken, other.tables[:] = other.tables[:], []
+        self.tables += taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
+        return self.fork(range(len(self.tables)), is_batch=self.is_batch)

@@ -1,0 +1,263 @@
+"""A model's paged store: pools of its layers, cached prefixes, and caches for mlx-lm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
+
+from pagedkv.errors import PagedKVError
+from pagedkv.limits import integers
+from pagedkv.mlx_lm.layer import PagedLayer, widened
+from pagedkv.mlx_lm.memory import Memory
+from pagedkv.mlx_lm.probe import layer_shapes
+from pagedkv.mlx_lm.prompt_cache import PromptCache
+from pagedkv.mlx_lm.routing import RoutedMaker, close_routes, open_routes
+from pagedkv.mlx_lm.sequences import Sequences
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds and what it saved.
+
+    Attributes
+    ----------
+    num_blocks, free_blocks, cached_blocks : int
+        Blocks in all, of nobody, and in the tree of cached prefixes.
+    block_bytes : int
+        Bytes of a block over all layers, K and V.
+    peak_blocks : int
+        Most blocks that were held at once.
+    asked_tokens, cached_tokens : int
+        Tokens of the prompts that caches were made for, and those that were found cached.
+    """
+
+    num_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    block_bytes: int
+    peak_blocks: int
+    asked_tokens: int
+    cached_tokens: int
+
+
+class PagedStore:
+    """K and V of a model in blocks: prompt caches for mlx-lm that share memory and prefixes.
+
+    While it is open, attention of paged caches goes to it, and `make_prompt_cache(model)` makes its
+    caches. `close`, or the end of a ``with``, undoes both.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of mlx-lm. Layers that keep something else than K and V keep mlx-lm's own caches.
+    memory : int or str
+        Bytes of the pools, or such as ``"8GB"`` or ``"500MiB"``; or give `num_blocks`.
+    num_blocks : int
+        Blocks in the pools.
+    block_size : int
+        S, tokens in a block.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer that keeps K and V cannot be paged.
+    ValueError
+        If the budget is missing, given twice, malformed or too small for a block.
+    PagedKVError
+        If the model has an open store.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        memory: int | str | None = None,
+        num_blocks: int | None = None,
+        block_size: int = 32,
+    ) -> None:
+        if (memory is None) == (num_blocks is None):
+            raise ValueError("expected a budget, either memory or num_blocks")
+        if isinstance(getattr(model, "make_cache", None), RoutedMaker):
+            raise PagedKVError("expected a model without an open store")
+        num_bytes = 0 if memory is None else parse_bytes(memory)
+        self._model, self._asked, self._cached = model, 0, 0
+        caches = make_prompt_cache(model)
+        open_routes()
+        try:
+            shapes = layer_shapes(model, caches)
+            self.memory = Memory(
+                shapes,
+                block_size,
+                num_blocks=num_blocks,
+                num_bytes=num_bytes,
+                is_whole=len(shapes) == len(caches),
+            )
+        except BaseException:
+            close_routes()
+            raise
+        self._make_own = vars(model).get("make_cache")
+        self._own_caches = getattr(model, "make_cache", None)
+        model.make_cache = _Maker(self)
+        self._is_open = True
+
+    def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
+        """Return a prompt cache that holds the longest cached prefix of a prompt already.
+
+        At least one token is left to compute; `PromptCache.rest` are those.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The prompt. Empty: nothing is looked for.
+        namespace : hashable
+            Nothing is shared between namespaces.
+
+        Raises
+        ------
+        ValueError
+            If tokens are not 32-bit integers.
+        PagedKVError
+            If the store is closed.
+        """
+        memory = self.memory
+        memory.check_open()
+        memory.collect()
+        prompt = integers(tokens, "tokens").tolist() if len(tokens) else []
+        table = memory.kv.new_table()
+        sequences = Sequences(memory, [table])
+        if memory.is_whole and len(prompt) > 1:
+            blocks, _ = memory.tree.match_prefix(prompt[:-1], namespace)
+            table.adopt(blocks, len(blocks) * memory.kv.block_size)
+        self._asked += len(prompt)
+        self._cached += table.num_tokens
+        return PromptCache(self._layers(sequences), prompt, table.num_tokens, namespace)
+
+    def _layers(self, sequences: Sequences) -> list[Any]:
+        """Return the caches of all layers, mlx-lm's own where a layer is not paged."""
+        count = len(self._model.layers)
+        own = self._own_caches() if self._own_caches else [KVCache() for _ in range(count)]
+        for layer, shape in enumerate(self.memory.shapes):
+            own[shape.index] = PagedLayer(sequences, layer)
+        return own
+
+    def keep(
+        self, cache: Sequence[Any], tokens: Sequence[int], *, namespace: Hashable = None
+    ) -> int:
+        """Give the whole blocks of a finished cache to the cached prefixes; return their tokens.
+
+        Parameters
+        ----------
+        cache : list
+            A prompt cache of this store, of one sequence.
+        tokens : sequence of int
+            What it holds, from the first token on.
+        namespace : hashable
+            As for `cache`.
+        """
+        sequences = self._sequences(cache)
+        sequences.end()
+        [table] = sequences.tables
+        return self.memory.keep(table, tokens, namespace)
+
+    def load(self, file_name: str) -> PromptCache:
+        """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If the store has too few blocks. Nothing has changed then.
+        ValueError
+            If the file is of another model, or lacks tokens that left a window.
+        """
+        memory = self.memory
+        memory.check_open()
+        memory.collect()
+        found = load_prompt_cache(file_name)
+        sequences = Sequences(memory, [memory.kv.new_table()])
+        layers = self._layers(sequences)
+        if len(found) != len(layers):
+            raise ValueError(f"expected {len(layers)} layers, got {len(found)} in {file_name}")
+        paged = [found[shape.index] for shape in memory.shapes]
+        tokens = {cache.offset if isinstance(cache, KVCache) else -1 for cache in paged}
+        if len(tokens) > 1 or tokens == {-1}:
+            raise ValueError(f"expected all tokens in every layer of {file_name}")
+        [count] = tokens
+        if count:
+            with memory.extend(sequences.tables, [count]) as step:
+                for layer, cache in enumerate(paged):
+                    wide = memory.head_dims[layer]
+                    keys, values = (widened(x, wide) for x in cache.keys_and_values())
+                    memory.kv.write(layer, keys, values, step.slots)
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, PagedLayer):
+                layers[index] = found[index]
+        return PromptCache(layers, None, 0, None)
+
+    def stats(self) -> StoreStats:
+        """Return what the store holds and what it saved."""
+        memory = self.memory
+        memory.check_open()
+        memory.collect()
+        usage = memory.kv.memory_usage()
+        return StoreStats(
+            num_blocks=usage.allocated_blocks,
+            free_blocks=usage.free_blocks,
+            cached_blocks=memory.tree.num_blocks,
+            block_bytes=usage.block_bytes,
+            peak_blocks=memory.peak,
+            asked_tokens=self._asked,
+            cached_tokens=self._cached,
+        )
+
+    def close(self) -> None:
+        """Give mlx-lm back as it was, and the memory; caches of the store are of no use then."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._make_own is None:
+            del self._model.make_cache
+        else:
+            self._model.make_cache = self._make_own
+        close_routes()
+        self.memory.close()
+
+    def __enter__(self) -> PagedStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _sequences(self, cache: Sequence[Any]) -> Sequences:
+        for layer in cache:
+            if isinstance(layer, PagedLayer) and layer.sequences.memory is self.memory:
+                return layer.sequences
+        raise ValueError("expected a prompt cache of this store")
+
+
+class _Maker(RoutedMaker):
+    def __init__(self, store: PagedStore) -> None:
+        self._store = store
+
+    def __call__(self, tokens: Sequence[int] = ()) -> PromptCache:
+        return self._store.cache(tokens)
+
+
+def parse_bytes(memory: int | str | None) -> int:
+    """Return bytes; ValueError for what is neither a number nor such as ``"8GB"``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", str(memory), re.IGNORECASE)
+    if isinstance(memory, bool) or not found:
+        raise ValueError(f"expected memory in bytes or such as '8GB', got {memory!r}")
+    number, unit = found.groups()
+    return int(float(number) * _UNITS[(unit or "").upper()])

@@ -1,0 +1,323 @@
+"""The store itself: what it refuses, what it undoes, what a failure leaves."""
+
+import gc
+import importlib
+import sys
+from importlib import metadata
+
+import mlx.core as mx
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import base
+from mlx_lm.models import cache as caches
+from small_models import small_model
+
+import pagedkv.mlx_lm
+from pagedkv import OutOfBlocksError, PagedKVError
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.mlx_lm import PagedStore
+from pagedkv.mlx_lm.layer import PagedLayer
+from pagedkv.mlx_lm.sequences import Sequences
+from pagedkv.mlx_lm.store import parse_bytes
+
+ROUTED = {
+    "scaled_dot_product_attention": base,
+    "generate_step": sys.modules["mlx_lm.generate"],
+    "make_prompt_cache": caches,
+    "save_prompt_cache": caches,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model("llama")
+
+
+@pytest.fixture
+def store(model):
+    with PagedStore(model, num_blocks=16, block_size=4) as store:
+        yield store
+
+
+def bindings():
+    """What every module of mlx-lm has under the names that are routed."""
+    return {
+        (module.__name__, name): module.__dict__[name]
+        for module in list(sys.modules.values())
+        for name in ROUTED
+        if getattr(module, "__name__", "").startswith("mlx_lm.") and name in vars(module)
+    }
+
+
+def test_close_leaves_mlx_lm_as_it_was():
+    model = small_model("qwen3")
+    before = bindings()
+    assert ("mlx_lm.models.qwen3", "scaled_dot_product_attention") in before
+    store = PagedStore(model, num_blocks=4)
+    assert all(bindings()[place] is not own for place, own in before.items())
+    assert isinstance(caches.make_prompt_cache(model)[0], PagedLayer)
+    store.close()
+    store.close()
+    assert bindings() == before
+    assert type(caches.make_prompt_cache(model)[0]) is caches.KVCache
+
+
+def test_close_gives_back_a_models_own_make_cache():
+    model = small_model("gemma3_text")
+    with PagedStore(model, num_blocks=4):
+        assert isinstance(model.make_cache()[0], PagedLayer)
+    assert "make_cache" not in vars(model)
+    assert type(model.make_cache()[0]) is caches.RotatingKVCache
+
+
+def test_a_model_loaded_while_a_store_is_open_is_routed_and_undone(store):
+    sys.modules.pop("mlx_lm.models.mimo", None)
+    module = importlib.import_module("mlx_lm.models.mimo")
+    own = base.scaled_dot_product_attention
+    assert module.scaled_dot_product_attention is own
+    other = small_model("mimo")
+    with PagedStore(other, num_blocks=16, block_size=4) as second:
+        cache = second.cache()
+        other(mx.array([[1, 2, 3]]), cache=cache)
+        assert cache[0].offset == 3
+    assert module.scaled_dot_product_attention is own  # the first store is open
+    store.close()
+    assert module.scaled_dot_product_attention is base.scaled_dot_product_attention is not own
+
+
+def test_other_caches_go_where_they_went(model, store):
+    plain = [caches.KVCache() for _ in range(3)]
+    cache = store.cache()
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    assert mx.allclose(model(tokens, cache=plain), model(tokens, cache=cache), atol=1e-4)
+    assert mx.allclose(model(tokens, cache=plain), model(tokens, cache=cache), atol=1e-4)
+
+
+def test_two_stores_do_not_meet(model, store):
+    other = small_model("llama", seed=1)
+    with PagedStore(other, num_blocks=16, block_size=4) as second:
+        mine, theirs = store.cache(), second.cache()
+        model(mx.array([[1, 2, 3]]), cache=mine)
+        other(mx.array([[4, 5]]), cache=theirs)
+        assert (mine[0].offset, theirs[0].offset) == (3, 2)
+        with pytest.raises(PagedKVError, match="caches of one store"):
+            mine[0].extend(theirs[0])
+        with pytest.raises(ValueError, match="cache of this store"):
+            store.keep(theirs, [4, 5])
+    with pytest.raises(PagedKVError, match="without an open store"):
+        PagedStore(model, num_blocks=4)
+
+
+BUDGETS = {
+    "none": ({}, "either memory or num_blocks"),
+    "two": ({"memory": "1GB", "num_blocks": 4}, "either memory or num_blocks"),
+    "words": ({"memory": "much"}, "expected memory in bytes or such as '8GB', got 'much'"),
+    "little": ({"memory": "1KB"}, "memory for a block, 24576 bytes at least"),
+    "no blocks": ({"num_blocks": 0}, "num_blocks"),
+    "block size": ({"num_blocks": 4, "block_size": 0}, "block_size"),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_refused_budgets_change_nothing(name, model):
+    options, message = BUDGETS[name]
+    before = bindings()
+    with pytest.raises(ValueError, match=message):
+        PagedStore(model, **options)
+    assert bindings() == before
+    assert "make_cache" not in vars(model)
+
+
+def test_bytes():
+    assert parse_bytes(1000) == 1000
+    assert parse_bytes("8GB") == 8 * 10**9
+    assert parse_bytes("1.5 GiB") == 3 * 2**29
+    assert parse_bytes("500mb") == 5 * 10**8
+
+
+def test_a_budget_in_bytes(model):
+    # 3 layers, K and V, 2 heads of 16 in float32, 32 tokens a block.
+    with PagedStore(model, memory=3 * 2 * 2 * 16 * 4 * 32 * 5 + 100) as store:
+        assert store.stats().num_blocks == 5
+        assert store.stats().block_bytes == 3 * 2 * 2 * 16 * 4 * 32
+
+
+UNSUPPORTED = {
+    "mamba": "no layer of it keeps K and V",
+    "gemma2": "layer 0 does not attend through mlx-lm's base",
+    "deepseek_v3": "layer 0 attends over other K and V than its own",
+    "stablelm": "layer 0 attends over other K and V than its own",
+}
+OPTIONS = {
+    "mamba": {
+        "state_size": 16,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+    "stablelm": {"use_qkv_bias": False, "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_models_that_cannot_be_paged_are_refused(name):
+    model = small_model(name, **OPTIONS.get(name, {}))
+    before = bindings()
+    with pytest.raises(UnsupportedModelError, match=f"{name} cannot be paged: {UNSUPPORTED[name]}"):
+        PagedStore(model, num_blocks=4)
+    assert bindings() == before
+    assert type(caches.make_prompt_cache(model)[0]) is not PagedLayer
+
+
+def test_options_that_a_store_has_not_are_refused(model, store):
+    prompt = mx.array([1, 2, 3])
+    for cache in (None, store.cache()):
+        with pytest.raises(ValueError, match="kv_bits=None over a paged store, got 8"):
+            generate_step(prompt, model, kv_bits=8, prompt_cache=cache)
+        with pytest.raises(ValueError, match="max_kv_size=None over a paged store, got 64"):
+            generate_step(prompt, model, max_kv_size=64, prompt_cache=cache)
+    with pytest.raises(ValueError, match="max_kv_size=None over a paged store, got 64"):
+        BatchGenerator(model, max_kv_size=64).insert([[1, 2]])
+    with pytest.raises(ValueError, match="kv_bits=None, got 4"):
+        store.cache()[0].to_quantized()
+    with pytest.raises(ValueError, match="padding on the right, got left_padding"):
+        store.cache()[0].prepare(left_padding=[1])
+
+
+def test_a_pass_that_fails_between_layers_leaves_no_tokens(model, store, monkeypatch):
+    cache, clean = store.cache(), store.cache()
+    for each in (cache, clean):
+        model(mx.array([[1, 2, 3, 4, 5]]), cache=each)
+    attend = PagedLayer.attend
+
+    def fails(self, *arguments):
+        if self.layer == 1:
+            raise MemoryError("injected")
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(PagedLayer, "attend", fails)
+    with pytest.raises(MemoryError, match="injected"):
+        model(mx.array([[9, 9, 9]]), cache=cache)
+    monkeypatch.undo()
+    tokens = mx.array([[6, 7]])
+    assert mx.allclose(model(tokens, cache=cache), model(tokens, cache=clean), atol=1e-4)
+    assert [layer.offset for layer in cache] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("place", ["update_and_fetch", "attend", "written"])
+def test_a_pass_that_breaks_off_anywhere_leaves_no_tokens(model, store, monkeypatch, layer, place):
+    cache, clean = store.cache(), store.cache()
+    for each in (cache, clean):
+        model(mx.array([[1, 2, 3, 4, 5]]), cache=each)
+    owner, name = (Sequences, "attended") if place == "written" else (PagedLayer, place)
+    own = getattr(owner, name)
+
+    def breaks(self, *arguments):
+        index = arguments[0] if place == "written" else self.layer
+        if index == layer and place != "update_and_fetch":
+            raise KeyboardInterrupt
+        out = own(self, *arguments)
+        if index == layer:
+            raise KeyboardInterrupt
+        return out
+
+    for tokens in ([[9, 9, 9]], [[8]]):
+        monkeypatch.setattr(owner, name, breaks)
+        with pytest.raises(KeyboardInterrupt):
+            model(mx.array(tokens), cache=cache)
+        monkeypatch.undo()
+    tokens = mx.array([[6, 7]])
+    assert mx.allclose(model(tokens, cache=cache), model(tokens, cache=clean), atol=1e-4)
+    assert [each.offset for each in cache] == [7, 7, 7]
+
+
+def test_out_of_blocks_leaves_everything(model, store):
+    cache = store.cache()
+    model(mx.array([list(range(40))]), cache=cache)
+    with pytest.raises(OutOfBlocksError, match="expected 7 free blocks, 6 are left"):
+        model(mx.array([list(range(25))]), cache=cache)
+    assert [layer.offset for layer in cache] == [40, 40, 40]
+    assert store.stats().free_blocks == 6
+    model(mx.array([list(range(24))]), cache=cache)
+    assert cache[0].offset == 64
+
+
+def test_cached_prefixes_make_room(model, store):
+    for start in (0, 30):
+        prompt = list(range(start, start + 20))
+        cache = store.cache(prompt)
+        model(mx.array([prompt]), cache=cache)
+        assert store.keep(cache, prompt) == 20
+    del cache
+    assert store.stats().cached_blocks == 10
+    cache = store.cache()
+    model(mx.array([list(range(50))]), cache=cache)
+    assert store.stats().cached_blocks <= 3
+    assert cache[0].offset == 50
+
+
+def test_a_dropped_cache_gives_its_blocks_back(model, store):
+    cache = store.cache()
+    model(mx.array([[1, 2, 3, 4, 5]]), cache=cache)
+    assert store.stats().free_blocks == 14
+    del cache
+    gc.collect()
+    assert store.stats().free_blocks == 16
+
+
+def test_a_closed_store_is_refused(model):
+    store = PagedStore(model, num_blocks=4)
+    cache = store.cache()
+    store.close()
+    for call in (store.cache, store.stats, lambda: model(mx.array([[1, 2]]), cache=cache)):
+        with pytest.raises(PagedKVError, match="expected an open store"):
+            call()
+
+
+def test_attention_over_other_arrays_is_refused(model, store):
+    layer = store.cache()[0]
+    new = mx.zeros((1, 2, 3, 16))
+    layer.update_and_fetch(new, new)
+    with pytest.raises(PagedKVError, match="the K and V that the layer put into its cache"):
+        layer.attend(mx.zeros((1, 4, 3, 16)), new * 1, new, 0.25, "causal", None)
+    with pytest.raises(PagedKVError, match="before those of the others"):
+        store.cache()[1].extract(0)
+
+
+def test_a_state_is_no_files_content(store, model):
+    cache = store.cache()
+    model(mx.array([[1, 2]]), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    with pytest.raises(ValueError, match="while its store is open"):
+        routing_free_save(cache)
+
+
+def routing_free_save(cache):
+    from pagedkv.mlx_lm.routing import _OWN
+
+    _OWN["save_prompt_cache"]("/nonexistent/x.safetensors", cache)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [("0.31.3", "found 0.31.3"), ("0.9", "found 0.9"), (None, "it is not installed")],
+)
+def test_an_older_mlx_lm_is_refused(monkeypatch, found, message):
+    def version(name):
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(ImportError, match=f"needs mlx-lm {pagedkv.mlx_lm.OLDEST}.*{message}"):
+        pagedkv.mlx_lm._check_mlx_lm()
+
+
+def test_the_oldest_and_the_newest_mlx_lm_are_not(monkeypatch):
+    for found in (pagedkv.mlx_lm.OLDEST, "0.33.0rc1", "1.0"):
+        monkeypatch.setattr(metadata, "version", lambda name, found=found: found)
+        pagedkv.mlx_lm._check_mlx_lm()
