@@ -29,6 +29,7 @@ class RatioBenchmark(TimeBenchmark):
         super().__init__(name, func, attr_sources)
         self.type = "ratio"
         self.unit = _get_first_attr(attr_sources, "unit", "x")
+        self.better = _get_first_attr(attr_sources, "better", "smaller")
 
     def run(self, *params):
         """Sample the pair and return the ratios in asv's format."""

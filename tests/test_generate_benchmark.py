@@ -1,0 +1,90 @@
+"""What `benchmarks/generate.py` measures is mlx-lm's generation, the same on both sides."""
+
+import builtins
+
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from small_models import small_model
+
+from benchmarks import common, generate
+from pagedkv.mlx_lm.layer import PagedLayer
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))
+
+
+def tokens(decoding, steps=6):
+    """What a generation says in some steps, by sequence."""
+    found = [decoding.next() for _ in range(steps)]
+    return [[step[row].token for step in found] for row in range(len(found[0]))]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "cell", "lengths"),
+    [
+        (generate.Decode, (4, 40), [40] * 4),
+        (generate.Skewed, (96,), [96, *[6] * 7]),
+    ],
+)
+def test_both_sides_say_the_same_at_the_same_length(benchmark, cell, lengths, monkeypatch):
+    measured = benchmark()
+    measured.setup(*cell)
+    assert tokens(measured.plain) == tokens(measured.paged)
+    [sequences] = {
+        layer.sequences
+        for layer in measured.paged.generator._generation_batch.prompt_cache
+        if isinstance(layer, PagedLayer)
+    }
+    grown = {table.num_tokens - n for table, n in zip(sequences.tables, lengths, strict=True)}
+    assert len(grown) == 1
+    plain, paged = measured.ratio_tokens_per_second(*cell)
+    passes = []
+    for side, call in ((measured.plain, plain), (measured.paged, paged)):
+        step = side.next
+        monkeypatch.setattr(side, "next", lambda step=step: passes.append(step()))
+        call()
+    assert len(passes) == 2 * generate.STEPS
+    assert all(len(responses) == len(lengths) for responses in passes)
+    # As many steps as asv may ask for, both sides in turns, fit the store.
+    most = (benchmark.repeat[1] + 2) * generate.STEPS + 16
+    assert most <= generate.MOST
+    measured.store.close()
+
+
+def test_a_hit_is_shorter_than_a_miss():
+    measured = generate.FirstToken()
+    measured.setup(64)
+    hit, miss = measured.ratio_first_token(64)
+    for _ in range(2 * (measured.repeat[1] + 2)):
+        hit()
+        miss()  # each in a namespace of its own: old ones make room
+    measured.store.close()
+
+
+@pytest.mark.parametrize(("grown", "ratio"), [(0, 1.0), (1, 1 + 8 / 16)])
+def test_forks_share_all_blocks_but_their_last(grown, ratio):
+    measured = generate.Forks()
+    measured.setup(512, grown)
+    assert measured.track_memory(512, grown) == ratio
+
+
+def test_what_is_not_there_is_not_applicable(monkeypatch):
+    own = builtins.__import__
+
+    def without(name, *arguments):
+        if name == "pagedkv.mlx_lm":
+            raise ImportError("no mlx-lm")
+        return own(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(NotImplementedError, match="no mlx-lm over the package"):
+        generate.Decode().setup(1, 512)
+
+
+@pytest.mark.skipif(common.on_gpu(), reason="a GPU computes them in seconds")
+def test_long_prompts_are_not_applicable_on_a_cpu():
+    with pytest.raises(NotImplementedError, match="prompts of 4096 tokens take a CPU minutes"):
+        generate.Decode().setup(1, 4096)
