@@ -44,11 +44,11 @@ FAMILIES = {
     "starcoder2": {},
     "cohere2": {"sliding_window": 8, "sliding_window_pattern": 3, "layer_norm_bias": False},
     "gemma": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
-    # Layers of different heads and head dims.
+    # Layers of different head dims, and some that attend over another's K and V.
     "gemma4_text": {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 6,
         "global_head_dim": 32,
-        "num_kv_shared_layers": 0,
+        "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 0,
         "sliding_window": 8,
         "sliding_window_pattern": 2,

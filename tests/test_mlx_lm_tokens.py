@@ -53,13 +53,19 @@ def answer(model, prompt, cache=None, count=COUNT, **options):
     return [int(token) for token, _ in steps]
 
 
+logprobs = []  # of each call of `answers`, by sequence
+
+
 def answers(model, prompts, caches=None):
     generator = BatchGenerator(model, max_tokens=COUNT, prefill_step_size=7)
     uids = generator.insert(prompts, caches=caches)
     found = {uid: [] for uid in uids}
+    sure = {uid: [] for uid in uids}
     while responses := generator.next_generated():
         for response in responses:
             found[response.uid].append(response.token)
+            sure[response.uid].append(response.logprobs)
+    logprobs.append([mx.stack(sure[uid]) for uid in uids])
     return [found[uid] for uid in uids]
 
 
@@ -77,6 +83,19 @@ def computed(monkeypatch):
     return passes
 
 
+def test_logits(model):
+    """Tokens alone say little of a model that is sure of itself."""
+    prompt = PROMPTS[1]
+    parts = [prompt[:9], prompt[9:30], prompt[30:], *([token] for token in range(50, 62))]
+    own = make_prompt_cache(model)
+    with store_of(model) as store:
+        cache = store.cache()
+        for part in parts:
+            tokens = mx.array([part])
+            expected, found = model(tokens, cache=own), model(tokens, cache=cache)
+            assert mx.abs(found - expected).max() < 2e-4 * mx.abs(expected).max()
+
+
 def test_single_sequences(model, monkeypatch):
     expected = [answer(model, prompt) for prompt in PROMPTS]
     passes = computed(monkeypatch)
@@ -91,6 +110,8 @@ def test_a_batch_of_ragged_prompts(model, monkeypatch):
     passes = computed(monkeypatch)
     with store_of(model) as store:
         assert answers(model, PROMPTS) == expected
+        for own, paged in zip(*logprobs[-2:], strict=True):
+            assert mx.abs(own - paged).max() < 5e-4 * mx.abs(own).max()
         assert len(passes) >= COUNT
         assert store.stats().free_blocks == 128
         # Prompts of 5, 39, 1 and 11 tokens and 24 more of each.

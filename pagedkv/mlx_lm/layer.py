@@ -16,7 +16,7 @@ from pagedkv.attention.gather import gather_rows
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
-from pagedkv.mlx_lm.routing import Routed, plain
+from pagedkv.mlx_lm.routing import Routed, givers, own_attention
 from pagedkv.mlx_lm.sequences import Sequences
 
 
@@ -41,8 +41,10 @@ class PagedLayer(Routed):
     def __init__(self, sequences: Sequences, layer: int) -> None:
         self.sequences, self.layer = sequences, layer
         self.window = sequences.memory.shapes[layer].window
+        self._is_shared = sequences.memory.shapes[layer].is_shared
         self._scores = ScoreOptions(window=self.window)
         self._new: tuple[mx.array, mx.array, Extension] | None = None
+        self._given: tuple[mx.array, mx.array, Extension] | None = None  # for other layers
 
     @property
     def offset(self) -> int | mx.array:
@@ -70,6 +72,9 @@ class PagedLayer(Routed):
         if self._new is not None and self._new[2] is sequences.step:
             sequences.end()  # of a pass that broke off before this layer attended
         self._new = keys, values, sequences.begin(self.layer, keys.shape[0], keys.shape[2])
+        if self._is_shared:
+            self._given, self.given_keys = self._new, keys
+            givers[id(keys)] = self
         return keys, values
 
     def attend(
@@ -99,13 +104,19 @@ class PagedLayer(Routed):
         if isinstance(mask, mx.array) and mask is not sequences.mask:
             raise PagedKVError("expected a mask of the cache's, got another")
         try:
-            out = self._attend(new[2], queries, keys, values, scale, sinks)
+            out = self._attend(new[2], queries, keys, values, scale, sinks, writes=True)
             self._new = None
             sequences.attended(self.layer, keys.shape[2])
             return out
         except BaseException:
             sequences.end()
             raise
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attend with another layer's queries over all that the sequences hold of this one."""
+        assert self._given is not None
+        keys, values, step = self._given
+        return self._attend(step, queries, keys, values, scale, sinks, writes=False)
 
     def _attend(
         self,
@@ -115,6 +126,8 @@ class PagedLayer(Routed):
         values: mx.array,
         scale: float,
         sinks: mx.array | None,
+        *,
+        writes: bool,
     ) -> mx.array:
         if sinks is not self._scores.sinks:
             self._scores = ScoreOptions(window=self.window, sinks=sinks)
@@ -122,39 +135,35 @@ class PagedLayer(Routed):
         wide, sequences = self.sequences.memory.head_dims[self.layer], self.sequences
         queries = queries.astype(keys.dtype)
         queries, keys, values = (widened(x, wide) for x in (queries, keys, values))
-        if keys.shape[2] > 1 and not any(sequences.lens):
-            out = self._first(step, queries, keys, values, scale)
+        options: dict[str, Any] = {"scale": scale, "scores": self._scores}
+        first = keys.shape[2] > 1 and not any(sequences.lens)
+        if writes and (first or sequences.is_ragged):
+            self._write(step, keys, values)
+        if first:  # nothing comes before the new tokens
+            out = self._contiguous(queries, keys, values, scale)
         elif sequences.is_ragged:
-            out = self._ragged(step, queries, keys, values, scale)
+            out = self._ragged(queries, options)
+        elif writes:
+            out = step.attend(self.layer, queries, keys, values, **options)
         else:
-            out = step.attend(self.layer, queries, keys, values, scale=scale, scores=self._scores)
+            out = sequences.kv.attend(self.layer, queries, step.batch, **options)
         return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
 
-    def _first(
-        self, step: Extension, queries: mx.array, keys: mx.array, values: mx.array, scale: float
+    def _contiguous(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float
     ) -> mx.array:
-        """Attend over the new tokens alone: nothing came before them."""
-        self._write(step, keys, values)
         count, mask = keys.shape[2], "causal"
         if self.window is not None and self.window < count:
             mask = create_causal_mask(count, window_size=self.window)
-        return plain(queries, keys, values, scale, mask, self._scores.sinks)
+        return own_attention(queries, keys, values, None, scale, mask, self._scores.sinks)
 
-    def _ragged(
-        self, step: Extension, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array:
+    def _ragged(self, queries: mx.array, options: dict[str, Any]) -> mx.array:
         """Attend where sequences have tokens of different number, and padding on the right."""
-        self._write(step, keys, values)
         sequences = self.sequences
         outputs = [mx.zeros_like(queries[:1])] * len(sequences.tables)
         for rows, count, batch in sequences.groups():
-            out = sequences.kv.attend(
-                self.layer,
-                queries[mx.array(rows), :, :count],
-                batch,
-                scale=scale,
-                scores=self._scores,
-            )
+            chosen = queries[mx.array(rows), :, :count]
+            out = sequences.kv.attend(self.layer, chosen, batch, **options)
             out = mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - count), (0, 0)])
             for place, row in enumerate(rows):
                 outputs[row] = out[place : place + 1]

@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.mlx_lm.routing import Routed, plain
+from pagedkv.mlx_lm.routing import Routed, givers, own_attention
 
 TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
 
@@ -30,6 +30,8 @@ class LayerShape:
         Tokens that a query sees at most.
     dtype : mx.Dtype
         Of K and V.
+    is_shared : bool
+        Whether other layers attend over its K and V, too.
     """
 
     index: int
@@ -38,6 +40,7 @@ class LayerShape:
     value_dim: int
     window: int | None
     dtype: mx.Dtype
+    is_shared: bool
 
 
 class _Probe(Routed):
@@ -49,7 +52,7 @@ class _Probe(Routed):
         self.new: tuple[mx.array, mx.array] | None = None
         self.window: int | None = None
         self.odd = "does not keep K and V"
-        self._calls = 0
+        self.is_shared = False
         self._masks = masks
 
     def make_mask(
@@ -67,7 +70,13 @@ class _Probe(Routed):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.odd = "writes K and V twice" if self.new else "does not attend through mlx-lm's base"
         self.new = keys, values
+        self.given_keys, givers[id(keys)] = keys, self
         return keys, values
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        self.is_shared = True
+        assert self.new is not None
+        return own_attention(queries, *self.new, None, scale, "causal", sinks)
 
     def attend(
         self,
@@ -78,18 +87,15 @@ class _Probe(Routed):
         mask: Any,
         sinks: mx.array | None,
     ) -> mx.array:
-        self._calls += 1
         known = [("causal", None), *self._masks] if isinstance(mask, str) else self._masks
         windows = [window for made, window in known if made is mask or mask == "causal"][:1]
         if self.new is None or keys is not self.new[0] or values is not self.new[1]:
             self.odd = "attends over other K and V than its own"
-        elif self._calls > 1:
-            self.odd = "shares its K and V with another"
         elif not windows:
             self.odd = "attends with a mask of its own"
         else:
             [self.window], self.odd = windows, ""
-        return plain(queries, keys, values, scale, mask, sinks)
+        return own_attention(queries, keys, values, None, scale, mask, sinks)
 
 
 def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
@@ -133,7 +139,8 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
             window = kept
         keys, values = probe.new
         _, heads, _, key_dim = keys.shape
-        shapes.append(LayerShape(index, heads, key_dim, values.shape[3], window, keys.dtype))
+        dims = key_dim, values.shape[3]
+        shapes.append(LayerShape(index, heads, *dims, window, keys.dtype, probe.is_shared))
     if not shapes:
         raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V")
     return shapes

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step as own_generate_step
@@ -19,10 +20,20 @@ from mlx_lm.models import cache as caches
 
 _lock = threading.Lock()
 _open = 0
+givers: WeakValueDictionary[int, Routed] = WeakValueDictionary()
+"""Caches by the identity of the K that a layer was given last and may hand on to others."""
 
 
 class Routed:
-    """A layer's cache that attends by itself."""
+    """A layer's cache that attends by itself.
+
+    Attributes
+    ----------
+    given_keys : mx.array or None
+        K that was given last, if other layers may attend over it.
+    """
+
+    given_keys: mx.array | None = None
 
     def attend(
         self,
@@ -34,6 +45,10 @@ class Routed:
         sinks: mx.array | None,
     ) -> mx.array:
         """Return the attention of a layer, with what it hands to mlx-lm's function."""
+        raise NotImplementedError
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Return the attention of another layer over the K and V that were given last."""
         raise NotImplementedError
 
     def unpaged(self) -> Any:
@@ -71,8 +86,10 @@ def attend(
     """Attend as mlx-lm does, over a store's pools if `cache` is a layer of a store."""
     if isinstance(cache, Routed):
         return cache.attend(queries, keys, values, scale, mask, sinks)
-    own: Callable[..., mx.array] = _OWN["scaled_dot_product_attention"]
-    return own(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    giver = givers.get(id(keys))
+    if giver is not None and giver.given_keys is keys:
+        return giver.attend_again(queries, scale, sinks)
+    return own_attention(queries, keys, values, cache, scale, mask, sinks)
 
 
 def generate_step(prompt: mx.array, model: Any, *stream: Any, **options: Any) -> Any:
@@ -124,16 +141,7 @@ _OWN: dict[str, Callable[..., Any]] = {
 }
 
 
-def plain(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    mask: Any,
-    sinks: mx.array | None,
-) -> mx.array:
-    """Attend with mlx-lm's own function over arrays."""
-    return attend(queries, keys, values, None, scale, mask, sinks)
+own_attention: Callable[..., mx.array] = _OWN["scaled_dot_product_attention"]
 
 
 def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., Any]]) -> None:
