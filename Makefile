@@ -18,8 +18,8 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 .PHONY: help bench prove publish serve table adr compare noise detect doctor tune record screenshot
-.PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak example
-.PHONY: format clean
+.PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
+.PHONY: example trace format clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
@@ -37,9 +37,10 @@ help:
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make screenshot  take the README's picture of the site"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
-	@echo "make example     replay a request trace, plot block usage"
+	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
+	@echo "make trace       replay a request trace, plot block usage"
 	@echo "make format      let ruff rewrite the sources"
-	@echo "make clean       remove environments, caches and built pages; results stay"
+	@echo "make clean       remove environments, caches, models and built pages; results stay"
 
 # Exit 2 of the first step: some benchmarks failed; what there is gets published all the same.
 bench: $(READY) website/node_modules
@@ -146,6 +147,10 @@ soak: $(READY)
 	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler_machine.py -k soak
 
 example: $(READY)
+	@$(BIN)/python examples/smollm.py
+	@$(BIN)/python examples/chat.py
+
+trace: $(READY)
 	@mkdir -p .asv
 	$(BIN)/python examples/replay_trace.py --plot .asv/usage.png
 
@@ -154,4 +159,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* .asv .hypothesis .mypy_cache .pytest_cache .ruff_cache website/node_modules asv.*.conf.json
+	rm -rf .venv* .asv .hypothesis .models .mypy_cache .pytest_cache .ruff_cache website/node_modules asv.*.conf.json
