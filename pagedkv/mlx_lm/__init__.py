@@ -20,6 +20,7 @@ def _check_mlx_lm() -> None:
 _check_mlx_lm()
 
 from pagedkv.mlx_lm.prompt_cache import PromptCache  # noqa: E402
+from pagedkv.mlx_lm.scheduled import ScheduledModel  # noqa: E402
 from pagedkv.mlx_lm.store import PagedStore, StoreStats  # noqa: E402
 
-__all__ = ["PagedStore", "PromptCache", "StoreStats"]
+__all__ = ["PagedStore", "PromptCache", "ScheduledModel", "StoreStats"]

@@ -16,6 +16,41 @@ from pagedkv.limits import positive_int32
 from pagedkv.mlx_lm.probe import LayerShape
 
 
+def pools_of(
+    shapes: list[LayerShape], block_size: int, *, num_blocks: int | None, num_bytes: int
+) -> PagedKVCache:
+    """Return pools for paged layers under a budget, of blocks or else of bytes.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If K and V are not of one dtype.
+    ValueError
+        If there is no room for a block.
+    """
+    kv_heads = [shape.kv_heads for shape in shapes]
+    head_dims = [shape.head_dim for shape in shapes]
+    dtypes = {shape.dtype for shape in shapes}
+    if len(dtypes) > 1:
+        raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
+    [dtype] = dtypes
+    block_size = positive_int32(block_size, "block_size")
+    if num_blocks is None:
+        elements = sum(h * d for h, d in zip(kv_heads, head_dims, strict=True))
+        block_bytes = 2 * block_size * elements * dtype.size
+        num_blocks = num_bytes // block_bytes
+        if num_blocks < 1:
+            raise ValueError(f"expected memory for a block, {block_bytes} bytes at least")
+    return PagedKVCache(
+        num_layers=len(shapes),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        kv_heads=kv_heads,
+        head_dim=head_dims,
+        dtype=dtype,
+    )
+
+
 class Memory:
     """The blocks of a store, while it is open.
 
@@ -58,28 +93,9 @@ class Memory:
         is_whole: bool,
     ) -> None:
         self.shapes, self.is_whole = shapes, is_whole
-        self.head_dims = [max(shape.key_dim, shape.value_dim) for shape in shapes]
-        kv_heads = [shape.kv_heads for shape in shapes]
-        dtypes = {shape.dtype for shape in shapes}
-        if len(dtypes) > 1:
-            raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
-        [dtype] = dtypes
-        block_size = positive_int32(block_size, "block_size")
-        if num_blocks is None:
-            elements = sum(h * d for h, d in zip(kv_heads, self.head_dims, strict=True))
-            block_bytes = 2 * block_size * elements * dtype.size
-            num_blocks = num_bytes // block_bytes
-            if num_blocks < 1:
-                raise ValueError(f"expected memory for a block, {block_bytes} bytes at least")
-        self.kv = PagedKVCache(
-            num_layers=len(shapes),
-            num_blocks=num_blocks,
-            block_size=block_size,
-            kv_heads=kv_heads,
-            head_dim=self.head_dims,
-            dtype=dtype,
-        )
-        self.tree = RadixTree(self.kv.pool, block_size)
+        self.head_dims = [shape.head_dim for shape in shapes]
+        self.kv = pools_of(shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes)
+        self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.dropped: deque[list[BlockTable]] = deque()
         self.peak = 0
         self._is_open = True

@@ -42,6 +42,11 @@ class LayerShape:
     dtype: mx.Dtype
     is_shared: bool
 
+    @property
+    def head_dim(self) -> int:
+        """D of its pools: the larger one."""
+        return max(self.key_dim, self.value_dim)
+
 
 class _Probe(Routed):
     """A cache that notes what is done with it; `masks` are those handed out, with their windows."""

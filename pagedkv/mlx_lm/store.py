@@ -82,11 +82,7 @@ class PagedStore:
         num_blocks: int | None = None,
         block_size: int = 32,
     ) -> None:
-        if (memory is None) == (num_blocks is None):
-            raise ValueError("expected a budget, either memory or num_blocks")
-        if isinstance(getattr(model, "make_cache", None), RoutedMaker):
-            raise PagedKVError("expected a model without an open store")
-        num_bytes = 0 if memory is None else parse_bytes(memory)
+        num_bytes = check_budget(model, memory, num_blocks)
         self._model, self._asked, self._cached = model, 0, 0
         caches = make_prompt_cache(model)
         open_routes()
@@ -252,6 +248,15 @@ class _Maker(RoutedMaker):
 
     def __call__(self, tokens: Sequence[int] = ()) -> PromptCache:
         return self._store.cache(tokens)
+
+
+def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -> int:
+    """Return the bytes of a budget, 0 for one of blocks; refuse two, none, or a model in use."""
+    if (memory is None) == (num_blocks is None):
+        raise ValueError("expected a budget, either memory or num_blocks")
+    if isinstance(getattr(model, "make_cache", None), RoutedMaker):
+        raise PagedKVError("expected a model without an open store")
+    return 0 if memory is None else parse_bytes(memory)
 
 
 def parse_bytes(memory: int | str | None) -> int:

@@ -1,0 +1,243 @@
+"""A model of mlx-lm that computes what a `Scheduler` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import make_prompt_cache
+
+from pagedkv.attention.scores import ScoreOptions
+from pagedkv.cache.kv_cache import PagedKVCache
+from pagedkv.cache.step import ScheduledStep
+from pagedkv.errors import PagedKVError, UnsupportedModelError
+from pagedkv.host.schedule import Schedule
+from pagedkv.mlx_lm.layer import widened
+from pagedkv.mlx_lm.memory import pools_of
+from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
+from pagedkv.mlx_lm.routing import Routed, close_routes, open_routes
+from pagedkv.mlx_lm.store import check_budget
+
+
+class ScheduledModel:
+    """A model of mlx-lm over pools whose blocks a `Scheduler` gives out.
+
+    Requests come and go, share prefixes and are preempted as the scheduler says; the model computes
+    its schedules. While it is open, attention of paged caches goes to the pools; `close`, or the
+    end of a ``with``, undoes that.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of mlx-lm whose layers all keep K and V.
+    memory, num_blocks, block_size
+        As for `PagedStore`.
+
+    Attributes
+    ----------
+    cache : PagedKVCache
+        The pools: ``Scheduler(cache.pool, cache.block_size)`` spends them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer cannot be paged.
+    ValueError
+        If the budget is missing, given twice, malformed or too small for a block.
+    PagedKVError
+        If the model has an open `PagedStore`.
+
+    Examples
+    --------
+    The loop, here with the most likely tokens::
+
+        with ScheduledModel(model, memory="2GB") as scheduled:
+            scheduler = Scheduler(scheduled.cache.pool, scheduled.cache.block_size)
+            scheduler.add("a", tokenizer.encode("Hello"), max_new_tokens=50)
+            while (schedule := scheduler.schedule()).request_ids:
+                tokens = mx.argmax(scheduled.logits(schedule), axis=-1).tolist()
+                scheduler.update(dict(zip(schedule.samples, tokens)))
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        memory: int | str | None = None,
+        num_blocks: int | None = None,
+        block_size: int = 32,
+    ) -> None:
+        num_bytes = check_budget(model, memory, num_blocks)
+        caches = make_prompt_cache(model)
+        open_routes()
+        try:
+            shapes = layer_shapes(model, caches)
+            if len(shapes) < len(caches):
+                missing = min(set(range(len(caches))) - {shape.index for shape in shapes})
+                raise UnsupportedModelError(
+                    f"{type(model).__module__.rpartition('.')[2]} cannot be scheduled: layer "
+                    f"{missing} keeps something else than K and V"
+                )
+            self.cache: PagedKVCache = pools_of(
+                shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes
+            )
+        except BaseException:
+            close_routes()
+            raise
+        self._model, self._pass = model, _Pass()
+        self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
+        self._is_open = True
+
+    def logits(self, schedule: Schedule, sampled: mx.array | None = None) -> mx.array:
+        """Compute a schedule; return what its requests' next tokens are drawn from.
+
+        `Scheduler.update` follows with these tokens, or `Scheduler.retract` if this raised.
+
+        Parameters
+        ----------
+        schedule, sampled
+            As for `PagedKVCache.steps`: with `sampled` one step is in flight. Not empty.
+
+        Returns
+        -------
+        mx.array
+            Shape [len(schedule.samples), V], in this order; lazy.
+
+        Raises
+        ------
+        ValueError, PagedKVError
+            As `PagedKVCache.steps`, if the schedule is empty or this object was closed. Nothing has
+            changed then.
+        """
+        if not self._is_open:
+            raise PagedKVError("expected an open model, this one was closed")
+        if not schedule.request_ids:
+            raise ValueError("expected a schedule of at least one request")
+        found: list[mx.array] = []
+        places: dict[Hashable, int] = {}
+        for step in self.cache.steps(schedule, sampled):
+            with self._pass.of(step):
+                out = self._model(step.tokens, cache=self._layers)[:, -1]
+            rows = step.sample_rows
+            if rows:
+                found.append(out if len(rows) == len(out) else out[mx.array(rows)])
+                for row in rows:
+                    places[step.request_ids[row]] = len(places)
+        if not found:  # a part of a prompt: nothing else would have it computed
+            mx.async_eval(self.cache.written(len(self._layers) - 1))  # type: ignore[no-untyped-call]
+            return mx.zeros((0, out.shape[-1]), out.dtype)
+        logits = mx.concatenate(found) if len(found) > 1 else found[0]
+        order = [places[request_id] for request_id in schedule.samples]
+        return logits if order == list(range(len(order))) else logits[mx.array(order)]
+
+    def close(self) -> None:
+        """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
+        if self._is_open:
+            self._is_open = False
+            close_routes()
+            del self.cache
+
+    def __enter__(self) -> ScheduledModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Pass:
+    """The forward pass under way, which all layers read.
+
+    Attributes
+    ----------
+    step : ScheduledStep or None
+        What is computed.
+    offset : int or mx.array
+        Position of the first new token: an int, or [B] int32 for several sequences.
+    longest : int
+        Most tokens of a sequence before the pass.
+    masks : list of mx.array
+        Those that were asked for as arrays.
+    """
+
+    def __init__(self) -> None:
+        self.step: ScheduledStep | None = None
+        self.offset: int | mx.array = 0
+        self.longest = 0
+        self.masks: list[mx.array] = []
+
+    @contextmanager
+    def of(self, step: ScheduledStep) -> Iterator[None]:
+        """Let the layers compute a step."""
+        count = step.tokens.shape[1]
+        before = [table.num_tokens - count for table in step.tables]
+        self.offset = before[0] if len(before) == 1 else mx.array(before)
+        self.step, self.longest = step, max(before)
+        try:
+            yield
+        finally:
+            self.step, self.masks = None, []
+
+
+class _Layer(Routed):
+    """What a model reads and calls of a layer's cache."""
+
+    def __init__(self, under_way: _Pass, layer: int, shape: LayerShape) -> None:
+        self.layer, self._pass, self._shape = layer, under_way, shape
+        self._scores = ScoreOptions(window=shape.window)
+        self._new: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self._pass.offset
+
+    def make_mask(
+        self,
+        N: int,  # noqa: N803
+        return_array: bool = False,
+        window_size: int | None = None,
+    ) -> Any:
+        """Return what stands for a mask: the step knows by itself who sees what."""
+        if return_array:
+            mask = create_causal_mask(N, self._pass.longest, window_size=window_size)
+            self._pass.masks.append(mask)
+            return mask
+        return None if N == 1 else "causal"
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._new = keys, values
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        new, self._new, step = self._new, None, self._pass.step
+        if step is None or new is None or keys is not new[0] or values is not new[1]:
+            raise PagedKVError("expected the K and V that the layer put into its cache")
+        if isinstance(mask, mx.array) and not any(mask is made for made in self._pass.masks):
+            raise PagedKVError("expected a mask of the cache's, got another")
+        if sinks is not self._scores.sinks:
+            self._scores = ScoreOptions(window=self._shape.window, sinks=sinks)
+        own, dim, wide = queries.dtype, values.shape[3], self._shape.head_dim
+        queries, keys, values = (
+            widened(x, wide) for x in (queries.astype(keys.dtype), keys, values)
+        )
+        out = step.attend(self.layer, queries, keys, values, scale=scale, scores=self._scores)
+        return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
+
+    def unpaged(self) -> Any:
+        raise PagedKVError("expected a prompt cache, got a layer of a scheduled model")

@@ -1,0 +1,240 @@
+"""A model of mlx-lm that computes schedules: the tokens that mlx-lm's own caches give."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import generate_step
+from mlx_lm.models import base
+from small_models import FAMILIES, small_model
+
+from pagedkv import PagedKVError, Scheduler
+from pagedkv.errors import UnsupportedModelError
+from pagedkv.mlx_lm import PagedStore, ScheduledModel
+
+pytestmark = pytest.mark.usefixtures("storage")
+PAGED = sorted(set(FAMILIES) - {"qwen3_next"})
+VOCABULARY, SIZES = 97, {"num_blocks": 24, "block_size": 4}
+
+
+def requests_that_share():
+    """Eight requests, most of them after the same 14 tokens: prompt and number of new tokens."""
+    rng = np.random.default_rng(41)
+    shared = rng.integers(0, VOCABULARY, 14).tolist()
+    requests = {}
+    for number in range(8):
+        own = rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist()
+        requests[number] = (shared + own if number % 4 else own), int(rng.integers(8, 22))
+    return requests
+
+
+def one_by_one(model, requests, logprobs=None):
+    """What mlx-lm generates over its own caches; `logprobs` are added to by request."""
+    generated = {}
+    for number, (prompt, most) in requests.items():
+        steps = list(generate_step(mx.array(prompt), model, max_tokens=most))
+        generated[number] = [int(token) for token, _ in steps]
+        if logprobs is not None:
+            logprobs[number] = mx.stack([x for _, x in steps])
+    return generated
+
+
+def scheduler_of(scheduled, **options):
+    cache = scheduled.cache
+    return Scheduler(cache.pool, cache.block_size, **{"max_running": 6, "watermark": 0, **options})
+
+
+def serve(scheduled, scheduler, requests, logprobs=None):
+    generated = {number: [] for number in requests}
+    rows = {number: [] for number in requests}
+    for number, (prompt, most) in requests.items():
+        scheduler.add(number, prompt, most)
+    while (schedule := scheduler.schedule()).request_ids:
+        logits = scheduled.logits(schedule)
+        assert logits.shape == (len(schedule.samples), VOCABULARY)
+        tokens = mx.argmax(logits, axis=-1).tolist()
+        sampled = dict(zip(schedule.samples, tokens, strict=True))
+        for row, number in enumerate(schedule.samples):
+            generated[number].append(tokens[row])
+            rows[number].append(logits[row] - mx.logsumexp(logits[row]))
+        scheduler.update(sampled)
+    if logprobs is not None:
+        logprobs.update({number: mx.stack(found) for number, found in rows.items()})
+    return generated
+
+
+@pytest.mark.parametrize("family", PAGED)
+def test_requests_under_pressure(family):
+    model, requests, logprobs, own = small_model(family), requests_that_share(), {}, {}
+    expected = one_by_one(model, requests, own)
+    with ScheduledModel(model, **SIZES) as scheduled:
+        scheduler = scheduler_of(scheduled, max_tokens=11)
+        assert serve(scheduled, scheduler, requests, logprobs) == expected
+        stats = scheduler.stats()
+    for number in requests:  # tokens alone say little of a model that repeats itself
+        assert mx.allclose(logprobs[number], own[number], rtol=1e-3, atol=1e-3), number
+    assert stats.preemptions > 0
+    assert stats.hit_tokens > 0
+    assert stats.blocks_live == 0
+
+
+def test_one_step_in_flight():
+    model, requests = small_model("qwen3"), requests_that_share()
+    expected = one_by_one(model, requests)
+    generated, in_flight, unknown = {number: [] for number in requests}, [], 0
+    with ScheduledModel(model, **SIZES) as scheduled:
+        scheduler = scheduler_of(scheduled)
+        for number, (prompt, most) in requests.items():
+            scheduler.add(number, prompt, most)
+        while True:
+            schedule = scheduler.schedule()
+            if schedule.request_ids:
+                before = in_flight[-1][1] if in_flight else None
+                logits = scheduled.logits(schedule, before)
+                tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
+                mx.async_eval(tokens)
+                in_flight.append((schedule, tokens))
+                unknown += len(schedule.unknown)
+                if len(in_flight) == 1:
+                    continue
+            if not in_flight:
+                break
+            computed, tokens = in_flight.pop(0)
+            sampled = dict(zip(computed.samples, tokens.tolist(), strict=True))
+            for number, token in sampled.items():
+                generated[number].append(token)
+            scheduler.update(sampled)
+    assert generated == expected
+    assert unknown > 20
+
+
+def test_a_pass_that_fails_is_retracted(monkeypatch):
+    model, requests = small_model("llama"), requests_that_share()
+    expected = one_by_one(model, requests)
+    with ScheduledModel(model, **SIZES) as scheduled:
+        scheduler = scheduler_of(scheduled)
+        own, calls = scheduled.logits, []
+
+        def fails_at_first(schedule):
+            calls.append(schedule)
+            if len(calls) % 3:
+                return own(schedule)
+            attend = base.scaled_dot_product_attention
+            with monkeypatch.context() as patch:
+                module = "mlx_lm.models.llama.scaled_dot_product_attention"
+                layers = []
+
+                def breaks(*arguments, **options):
+                    layers.append(arguments)
+                    if len(layers) == 2:
+                        raise MemoryError("injected")
+                    return attend(*arguments, **options)
+
+                patch.setattr(module, breaks)
+                with pytest.raises(MemoryError, match="injected"):
+                    own(schedule)
+            scheduler.retract()
+            return own(scheduler.schedule())
+
+        monkeypatch.setattr(scheduled, "logits", fails_at_first)
+        assert serve(scheduled, scheduler, requests) == expected
+        assert len(calls) > 9
+
+
+def test_a_prompt_in_parts_samples_nothing_before_its_last():
+    model = small_model("llama")
+    with ScheduledModel(model, **SIZES) as scheduled:
+        scheduler = scheduler_of(scheduled, max_tokens=4)
+        scheduler.add("a", list(range(10)), 1)
+        shapes = []
+        while (schedule := scheduler.schedule()).request_ids:
+            logits = scheduled.logits(schedule)
+            shapes.append(logits.shape)
+            tokens = mx.argmax(logits, axis=-1).tolist() if schedule.samples else []
+            scheduler.update(dict(zip(schedule.samples, tokens, strict=True)))
+    assert shapes == [(0, 97), (0, 97), (1, 97)]
+
+
+def test_close_leaves_mlx_lm_as_it_was():
+    model, own = small_model("llama"), base.scaled_dot_product_attention
+    scheduled = ScheduledModel(model, memory="1MB")
+    assert base.scaled_dot_product_attention is not own
+    scheduler = scheduler_of(scheduled)
+    scheduler.add("a", [1, 2], 2)
+    schedule = scheduler.schedule()
+    scheduled.close()
+    scheduled.close()
+    assert base.scaled_dot_product_attention is own
+    with pytest.raises(PagedKVError, match="expected an open model"):
+        scheduled.logits(schedule)
+
+
+REFUSED = {
+    "no budget": ("llama", {}, ValueError, "either memory or num_blocks"),
+    "little": ("llama", {"memory": "1KB"}, ValueError, "memory for a block, 24576 bytes"),
+    "layers of another kind": (
+        "qwen3_next",
+        {"num_blocks": 4},
+        UnsupportedModelError,
+        "qwen3_next cannot be scheduled: layer 0 keeps something else than K and V",
+    ),
+    "attention of its own": (
+        "gemma2",
+        {"num_blocks": 4},
+        UnsupportedModelError,
+        "gemma2 cannot be paged: layer 0 does not attend through mlx-lm's base",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_scheduled_is_refused(name):
+    family, options, error, message = REFUSED[name]
+    own = base.scaled_dot_product_attention
+    with pytest.raises(error, match=message):
+        ScheduledModel(small_model(family), **options)
+    assert base.scaled_dot_product_attention is own
+
+
+def test_a_model_with_an_open_store_is_refused():
+    model = small_model("llama")
+    with PagedStore(model, num_blocks=4), pytest.raises(PagedKVError, match="without an open st"):
+        ScheduledModel(model, num_blocks=4)
+
+
+def test_an_empty_schedule_is_refused():
+    with ScheduledModel(small_model("llama"), num_blocks=4) as scheduled:
+        schedule = scheduler_of(scheduled).schedule()
+        with pytest.raises(ValueError, match="a schedule of at least one request"):
+            scheduled.logits(schedule)
+        assert schedule.state == "new"
+
+
+def test_a_model_that_attends_over_other_arrays_is_refused():
+    class Odd:
+        """Hands K and V to its cache, and attends over copies."""
+
+        def __init__(self, model):
+            self.model = model
+            self.layers = model.layers
+
+        def __call__(self, tokens, cache):
+            layer, new = cache[0], mx.zeros((len(tokens), 2, tokens.shape[1], 16))
+            keys, values = layer.update_and_fetch(new, new)
+            return layer.attend(new, keys * self.factor, values, 0.25, self.mask, None)
+
+    model = small_model("llama")
+    with ScheduledModel(model, num_blocks=4) as scheduled:
+        odd = scheduled._model = Odd(model)
+        scheduler = scheduler_of(scheduled)
+        scheduler.add("a", [1, 2], 2)
+        odd.factor, odd.mask = 2, None
+        with pytest.raises(PagedKVError, match="the K and V that the layer put into its cache"):
+            scheduled.logits(scheduler.schedule())
+        scheduler.retract()
+        layer = scheduled._layers[0]
+        with pytest.raises(PagedKVError, match="the K and V that the layer put into its cache"):
+            layer.attend(*[mx.zeros((1, 2, 1, 16))] * 3, 0.25, None, None)
+        with pytest.raises(PagedKVError, match="got a layer of a scheduled model"):
+            layer.unpaged()
