@@ -19,7 +19,7 @@ from pagedkv.host.schedule import Schedule
 from pagedkv.mlx_lm.layer import widened
 from pagedkv.mlx_lm.memory import pools_of
 from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
-from pagedkv.mlx_lm.routing import Routed, close_routes, open_routes
+from pagedkv.mlx_lm.routing import Routed, close_routes, givers, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
 
@@ -88,7 +88,7 @@ class ScheduledModel:
         except BaseException:
             close_routes()
             raise
-        self._model, self._pass = model, _Pass()
+        self._model, self._pass = model, _Pass(self.cache)
         self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
         self._is_open = True
 
@@ -139,7 +139,7 @@ class ScheduledModel:
         if self._is_open:
             self._is_open = False
             close_routes()
-            del self.cache
+            del self.cache, self._pass.cache
 
     def __enter__(self) -> ScheduledModel:
         return self
@@ -158,6 +158,8 @@ class _Pass:
 
     Attributes
     ----------
+    cache : PagedKVCache
+        The pools.
     step : ScheduledStep or None
         What is computed.
     offset : int or mx.array
@@ -168,7 +170,8 @@ class _Pass:
         Those that were asked for as arrays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
         self.step: ScheduledStep | None = None
         self.offset: int | mx.array = 0
         self.longest = 0
@@ -214,6 +217,8 @@ class _Layer(Routed):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._new = keys, values
+        if self._shape.is_shared:
+            self.given_keys, givers[id(keys)] = keys, self
         return keys, values
 
     def attend(
@@ -230,14 +235,31 @@ class _Layer(Routed):
             raise PagedKVError("expected the K and V that the layer put into its cache")
         if isinstance(mask, mx.array) and not any(mask is made for made in self._pass.masks):
             raise PagedKVError("expected a mask of the cache's, got another")
-        if sinks is not self._scores.sinks:
-            self._scores = ScoreOptions(window=self._shape.window, sinks=sinks)
         own, dim, wide = queries.dtype, values.shape[3], self._shape.head_dim
         queries, keys, values = (
             widened(x, wide) for x in (queries.astype(keys.dtype), keys, values)
         )
-        out = step.attend(self.layer, queries, keys, values, scale=scale, scores=self._scores)
+        scores = self._scores_with(sinks)
+        out = step.attend(self.layer, queries, keys, values, scale=scale, scores=scores)
         return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
+
+    def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attend with another layer's queries over all that the sequences hold of this one."""
+        step, shape = self._pass.step, self._shape
+        assert step is not None
+        out = self._pass.cache.attend(
+            self.layer,
+            widened(queries.astype(shape.dtype), shape.head_dim),
+            step.batch,
+            scale=scale,
+            scores=self._scores_with(sinks),
+        )
+        return out[..., : shape.value_dim].astype(queries.dtype)
+
+    def _scores_with(self, sinks: mx.array | None) -> ScoreOptions:
+        if sinks is not self._scores.sinks:
+            self._scores = ScoreOptions(window=self._shape.window, sinks=sinks)
+        return self._scores
 
     def unpaged(self) -> Any:
         raise PagedKVError("expected a prompt cache, got a layer of a scheduled model")
