@@ -116,6 +116,10 @@ class _Paired:
         self.store = store_for(self.model, lengths)
         self.paged = _Decoding(self.model, prompts, self.store.cache)
 
+    def teardown(self, *cell):
+        if hasattr(self, "store"):
+            self.store.close()
+
     def pair(self):
         """Return what makes the ratio one of speeds: mlx-lm's time over the store's."""
         return self.plain.steps, self.paged.steps
@@ -169,6 +173,10 @@ class FirstToken:
         self.store = store_for(self.model, [cached + self.own] * 4)
         self.namespaces = iter(range(10**9))
         self.first("shared")
+
+    def teardown(self, cached):
+        if hasattr(self, "store"):
+            self.store.close()
 
     def first(self, namespace):
         from mlx_lm.generate import generate_step

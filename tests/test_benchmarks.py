@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from asv_runner.statistics import compute_stats
+from small_models import small_model
 
 import benchmarks
-from benchmarks import common, host, kinds, ratio
+from benchmarks import common, generate, host, kinds, ratio
 from benchmarks.kinds import TimeBenchmark, TrackBenchmark
 from benchmarks.ratio import RatioBenchmark
 
@@ -186,8 +187,11 @@ def test_what_needs_a_gpu_is_not_applicable_without(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - (set() if common.on_gpu() else ON_A_GPU)))
-def test_smallest_cell_runs(name):
+def test_smallest_cell_runs(name, monkeypatch):
     cls = CLASSES[name]
+    if name.startswith("generate."):
+        pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+        monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))  # quick on a CPU
     (function,) = benchmark_functions(cls)
     instance = cls()
     smallest_first = tuple(values[0] for values in cls.params)
@@ -201,6 +205,7 @@ def test_smallest_cell_runs(name):
         assert result > 0
     else:
         assert result is None
+    getattr(instance, "teardown", lambda *cell: None)(*cell)
 
 
 def ratio_benchmark(function, **attributes):

@@ -64,6 +64,18 @@ def test_close_leaves_mlx_lm_as_it_was():
     assert type(caches.make_prompt_cache(model)[0]) is caches.KVCache
 
 
+def test_a_store_that_nobody_closed_is_undone_with_its_model():
+    model = small_model("qwen3")
+    before = bindings()
+    PagedStore(model, num_blocks=4)
+    assert isinstance(model.make_cache()[0], PagedLayer)  # the model keeps it
+    gc.collect()
+    assert bindings() != before
+    del model
+    gc.collect()
+    assert bindings() == before
+
+
 def test_close_gives_back_a_models_own_make_cache():
     model = small_model("gemma3_text")
     with PagedStore(model, num_blocks=4):

@@ -16,7 +16,7 @@ from pagedkv.attention.gather import gather_rows
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
-from pagedkv.mlx_lm.routing import Routed, givers, own_attention
+from pagedkv.mlx_lm.routing import Routed, given_keys_of, own_attention
 from pagedkv.mlx_lm.sequences import Sequences
 
 
@@ -74,7 +74,7 @@ class PagedLayer(Routed):
         self._new = keys, values, sequences.begin(self.layer, keys.shape[0], keys.shape[2])
         if self._is_shared:
             self._given, self.given_keys = self._new, keys
-            givers[id(keys)] = self
+            given_keys_of[id(keys)] = self
         return keys, values
 
     def attend(

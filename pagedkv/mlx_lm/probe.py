@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.mlx_lm.routing import Routed, givers, own_attention
+from pagedkv.mlx_lm.routing import Routed, given_keys_of, own_attention
 
 TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
 
@@ -75,7 +75,7 @@ class _Probe(Routed):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.odd = "writes K and V twice" if self.new else "does not attend through mlx-lm's base"
         self.new = keys, values
-        self.given_keys, givers[id(keys)] = keys, self
+        self.given_keys, given_keys_of[id(keys)] = keys, self
         return keys, values
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step as own_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may close a store while another is opened
 _open = 0
-givers: WeakValueDictionary[int, Routed] = WeakValueDictionary()
+given_keys_of: weakref.WeakValueDictionary[int, Routed] = weakref.WeakValueDictionary()
 """Caches by the identity of the K that a layer was given last and may hand on to others."""
 
 
@@ -86,7 +86,7 @@ def attend(
     """Attend as mlx-lm does, over a store's pools if `cache` is a layer of a store."""
     if isinstance(cache, Routed):
         return cache.attend(queries, keys, values, scale, mask, sinks)
-    giver = givers.get(id(keys))
+    giver = given_keys_of.get(id(keys))
     if giver is not None and giver.given_keys is keys:
         return giver.attend_again(queries, scale, sinks)
     return own_attention(queries, keys, values, cache, scale, mask, sinks)
@@ -153,16 +153,29 @@ def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., An
                     setattr(module, name, function)
 
 
-def open_routes() -> None:
-    """Replace them, for one more store; models that are imported later import ours."""
+def open_routes(owner: object) -> Callable[[], object]:
+    """Replace them, for one more store; models that are imported later import ours.
+
+    Parameters
+    ----------
+    owner : object
+        For whom: when it is no more, that undoes it, too.
+
+    Returns
+    -------
+    callable
+        Undoes it, once; the last store's leaves mlx-lm as it was.
+    """
     global _open
     with _lock:
         _open += 1
         _replace(_OWN, _ROUTES)
+        undo = weakref.finalize(owner, _close_routes)
+        undo.atexit = False
+        return undo
 
 
-def close_routes() -> None:
-    """Undo `open_routes`; the last store's leaves mlx-lm as it was."""
+def _close_routes() -> None:
     global _open
     with _lock:
         _open -= 1

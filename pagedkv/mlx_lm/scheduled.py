@@ -19,7 +19,7 @@ from pagedkv.host.schedule import Schedule
 from pagedkv.mlx_lm.layer import widened
 from pagedkv.mlx_lm.memory import pools_of
 from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
-from pagedkv.mlx_lm.routing import Routed, close_routes, givers, open_routes
+from pagedkv.mlx_lm.routing import Routed, given_keys_of, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
 
@@ -73,7 +73,7 @@ class ScheduledModel:
     ) -> None:
         num_bytes = check_budget(model, memory, num_blocks)
         caches = make_prompt_cache(model)
-        open_routes()
+        self._undo_routes = open_routes(self)
         try:
             shapes = layer_shapes(model, caches)
             if len(shapes) < len(caches):
@@ -86,7 +86,7 @@ class ScheduledModel:
                 shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes
             )
         except BaseException:
-            close_routes()
+            self._undo_routes()
             raise
         self._model, self._pass = model, _Pass(self.cache)
         self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
@@ -138,7 +138,7 @@ class ScheduledModel:
         """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
         if self._is_open:
             self._is_open = False
-            close_routes()
+            self._undo_routes()
             del self.cache, self._pass.cache
 
     def __enter__(self) -> ScheduledModel:
@@ -218,7 +218,7 @@ class _Layer(Routed):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._new = keys, values
         if self._shape.is_shared:
-            self.given_keys, givers[id(keys)] = keys, self
+            self.given_keys, given_keys_of[id(keys)] = keys, self
         return keys, values
 
     def attend(

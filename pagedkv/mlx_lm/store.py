@@ -16,7 +16,7 @@ from pagedkv.mlx_lm.layer import PagedLayer, widened
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.probe import layer_shapes
 from pagedkv.mlx_lm.prompt_cache import PromptCache
-from pagedkv.mlx_lm.routing import RoutedMaker, close_routes, open_routes
+from pagedkv.mlx_lm.routing import RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -85,7 +85,7 @@ class PagedStore:
         num_bytes = check_budget(model, memory, num_blocks)
         self._model, self._asked, self._cached = model, 0, 0
         caches = make_prompt_cache(model)
-        open_routes()
+        self._undo_routes = open_routes(self)
         try:
             shapes = layer_shapes(model, caches)
             self.memory = Memory(
@@ -96,7 +96,7 @@ class PagedStore:
                 is_whole=len(shapes) == len(caches),
             )
         except BaseException:
-            close_routes()
+            self._undo_routes()
             raise
         self._make_own = vars(model).get("make_cache")
         self._own_caches = getattr(model, "make_cache", None)
@@ -221,7 +221,7 @@ class PagedStore:
             del self._model.make_cache
         else:
             self._model.make_cache = self._make_own
-        close_routes()
+        self._undo_routes()
         self.memory.close()
 
     def __enter__(self) -> PagedStore:
