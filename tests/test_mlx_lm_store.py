@@ -48,7 +48,7 @@ def bindings():
         for module in list(sys.modules.values())
         for name in ROUTED
         if getattr(module, "__name__", "").startswith("mlx_lm.") and name in vars(module)
-    }
+    } | {name: vars(BatchGenerator)[name] for name in ("insert_segments", "_make_batch", "_next")}
 
 
 def test_close_leaves_mlx_lm_as_it_was():
@@ -192,7 +192,7 @@ def test_options_that_a_store_has_not_are_refused(model, store):
         with pytest.raises(ValueError, match="max_kv_size=None over a paged store, got 64"):
             generate_step(prompt, model, max_kv_size=64, prompt_cache=cache)
     with pytest.raises(ValueError, match="max_kv_size=None over a paged store, got 64"):
-        BatchGenerator(model, max_kv_size=64).insert([[1, 2]])
+        BatchGenerator(model, max_tokens=8, max_kv_size=64).insert([[1, 2]])
     with pytest.raises(ValueError, match="kv_bits=None, got 4"):
         store.cache()[0].to_quantized()
     with pytest.raises(ValueError, match="padding on the right, got left_padding"):

@@ -306,3 +306,8 @@ def widened(x: mx.array, head_dim: int) -> mx.array:
     """Return an array with zeros up to the pools' head dim: they change no product."""
     missing = head_dim - x.shape[3]
     return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
+
+
+def sequences_of(cache: Sequence[Any]) -> Sequences | None:
+    """Return what the paged layers of a prompt cache share; None if no layer of it is paged."""
+    return next((layer.sequences for layer in cache if isinstance(layer, PagedLayer)), None)

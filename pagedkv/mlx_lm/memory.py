@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,11 @@ class Memory:
     dropped : deque of list of BlockTable
         Of caches that somebody let go of, to be taken back by `collect`: the garbage collector may
         come while the pool is being changed.
+    live : WeakSet
+        The `Sequences` that hold blocks of it, and somebody them.
+    givers : list of callable
+        Asked in turn for a number of blocks when too few are free; each says whether it gave up
+        anything. At first they are the cached prefixes alone.
     peak : int
         Most blocks held at once.
 
@@ -97,6 +104,8 @@ class Memory:
         self.kv = pools_of(shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes)
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.dropped: deque[list[BlockTable]] = deque()
+        self.live: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.givers: list[Callable[[int], int]] = [self.tree.evict]
         self.peak = 0
         self._is_open = True
 
@@ -106,7 +115,7 @@ class Memory:
             raise PagedKVError("expected an open store, this one was closed")
 
     def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
-        """Begin a step, see `PagedKVCache.extend`; cached prefixes make room for it."""
+        """Begin a step, see `PagedKVCache.extend`; the `givers` make room for it."""
         self.check_open()
         while True:
             try:
@@ -115,8 +124,10 @@ class Memory:
                 self.peak = max(self.peak, pool.num_blocks - pool.num_free)
                 return step
             except OutOfBlocksError as error:
-                if not self.tree.evict(error.needed - error.free):
+                missing = error.needed - error.free
+                if not any(give(missing) for give in self.givers):
                     raise
+                self.collect()
 
     def collect(self) -> None:
         """Take back the blocks of caches that were let go of."""
@@ -136,4 +147,5 @@ class Memory:
     def close(self) -> None:
         """Give the pools' memory back."""
         self._is_open = False
+        self.givers.clear()
         del self.kv, self.tree

@@ -2,11 +2,13 @@
 
 Models import the attention function by name, each into its own module. While a store is open, every
 module that holds mlx-lm's own holds ours in its place, which sends the caches of a store to their
-store and all others where they went before. So it is with the few others in `_ROUTES`.
+store and all others where they went before. So it is with the few others in `_ROUTES`, and with the
+methods of `BatchGenerator` in `_METHODS`.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
@@ -14,9 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.generate import generate_step as own_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
+
+from pagedkv.errors import OutOfBlocksError
 
 _lock = threading.RLock()  # the garbage collector may close a store while another is opened
 _open = 0
@@ -51,6 +56,10 @@ class Routed:
         """Return the attention of another layer over the K and V that were given last."""
         raise NotImplementedError
 
+    def size(self) -> int:
+        """Return the tokens of the longest sequence."""
+        raise NotImplementedError
+
     def unpaged(self) -> Any:
         """Return a cache of mlx-lm's own with the same tokens."""
         raise NotImplementedError
@@ -71,6 +80,18 @@ class RoutedMaker:
 
     def __call__(self, tokens: Sequence[int] = ()) -> RoutedPrompt:
         """Return a prompt cache, for a prompt if it is known."""
+        raise NotImplementedError
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raise ValueError for a request that can never be admitted."""
+        raise NotImplementedError
+
+    def admit(self, generator: BatchGenerator, count: int) -> int:
+        """Return how many of the first `count` waiting sequences may be computed now."""
+        raise NotImplementedError
+
+    def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
+        """Return what to raise if none may ever."""
         raise NotImplementedError
 
 
@@ -127,6 +148,55 @@ def save_prompt_cache(
     _OWN["save_prompt_cache"](file_name, unpaged, metadata)
 
 
+def insert_segments(
+    generator: BatchGenerator,
+    segments: Sequence[Sequence[Sequence[int]]],
+    max_tokens: Sequence[int] | None = None,
+    caches: Sequence[Any] | None = None,
+    *others: Any,
+    **options: Any,
+) -> Any:
+    """Insert as mlx-lm does; a request that a store can never hold is refused, with all others."""
+    if make := _maker(generator.model):
+        answers = max_tokens or [generator.max_tokens] * len(segments)
+        held = [_held(cache) for cache in caches or [None] * len(segments)]
+        for prompt, before, answer in zip(segments, held, answers, strict=False):
+            make.check(before + sum(map(len, prompt)), answer)
+    own = _OWN_METHODS["insert_segments"]
+    return own(generator, segments, max_tokens, caches, *others, **options)
+
+
+def _held(cache: Any) -> int:
+    """Return the tokens in a prompt cache of a store."""
+    return next((layer.size() for layer in cache or () if isinstance(layer, Routed)), 0)
+
+
+def _make_batch(generator: BatchGenerator, n: int) -> Any:
+    """Begin with waiting sequences as mlx-lm does, over a store only with those that fit now."""
+    make = _maker(generator.model)
+    return _OWN_METHODS["_make_batch"](generator, make.admit(generator, n) if make else n)
+
+
+def _next(generator: BatchGenerator) -> Any:
+    """Compute as mlx-lm does; raise OutOfBlocksError if all there is waits, before it begins."""
+    make, own = _maker(generator.model), _OWN_METHODS["_next"]
+    found = own(generator)
+    if make and not any(found) and generator._unprocessed_sequences:
+        gc.collect()  # caches in a circle, as an error with its traceback is
+        found = own(generator)
+        if not any(found):
+            raise make.shortage(generator)
+    return found
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "insert_segments": insert_segments,
+    "_make_batch": _make_batch,
+    "_next": _next,
+}
+_OWN_METHODS: dict[str, Callable[..., Any]] = {
+    name: vars(BatchGenerator)[name] for name in _METHODS
+}
 _ROUTES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attend,
     "generate_step": generate_step,
@@ -153,6 +223,11 @@ def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., An
                     setattr(module, name, function)
 
 
+def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
+    for name, function in methods.items():
+        setattr(BatchGenerator, name, function)
+
+
 def open_routes(owner: object) -> Callable[[], object]:
     """Replace them, for one more store; models that are imported later import ours.
 
@@ -170,6 +245,7 @@ def open_routes(owner: object) -> Callable[[], object]:
     with _lock:
         _open += 1
         _replace(_OWN, _ROUTES)
+        _replace_methods(_METHODS)
         undo = weakref.finalize(owner, _close_routes)
         undo.atexit = False
         return undo
@@ -181,3 +257,4 @@ def _close_routes() -> None:
         _open -= 1
         if not _open:
             _replace(_ROUTES, _OWN)
+            _replace_methods(_OWN_METHODS)

@@ -31,6 +31,11 @@ class Sequences:
         The sequences. When this object is dropped, their blocks go back to it.
     is_batch : bool
         Whether mlx-lm made a batch of them: its offset is an array then.
+
+    Attributes
+    ----------
+    is_spare : bool
+        Whether one of the memory's `givers` will give them up; set by who adds it.
     """
 
     def __init__(self, memory: Memory, tables: list[BlockTable], *, is_batch: bool = False) -> None:
@@ -42,10 +47,12 @@ class Sequences:
         self.lens: list[int] = []  # before the step under way
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
+        self.is_spare = False
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
         self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
         self.finalizer.atexit = False
+        memory.live.add(self)
 
     @property
     def kv(self) -> PagedKVCache:

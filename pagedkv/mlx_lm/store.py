@@ -10,9 +10,10 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
-from pagedkv.errors import PagedKVError
+from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
-from pagedkv.mlx_lm.layer import PagedLayer, widened
+from pagedkv.mlx_lm.admission import Admission
+from pagedkv.mlx_lm.layer import PagedLayer, sequences_of, widened
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.probe import layer_shapes
 from pagedkv.mlx_lm.prompt_cache import PromptCache
@@ -236,18 +237,29 @@ class PagedStore:
         self.close()
 
     def _sequences(self, cache: Sequence[Any]) -> Sequences:
-        for layer in cache:
-            if isinstance(layer, PagedLayer) and layer.sequences.memory is self.memory:
-                return layer.sequences
-        raise ValueError("expected a prompt cache of this store")
+        sequences = sequences_of(cache)
+        if sequences is None or sequences.memory is not self.memory:
+            raise ValueError("expected a prompt cache of this store")
+        return sequences
 
 
 class _Maker(RoutedMaker):
     def __init__(self, store: PagedStore) -> None:
         self._store = store
 
+        self._admission = Admission(store.memory)
+
     def __call__(self, tokens: Sequence[int] = ()) -> PromptCache:
         return self._store.cache(tokens)
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        self._admission.check(prompt_tokens, max_tokens)
+
+    def admit(self, generator: Any, count: int) -> int:
+        return self._admission.admit(generator, count)
+
+    def shortage(self, generator: Any) -> OutOfBlocksError:
+        return self._admission.shortage(generator)
 
 
 def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -> int:

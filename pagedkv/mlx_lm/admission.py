@@ -1,0 +1,167 @@
+"""Which waiting sequences of mlx-lm's `BatchGenerator` may be computed: those with room to end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+
+from pagedkv.errors import OutOfBlocksError
+from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.mlx_lm.layer import sequences_of
+from pagedkv.mlx_lm.memory import Memory
+from pagedkv.mlx_lm.sequences import Sequences
+
+_Entry = tuple[BlockTable, int]  # a sequence, and the tokens it will have at most
+_SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a BatchGenerator
+
+
+class Admission:
+    """Lets a sequence begin when all that are computed will have blocks to their last token.
+
+    Blocks that others hold count as well, but for what is given up when blocks are needed, and not
+    before: cached prefixes, those of sequences that wait, and what is marked as spare.
+
+    Parameters
+    ----------
+    memory : Memory
+        Whose blocks are given out.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._generators: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
+        memory.givers.append(self._give_up)
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Refuse what would not fit if it were alone.
+
+        Parameters
+        ----------
+        prompt_tokens, max_tokens : int
+            Tokens of the prompt, and of the answer at most.
+
+        Raises
+        ------
+        ValueError
+            If prompt and answer together have more tokens than the store.
+        PagedKVError
+            If the store is closed.
+        """
+        self._memory.check_open()
+        limit = self._memory.kv.num_blocks * self._memory.kv.block_size
+        if prompt_tokens + max_tokens > limit:
+            raise ValueError(
+                f"expected prompt and answer of {limit} tokens at most, the whole paged store, got "
+                f"a prompt of {prompt_tokens} and max_tokens of {max_tokens}"
+            )
+
+    def admit(self, generator: BatchGenerator, count: int) -> int:
+        """Return how many of the first `count` waiting sequences may begin; the others wait.
+
+        Parameters
+        ----------
+        generator : BatchGenerator
+            In which they wait, while none of its passes is under way.
+        count : int
+            Sequences that it would begin with.
+
+        Raises
+        ------
+        PagedKVError
+            If the store is closed.
+        """
+        self._memory.check_open()
+        self._generators.add(generator)
+        return self._count(generator, count)[0]
+
+    def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
+        """Return what to raise if the first that waits may not begin, and nothing will end."""
+        return OutOfBlocksError(self._count(generator, 1)[1], self._memory.kv.num_blocks)
+
+    def _count(self, generator: BatchGenerator, count: int) -> tuple[int, int]:
+        """Return how many may begin, and the blocks that it would take with one more."""
+        memory = self._memory
+        memory.collect()
+        waiting = list(generator._unprocessed_sequences)
+        running = [found for other in self._generators for found in _running(other)]
+        entries = [
+            entry for sequences, to_come in running for entry in _entries(sequences, to_come)
+        ]
+        known = {id(sequences) for sequences, _ in running}
+        known |= {id(sequences_of(item[_CACHE])) for item in waiting if _can_give_up(item)}
+        held = {id(other): other for other in memory.live if id(other) not in known}
+        needed = 0
+        for place, item in enumerate(waiting[:count]):
+            sequences = sequences_of(item[_CACHE])
+            if sequences is not None:
+                held.pop(id(sequences), None)
+                entries += _entries(sequences, [_to_come(item[_SEGMENTS], item[_MAX_TOKENS])])
+            others = [
+                (table, table.num_tokens)
+                for other in held.values()
+                if not other.is_spare
+                for table in other.tables
+            ]
+            needed = self._needed([*entries, *others])
+            if needed > memory.kv.num_blocks:
+                return place, needed
+        return count, needed
+
+    def _needed(self, entries: list[_Entry]) -> int:
+        """Return the most blocks that sequences will hold at once; what they share counts once."""
+        kv = self._memory.kv
+        ids = [table.block_ids for table, _ in entries]
+        held = np.concatenate([np.empty(0, np.int32), *ids])
+        holders = np.bincount(held, minlength=kv.num_blocks)
+        more = 0
+        for table, tokens in entries:
+            more += blocks_needed(tokens, kv.block_size) - len(table.ids)
+            if table.num_tokens % kv.block_size:  # its last block is copied if others hold it
+                more += bool(holders[table.ids[-1]] > 1)
+        return int(np.count_nonzero(holders)) + more
+
+    def _give_up(self, count: int) -> bool:
+        """Take the cached prefix from the last one that waits with any: it is computed again."""
+        for generator in list(self._generators):
+            waiting = generator._unprocessed_sequences
+            for place in reversed(range(len(waiting))):
+                uid, segments, max_tokens, cache, tokens, *others = waiting[place]
+                if tokens and _can_give_up(waiting[place]):
+                    first, *rest = segments
+                    again = [[*tokens, *first], *rest] if rest else [list(tokens), first]
+                    cache = generator.model.make_cache()
+                    waiting[place] = (uid, again, max_tokens, cache, [], *others)
+                    return True
+        return False
+
+
+def _running(generator: BatchGenerator) -> Iterator[tuple[Sequences, list[int]]]:
+    """Yield what a generator computes, and the tokens that are to come of each sequence."""
+    prompts, answers = generator._prompt_batch, generator._generation_batch
+    if sequences := sequences_of(prompts.prompt_cache):
+        parts = zip(generator._currently_processing, prompts.max_tokens, strict=True)
+        yield sequences, [_to_come(item[0], most) for item, most in parts]
+    if sequences := sequences_of(answers.prompt_cache):
+        # A token that was sampled is computed when it is handed out, the last one too.
+        counts = zip(answers.max_tokens, answers._num_tokens, strict=True)
+        yield sequences, [most - done for most, done in counts]
+
+
+def _entries(sequences: Sequences, to_come: list[int]) -> list[_Entry]:
+    pairs = zip(sequences.tables, to_come, strict=True)
+    return [(table, table.num_tokens + more) for table, more in pairs]
+
+
+def _to_come(segments: list[list[int]], max_tokens: int) -> int:
+    """Return the tokens that are still to be computed of prompt and answer."""
+    return sum(map(len, segments)) + int(max_tokens)
+
+
+def _can_give_up(item: tuple[Any, ...]) -> bool:
+    """Whether a waiting sequence can do without its cache: the tokens in it are known."""
+    sequences = sequences_of(item[_CACHE])
+    return sequences is not None and sequences.tables[0].num_tokens == len(item[_TOKENS])
