@@ -95,10 +95,15 @@ FAMILIES = {
 """What a family's model differs in from a plain one."""
 
 
+def config_of(family, **other):
+    """Return the configuration of a family's small model."""
+    return {**_PLAIN, **FAMILIES.get(family, {}), **other, "model_type": family}
+
+
 def small_model(family, seed=0, **other):
     """Return a model of a family with random weights that prefer no token."""
     module = importlib.import_module(f"mlx_lm.models.{family}")
-    config = {**_PLAIN, **FAMILIES.get(family, {}), **other, "model_type": family}
+    config = config_of(family, **other)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.update(

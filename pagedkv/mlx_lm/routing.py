@@ -12,7 +12,9 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -258,3 +260,16 @@ def _close_routes() -> None:
         if not _open:
             _replace(_ROUTES, _OWN)
             _replace_methods(_OWN_METHODS)
+
+
+@contextmanager
+def replaced(module: ModuleType, **others: Any) -> Iterator[None]:
+    """Have a module of mlx-lm's use other objects than its own of these names, to the end."""
+    own = {name: getattr(module, name) for name in others}
+    try:
+        for name, other in others.items():
+            setattr(module, name, other)
+        yield
+    finally:
+        for name, before in own.items():
+            setattr(module, name, before)

@@ -101,7 +101,7 @@ class PagedStore:
             raise
         self._make_own = vars(model).get("make_cache")
         self._own_caches = getattr(model, "make_cache", None)
-        model.make_cache = _Maker(self)
+        model.make_cache = self._maker = _Maker(self)
         self._is_open = True
 
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
@@ -162,6 +162,10 @@ class PagedStore:
         sequences.end()
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Refuse a request that would not fit if it were alone, see `Admission.check`."""
+        self._maker.check(prompt_tokens, max_tokens)
 
     def load(self, file_name: str) -> PromptCache:
         """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.

@@ -1,0 +1,176 @@
+"""Small models in folders, as mlx-lm loads them, and a server of them over loopback."""
+
+import argparse
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+
+import openai
+from mlx_lm import server as own
+from mlx_lm.utils import save_model
+from small_models import config_of, small_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from pagedkv.mlx_lm import server
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} end {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+MARKS = ["<eos>", "<unk>", "system", "user", "assistant", "end"]
+WORDS = [f"w{number}" for number in range(97 - len(MARKS))]
+
+
+def saved_model(folder, family="llama", seed=0):
+    """Write a model and its tokenizer, which never ends an answer by itself; return its path."""
+    folder.mkdir()
+    save_model(folder, small_model(family, seed))
+    (folder / "config.json").write_text(json.dumps(config_of(family)))
+    known = {word: place for place, word in enumerate([*MARKS, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def words(count, start=0):
+    """Text of so many tokens."""
+    return " ".join(WORDS[(start + number) % len(WORDS)] for number in range(count))
+
+
+def options(model, **others):
+    """What mlx-lm's command line makes of its defaults."""
+    found = {
+        "model": model,
+        "adapter_path": None,
+        "draft_model": None,
+        "num_draft_tokens": 3,
+        "pipeline": False,
+        "trust_remote_code": False,
+        "chat_template": "",
+        "use_default_chat_template": False,
+        "chat_template_args": {},
+        "allowed_origins": ["*"],
+        "max_tokens": 512,
+        "temp": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "decode_concurrency": 32,
+        "prompt_concurrency": 8,
+        "prefill_step_size": 7,
+        "prompt_cache_size": 10,
+        "prompt_cache_bytes": None,
+        "kv_bits": None,
+        "kv_group_size": 64,
+        "quantized_kv_start": 0,
+    }
+    return argparse.Namespace(**{**found, **others})
+
+
+@contextmanager
+def served(provider):
+    """Serve what a provider loads; yield the address and what answers."""
+    ready, servers = threading.Event(), []
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            servers.append(self)
+            ready.set()
+
+    caches = server.PromptCaches(provider.cli_args.prompt_cache_size)
+    generator = server.Responses(provider, caches)
+    thread = threading.Thread(
+        target=own._run_http_server,
+        args=("127.0.0.1", 0, generator),
+        kwargs={"server_class": Server},
+    )
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield f"http://127.0.0.1:{servers[0].server_address[1]}/v1", generator
+    finally:
+        if servers:
+            servers[0].shutdown()
+            servers[0].server_close()
+        generator.stop_and_join()
+        thread.join(10)
+
+
+class Asked:
+    """A client of a server, and the server's inside."""
+
+    def __init__(self, url, generator):
+        self.generator, self.provider = generator, generator.model_provider
+        self.model = "default_model"
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=20)
+
+    def chat(self, messages, count=12, **more):
+        return self.client.chat.completions.create(
+            model=self.model, messages=messages, max_tokens=count, **more
+        )
+
+    def text(self, messages, count=12, **more):
+        return self.chat(messages, count, **more).choices[0].message.content
+
+    def together(self, chats):
+        """Answers to requests that are all there before the first is begun."""
+        check = self.provider.check
+
+        def when_all_are_there(*arguments):
+            self.provider.check = check
+            assert self.wait(lambda: self.generator.requests.qsize() == len(chats) - 1)
+            check(*arguments)
+
+        self.provider.check = when_all_are_there
+        with ThreadPoolExecutor(len(chats)) as pool:
+            return list(pool.map(self.chat, chats))
+
+    def stats(self):
+        """What the store holds once nothing is computed any more."""
+        assert self.wait(lambda: all(x.is_spare for x in list(self.provider.store.memory.live)))
+        return self.provider.store.stats()
+
+    def wait(self, until):
+        for _ in range(500):
+            try:
+                if until():
+                    return True
+            except RuntimeError:  # a set that the server changed meanwhile
+                pass
+            time.sleep(0.02)
+        return False
+
+
+def texts(answers):
+    return [one.choices[0].message.content for one in answers]
+
+
+@contextmanager
+def asked(path, num_blocks=128, arguments=None, **budget):
+    """Ask a server; at the end no block is lost."""
+    provider = server.Provider(
+        options(path, **(arguments or {})), num_blocks=num_blocks, block_size=4, **budget
+    )
+    with served(provider) as (url, generator):
+        found = Asked(url, generator)
+        with found.client:
+            yield found
+            found.stats()
+            memory = provider.store.memory
+            provider.caches.trim_to(n_sequences=0)
+            stats = found.stats()
+            assert stats.free_blocks + stats.cached_blocks == stats.num_blocks
+            assert memory.tree.evict(num_blocks) == stats.cached_blocks
+            assert memory.kv.pool.num_free == num_blocks
