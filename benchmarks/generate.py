@@ -79,7 +79,7 @@ class _Decoding:
         from mlx_lm.generate import BatchGenerator
 
         count = len(prompts)
-        self.generator = BatchGenerator(model, max_tokens=10**6, completion_batch_size=count)
+        self.generator = BatchGenerator(model, max_tokens=MOST, completion_batch_size=count)
         self.generator.insert(prompts, caches=[make_cache() for _ in prompts])
         while len(self.next()) < count:
             pass

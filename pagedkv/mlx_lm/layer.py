@@ -58,6 +58,9 @@ class PagedLayer(Routed):
         window_size: int | None = None,
     ) -> Any:
         """Return what stands for a mask: the layers know by themselves who sees what."""
+        if not self.sequences.memory.is_whole:
+            # Before a layer changes what is not in the pools: there may be too few blocks.
+            self.sequences.begin(self.layer, len(self.sequences.tables), N)
         if return_array:
             longest = max(self.sequences.num_tokens(self.layer))
             mask = create_causal_mask(N, longest, window_size=window_size)

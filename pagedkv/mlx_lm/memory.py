@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
-
-import numpy as np
 
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension
 from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedModelError
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.prefix_cache import RadixTree
-from pagedkv.limits import positive_int32
+from pagedkv.limits import integers, positive_int32
 from pagedkv.mlx_lm.probe import LayerShape
 
 
@@ -74,6 +73,8 @@ class Memory:
     dropped : deque of list of BlockTable
         Of caches that somebody let go of, to be taken back by `collect`: the garbage collector may
         come while the pool is being changed.
+    endings : deque of callable
+        Of generations that somebody let go of, likewise.
     live : WeakSet
         The `Sequences` that hold blocks of it, and somebody them.
     givers : list of callable
@@ -104,19 +105,21 @@ class Memory:
         self.kv = pools_of(shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes)
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.dropped: deque[list[BlockTable]] = deque()
+        self.endings: deque[Callable[[], None]] = deque()
         self.live: weakref.WeakSet[Any] = weakref.WeakSet()
         self.givers: list[Callable[[int], int]] = [self.tree.evict]
         self.peak = 0
-        self._is_open = True
+        self.is_open = True
 
     def check_open(self) -> None:
         """Raise PagedKVError if the store was closed."""
-        if not self._is_open:
+        if not self.is_open:
             raise PagedKVError("expected an open store, this one was closed")
 
     def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
         """Begin a step, see `PagedKVCache.extend`; the `givers` make room for it."""
         self.check_open()
+        searched = False
         while True:
             try:
                 step = self.kv.extend(tables, counts)
@@ -126,11 +129,15 @@ class Memory:
             except OutOfBlocksError as error:
                 missing = error.needed - error.free
                 if not any(give(missing) for give in self.givers):
-                    raise
+                    if searched:
+                        raise
+                    searched = gc.collect() >= 0  # caches in a circle
                 self.collect()
 
     def collect(self) -> None:
-        """Take back the blocks of caches that were let go of."""
+        """End generations that were let go of, and take back the blocks of such caches."""
+        while self.endings:
+            self.endings.popleft()()
         while self.dropped:
             for table in self.dropped.popleft():
                 table.truncate(0)
@@ -140,12 +147,12 @@ class Memory:
         self.check_open()
         if not self.is_whole:
             return 0
-        held = np.asarray(tokens, np.int32)[: table.num_tokens]
+        held: Any = integers(tokens, "tokens")[: table.num_tokens] if len(tokens) else []
         blocks, _ = self.tree.insert(held, table.ids.tolist(), namespace)
         return len(blocks) * self.kv.block_size
 
     def close(self) -> None:
         """Give the pools' memory back."""
-        self._is_open = False
+        self.is_open = False
         self.givers.clear()
         del self.kv, self.tree

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from pagedkv.errors import PagedKVError
 from pagedkv.mlx_lm.layer import PagedLayer
 from pagedkv.mlx_lm.routing import RoutedPrompt
 from pagedkv.mlx_lm.sequences import Sequences
@@ -36,6 +38,14 @@ class PromptCache(list[Any], RoutedPrompt):
         super().__init__(layers)
         self.tokens, self.cached, self.namespace = tokens or [], cached, namespace
         self.held = None if tokens is None else tokens[:cached]
+        self._version, self._is_busy = self.sequences.version if layers else 0, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
+        layers = [copy.deepcopy(layer, memo) for layer in self]
+        other = PromptCache(layers, list(self.tokens), self.cached, self.namespace)
+        known = self.held is not None and self._version == self.sequences.version
+        other.held = list(self.held) if known and self.held is not None else None
+        return other
 
     @property
     def rest(self) -> list[int]:
@@ -61,32 +71,63 @@ class PromptCache(list[Any], RoutedPrompt):
         arguments, options
             Of `generate_step`, but for the prompt.
         """
-        [table] = self.sequences.tables
-        held = self.held
-        if options.get("input_embeddings") is not None or held is None:
-            held = None
-        elif len(held) != table.num_tokens:
-            held = held[: table.num_tokens] if table.num_tokens < len(held) else None
-        if held is not None:
-            tokens: Any = prompt.tolist()
-            if held and len(held) == self.cached and tokens == self.tokens:
-                prompt, tokens = prompt[self.cached :], tokens[self.cached :]
+        sequences = self.sequences
+        sequences.memory.collect()
+        if self._is_busy:
+            raise PagedKVError("expected no other generation with this prompt cache under way")
+        [table] = sequences.tables
+        held = self.held if self._version == sequences.version else None
+        if held is not None and options.get("input_embeddings") is None:
+            held, tokens = held[: table.num_tokens], _ids(prompt)
+            cached = len(held)
+            if cached < len(tokens) and tokens == self.tokens and tokens[:cached] == held:
+                prompt, held = prompt[cached:], []
+                if options.get("logits_processors"):
+                    skipped = mx.array(tokens[:cached])
+                    options["logits_processors"] = [
+                        _after(skipped, each) for each in options["logits_processors"]
+                    ]
             held = [*held, *tokens]
-        self.held = None  # until it ends
+        else:
+            held = None
+        self._is_busy, self.held, self._trims = True, None, sequences.trims
         try:
             for token, logprobs in own(prompt, *arguments, **options):
                 if held is not None:
                     held.append(token)
                 yield token, logprobs
         except GeneratorExit:
-            self._ended(held)
+            # Maybe out of the garbage collector, in the middle of a change of the pool.
+            sequences.memory.endings.append(lambda: self._end(sequences, held, keeps=True))
             raise
-        self._ended(held)
+        except BaseException:
+            self._end(sequences, held, keeps=False)
+            raise
+        self._end(sequences, held, keeps=True)
 
-    def _ended(self, held: list[int] | None) -> None:
-        sequences = self.sequences
+    def _end(self, sequences: Sequences, held: list[int] | None, *, keeps: bool) -> None:
+        """Note what the cache holds of `held`, all tokens that it may hold, and cache it."""
+        self._is_busy = False
+        if not sequences.memory.is_open:
+            return
         sequences.end()
         [table] = sequences.tables
-        if held is not None and len(held) >= table.num_tokens:
-            self.held = held[: table.num_tokens]
-            sequences.memory.keep(table, self.held, self.namespace)
+        known = held is not None and sequences.trims == self._trims
+        if held is not None and known and len(held) >= table.num_tokens:
+            self.held, self._version = held[: table.num_tokens], sequences.version
+            if keeps:
+                sequences.memory.keep(table, self.held, self.namespace)
+
+
+def _ids(tokens: mx.array) -> list[int]:
+    ids: Any = tokens.tolist()
+    return list(ids)
+
+
+def _after(
+    skipped: mx.array, processor: Callable[[mx.array, mx.array], mx.array]
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """Return a logits processor that sees the tokens which were not computed again, too."""
+    return lambda tokens, logits: processor(
+        mx.concatenate([skipped.astype(tokens.dtype), tokens]), logits
+    )

@@ -78,7 +78,9 @@ class RoutedPrompt:
 
 
 class RoutedMaker:
-    """A model's `make_cache` while it has a store."""
+    """A model's `make_cache` while it has a store; a copy of the model may have it for longer."""
+
+    is_open = True
 
     def __call__(self, tokens: Sequence[int] = ()) -> RoutedPrompt:
         """Return a prompt cache, for a prompt if it is known."""
@@ -139,7 +141,7 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> Any:
 
 def _maker(model: Any) -> RoutedMaker | None:
     make = getattr(model, "make_cache", None)
-    return make if isinstance(make, RoutedMaker) else None
+    return make if isinstance(make, RoutedMaker) and make.is_open else None
 
 
 def save_prompt_cache(

@@ -43,8 +43,10 @@ class Sequences:
         self.lengths: list[int] | None = None  # of prompts to come, which are padded on the right
         self._passed = 0  # tokens of them, with padding
         self.step: Extension | None = None
+        self.version = self.trims = 0  # grow with each pass, with each `trim`
         self.mask: mx.array | None = None  # the last one that was asked for as an array
         self.lens: list[int] = []  # before the step under way
+        self._size = 0, 0  # sequences and tokens of it, padding too
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
         self.is_spare = False
@@ -56,7 +58,8 @@ class Sequences:
 
     @property
     def kv(self) -> PagedKVCache:
-        """The pools."""
+        """The pools; PagedKVError if the store was closed."""
+        self.memory.check_open()
         return self.memory.kv
 
     def num_tokens(self, layer: int) -> list[int]:
@@ -84,6 +87,13 @@ class Sequences:
             If the sequences are more or fewer.
         """
         self._end_stale(layer)
+        if self.step is not None and self._size != (batch, count):
+            if self._done:
+                raise ValueError(
+                    f"expected K and V of {self._size[0]} sequences and {self._size[1]} tokens in "
+                    f"every layer, got {batch} and {count}"
+                )
+            self.end()
         if self.step is None:
             self.memory.collect()
             if batch != len(self.tables):
@@ -97,6 +107,7 @@ class Sequences:
                 counts = [min(max(x - self._passed, 0), count) for x in self.lengths]
             rows = [row for row, new in enumerate(counts) if new]
             self.lens, self._counts, self._done = lens, counts, set()
+            self._size = batch, count
             self._groups: list[tuple[list[int], int, DecodeBatch]] = []
             self._chosen: mx.array | None = None
             self.step = self.memory.extend(
@@ -136,8 +147,9 @@ class Sequences:
         self._done.add(layer)
         if len(self._done) == len(self.memory.shapes):
             assert self.step is not None
-            step, self.step = self.step, None
-            step.commit()
+            self.version += 1
+            self.step.commit()
+            self.step = None
             self._passed += count
             if self.lengths is not None:
                 self._offsets = None
@@ -148,7 +160,8 @@ class Sequences:
         """End the pass under way, if one is: not all of its layers came, so nothing is kept."""
         if self.step is not None:
             step, self.step = self.step, None
-            step.rollback()
+            if step.is_open:  # else an interrupt came after all had attended
+                step.rollback()
 
     def _end_stale(self, layer: int) -> None:
         """End a pass that never ended, if `layer` belongs to the next one."""
@@ -168,6 +181,7 @@ class Sequences:
     def trim(self, count: int) -> int:
         """Drop tokens from the end of each sequence; return how many."""
         self.changed()
+        self.trims += 1
         count = min([count, *(table.num_tokens for table in self.tables)])
         for table in self.tables:
             table.truncate(table.num_tokens - count)

@@ -102,12 +102,14 @@ class PagedStore:
         self._make_own = vars(model).get("make_cache")
         self._own_caches = getattr(model, "make_cache", None)
         model.make_cache = self._maker = _Maker(self)
-        self._is_open = True
+        self.is_open = True
 
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
         """Return a prompt cache that holds the longest cached prefix of a prompt already.
 
-        At least one token is left to compute; `PromptCache.rest` are those.
+        At least one token is left to compute; `PromptCache.rest` are those. mlx-lm's `generate`,
+        `stream_generate` and `generate_step` may be given the whole prompt with it, others
+        (`BatchGenerator`, speculative decoding) only the rest.
 
         Parameters
         ----------
@@ -120,12 +122,15 @@ class PagedStore:
         ------
         ValueError
             If tokens are not 32-bit integers.
+        TypeError
+            If the namespace cannot be hashed.
         PagedKVError
             If the store is closed.
         """
         memory = self.memory
         memory.check_open()
         memory.collect()
+        hash(namespace)
         prompt = integers(tokens, "tokens").tolist() if len(tokens) else []
         table = memory.kv.new_table()
         sequences = Sequences(memory, [table])
@@ -138,11 +143,22 @@ class PagedStore:
 
     def _layers(self, sequences: Sequences) -> list[Any]:
         """Return the caches of all layers, mlx-lm's own where a layer is not paged."""
-        count = len(self._model.layers)
-        own = self._own_caches() if self._own_caches else [KVCache() for _ in range(count)]
+        own = self.own_caches()
         for layer, shape in enumerate(self.memory.shapes):
             own[shape.index] = PagedLayer(sequences, layer)
         return own
+
+    def own_caches(self) -> list[Any]:
+        """Return empty caches of mlx-lm's own, as the model has them without a store."""
+        if self._own_caches:
+            return list(self._own_caches())
+        return [KVCache() for _ in self._model.layers]
+
+    def forget(self) -> None:
+        """Forget all cached prefixes, as after a change of the model's weights."""
+        self.memory.check_open()
+        self.memory.collect()
+        self.memory.tree.reset()
 
     def keep(
         self, cache: Sequence[Any], tokens: Sequence[int], *, namespace: Hashable = None
@@ -159,6 +175,8 @@ class PagedStore:
             As for `cache`.
         """
         sequences = self._sequences(cache)
+        if len(sequences.tables) != 1:
+            raise ValueError(f"expected a cache of one sequence, got {len(sequences.tables)}")
         sequences.end()
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
@@ -190,6 +208,15 @@ class PagedStore:
         if len(tokens) > 1 or tokens == {-1}:
             raise ValueError(f"expected all tokens in every layer of {file_name}")
         [count] = tokens
+        for shape, cache in zip(memory.shapes, paged, strict=True):
+            got = [(x.shape[1], x.shape[3], x.dtype) for x in cache.keys_and_values() if count]
+            dims = shape.key_dim, shape.value_dim
+            expected = [(shape.kv_heads, dim, shape.dtype) for dim in dims if count]
+            if got != expected:
+                raise ValueError(
+                    f"expected K and V of heads, dims and dtype {expected} in layer {shape.index}, "
+                    f"got {got} in {file_name}"
+                )
         if count:
             with memory.extend(sequences.tables, [count]) as step:
                 for layer, cache in enumerate(paged):
@@ -219,9 +246,9 @@ class PagedStore:
 
     def close(self) -> None:
         """Give mlx-lm back as it was, and the memory; caches of the store are of no use then."""
-        if not self._is_open:
+        if not self.is_open:
             return
-        self._is_open = False
+        self.is_open = False
         if self._make_own is None:
             del self._model.make_cache
         else:
@@ -253,8 +280,15 @@ class _Maker(RoutedMaker):
 
         self._admission = Admission(store.memory)
 
-    def __call__(self, tokens: Sequence[int] = ()) -> PromptCache:
-        return self._store.cache(tokens)
+    def __call__(self, tokens: Sequence[int] = ()) -> Any:
+        return self._store.cache(tokens) if self.is_open else self._store.own_caches()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Maker:
+        return self  # a copy of the model shares the store
+
+    @property
+    def is_open(self) -> bool:  # type: ignore[override]
+        return self._store.is_open
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
         self._admission.check(prompt_tokens, max_tokens)
@@ -270,7 +304,8 @@ def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -
     """Return the bytes of a budget, 0 for one of blocks; refuse two, none, or a model in use."""
     if (memory is None) == (num_blocks is None):
         raise ValueError("expected a budget, either memory or num_blocks")
-    if isinstance(getattr(model, "make_cache", None), RoutedMaker):
+    maker = getattr(model, "make_cache", None)
+    if isinstance(maker, RoutedMaker) and maker.is_open:
         raise PagedKVError("expected a model without an open store")
     return 0 if memory is None else parse_bytes(memory)
 
