@@ -94,7 +94,7 @@ def prove_measure(overhead, url, machine, measure, results=RESULTS):
     }
     cells = {cell: shown(value) for cell, value in latest.items() if cell[2] == block}
     expect(
-        cells == {cell: said[cell] for cell in said if said[cell][0].isdigit()},
+        cells == {cell: said[cell] for cell in said if said[cell][:1].isdigit()},
         f"{name}: {len(cells)} cells at {known[-1][:8]} as recorded",
     )
 
