@@ -92,7 +92,17 @@ class _Decoding:
             self.next()
 
 
-class _Paired:
+class _Stored:
+    """Closes its store, if it got so far as to open one."""
+
+    store = None
+
+    def teardown(self, *cell):
+        if self.store is not None:
+            self.store.close()
+
+
+class _Paired(_Stored):
     """Decode steps over mlx-lm's caches and over a store, of the same prompts."""
 
     version = "1"
@@ -115,10 +125,6 @@ class _Paired:
         self.plain = _Decoding(self.model, prompts, lambda: [KVCache() for _ in range(layers)])
         self.store = store_for(self.model, lengths)
         self.paged = _Decoding(self.model, prompts, self.store.cache)
-
-    def teardown(self, *cell):
-        if hasattr(self, "store"):
-            self.store.close()
 
     def pair(self):
         """Return what makes the ratio one of speeds: mlx-lm's time over the store's."""
@@ -153,7 +159,7 @@ class Skewed(_Paired):
         return self.pair()
 
 
-class FirstToken:
+class FirstToken(_Stored):
     """Time to the first token of a prompt whose first tokens are cached, over none being cached."""
 
     version = "1"
@@ -173,10 +179,6 @@ class FirstToken:
         self.store = store_for(self.model, [cached + self.own] * 4)
         self.namespaces = iter(range(10**9))
         self.first("shared")
-
-    def teardown(self, cached):
-        if hasattr(self, "store"):
-            self.store.close()
 
     def first(self, namespace):
         from mlx_lm.generate import generate_step

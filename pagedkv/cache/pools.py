@@ -81,12 +81,11 @@ class Pools:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block in all layers, K and V."""
-        return 2 * self._dtype.size * sum(math.prod(shape[1:]) for shape in self._shapes)
+        return sum(self.layer_bytes(layer) for layer in range(self.num_layers))
 
     def layer_bytes(self, layer: int) -> int:
         """Return the bytes of a block in one layer, K and V."""
-        keys, values = self._store.pools(layer)
-        return (keys.nbytes + values.nbytes) // self.num_blocks
+        return 2 * self._dtype.size * math.prod(self._shapes[layer][1:])
 
     @property
     def keys(self) -> tuple[mx.array, ...]:
