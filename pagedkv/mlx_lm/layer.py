@@ -11,12 +11,12 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache
 
-from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.gather import gather_rows
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
-from pagedkv.mlx_lm.routing import Routed, given_keys_of, own_attention
+from pagedkv.mlx_lm.probe import LayerShape
+from pagedkv.mlx_lm.routing import Routed, own_attention
 from pagedkv.mlx_lm.sequences import Sequences
 
 
@@ -27,7 +27,40 @@ class NotInState:
         return "a paged layer: call mlx_lm.models.cache.save_prompt_cache while its store is open"
 
 
-class PagedLayer(Routed):
+class ShapedLayer(Routed):
+    """A layer over pools whose head dim may be larger than its own.
+
+    Parameters
+    ----------
+    layer : int
+        Which of the pools, from 0.
+    shape : LayerShape
+        What the layer keeps.
+    """
+
+    def __init__(self, layer: int, shape: LayerShape) -> None:
+        self.layer, self.shape = layer, shape
+        self._scores = ScoreOptions(window=shape.window)
+        self._wide = shape.head_dim
+
+    def scores(self, sinks: mx.array | None) -> ScoreOptions:
+        """Return what happens to the layer's scores, with attention sinks or without."""
+        if sinks is not self._scores.sinks:
+            self._scores = ScoreOptions(window=self.shape.window, sinks=sinks)
+        return self._scores
+
+    def widened(self, x: mx.array) -> mx.array:
+        """Return an array with zeros up to the pools' head dim: they change no product."""
+        missing = self._wide - x.shape[3]
+        return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
+
+    def narrowed(self, out: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Return an output without what `widened` added, in a dtype."""
+        dim = self.shape.value_dim
+        return out if (dim, dtype) == (self._wide, out.dtype) else out[..., :dim].astype(dtype)
+
+
+class PagedLayer(ShapedLayer):
     """What mlx-lm reads and calls of a layer's cache, over blocks of a store.
 
     Parameters
@@ -39,10 +72,8 @@ class PagedLayer(Routed):
     """
 
     def __init__(self, sequences: Sequences, layer: int) -> None:
-        self.sequences, self.layer = sequences, layer
-        self.window = sequences.memory.shapes[layer].window
-        self._is_shared = sequences.memory.shapes[layer].is_shared
-        self._scores = ScoreOptions(window=self.window)
+        super().__init__(layer, sequences.memory.shapes[layer])
+        self.sequences = sequences
         self._new: tuple[mx.array, mx.array, Extension] | None = None
         self._given: tuple[mx.array, mx.array, Extension] | None = None  # for other layers
 
@@ -61,12 +92,11 @@ class PagedLayer(Routed):
         if not self.sequences.memory.is_whole:
             # Before a layer changes what is not in the pools: there may be too few blocks.
             self.sequences.begin(self.layer, len(self.sequences.tables), N)
+        lens = self.sequences.num_tokens(self.layer)
         if return_array:
-            longest = max(self.sequences.num_tokens(self.layer))
-            mask = create_causal_mask(N, longest, window_size=window_size)
+            mask = create_causal_mask(N, max(lens), window_size=window_size)
             self.sequences.mask = mask
             return mask
-        self.sequences.num_tokens(self.layer)
         return None if N == 1 else "causal"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -75,9 +105,9 @@ class PagedLayer(Routed):
         if self._new is not None and self._new[2] is sequences.step:
             sequences.end()  # of a pass that broke off before this layer attended
         self._new = keys, values, sequences.begin(self.layer, keys.shape[0], keys.shape[2])
-        if self._is_shared:
-            self._given, self.given_keys = self._new, keys
-            given_keys_of[id(keys)] = self
+        if self.shape.is_shared:
+            self._given = self._new
+            self.give(keys)
         return keys, values
 
     def attend(
@@ -132,33 +162,35 @@ class PagedLayer(Routed):
         *,
         writes: bool,
     ) -> mx.array:
-        if sinks is not self._scores.sinks:
-            self._scores = ScoreOptions(window=self.window, sinks=sinks)
-        own, dim = queries.dtype, values.shape[3]
-        wide, sequences = self.sequences.memory.head_dims[self.layer], self.sequences
-        queries = queries.astype(keys.dtype)
-        queries, keys, values = (widened(x, wide) for x in (queries, keys, values))
-        options: dict[str, Any] = {"scale": scale, "scores": self._scores}
+        own, sequences = queries.dtype, self.sequences
+        queries = self.widened(queries.astype(keys.dtype))
+        keys, values = self.widened(keys), self.widened(values)
+        options: dict[str, Any] = {"scale": scale, "scores": self.scores(sinks)}
         first = keys.shape[2] > 1 and not any(sequences.lens)
         if writes and (first or sequences.is_ragged):
             self._write(step, keys, values)
         if first:  # nothing comes before the new tokens
-            out = self._contiguous(queries, keys, values, scale)
+            out = self._contiguous(queries, keys, values, scale, sinks)
         elif sequences.is_ragged:
             out = self._ragged(queries, options)
         elif writes:
             out = step.attend(self.layer, queries, keys, values, **options)
         else:
             out = sequences.kv.attend(self.layer, queries, step.batch, **options)
-        return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
+        return self.narrowed(out, own)
 
     def _contiguous(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        sinks: mx.array | None,
     ) -> mx.array:
-        count, mask = keys.shape[2], "causal"
-        if self.window is not None and self.window < count:
-            mask = create_causal_mask(count, window_size=self.window)
-        return own_attention(queries, keys, values, None, scale, mask, self._scores.sinks)
+        count, window, mask = keys.shape[2], self.shape.window, "causal"
+        if window is not None and window < count:
+            mask = create_causal_mask(count, window_size=window)
+        return own_attention(queries, keys, values, None, scale, mask, sinks)
 
     def _ragged(self, queries: mx.array, options: dict[str, Any]) -> mx.array:
         """Attend where sequences have tokens of different number, and padding on the right."""
@@ -183,18 +215,13 @@ class PagedLayer(Routed):
 
     def unpaged(self) -> KVCache:
         """Return a copy of a single sequence's tokens in a cache of mlx-lm's own."""
-        sequences, shape = self.sequences, self.sequences.memory.shapes[self.layer]
+        sequences, shape = self.sequences, self.shape
         sequences.end()
         if len(sequences.tables) != 1:
             raise ValueError(f"expected one sequence, got {len(sequences.tables)}")
         [table], kv, cache = sequences.tables, sequences.kv, KVCache()
         if table.num_tokens:
-            batch = DecodeBatch.from_tables(
-                [table.block_ids],
-                [table.num_tokens],
-                block_size=kv.block_size,
-                num_blocks=kv.num_blocks,
-            )
+            batch = sequences.batch_of([0])
             keys, values = (gather_rows(x[self.layer], batch) for x in (kv.keys, kv.values))
             held = keys[..., : shape.key_dim], values[..., : shape.value_dim]
             mx.eval(held)
@@ -303,12 +330,6 @@ class PagedLayer(Routed):
         """Take note that the padded prompts are over: there is nothing to remove."""
         if self.layer == 0:
             self.sequences.prepare(None)
-
-
-def widened(x: mx.array, head_dim: int) -> mx.array:
-    """Return an array with zeros up to the pools' head dim: they change no product."""
-    missing = head_dim - x.shape[3]
-    return mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) if missing else x
 
 
 def sequences_of(cache: Sequence[Any]) -> Sequences | None:

@@ -68,8 +68,6 @@ class Memory:
 
     Attributes
     ----------
-    head_dims : list of int
-        D of the pools by layer: the larger one of K's and V's.
     dropped : deque of list of BlockTable
         Of caches that somebody let go of, to be taken back by `collect`: the garbage collector may
         come while the pool is being changed.
@@ -101,7 +99,6 @@ class Memory:
         is_whole: bool,
     ) -> None:
         self.shapes, self.is_whole = shapes, is_whole
-        self.head_dims = [shape.head_dim for shape in shapes]
         self.kv = pools_of(shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes)
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.dropped: deque[list[BlockTable]] = deque()
@@ -131,11 +128,19 @@ class Memory:
                 if not any(give(missing) for give in self.givers):
                     if searched:
                         raise
-                    searched = gc.collect() >= 0  # caches in a circle
+                    gc.collect()  # caches in a circle
+                    searched = True
                 self.collect()
 
     def collect(self) -> None:
-        """End generations that were let go of, and take back the blocks of such caches."""
+        """End generations that were let go of, and take back the blocks of such caches.
+
+        Raises
+        ------
+        PagedKVError
+            If the store was closed.
+        """
+        self.check_open()
         while self.endings:
             self.endings.popleft()()
         while self.dropped:

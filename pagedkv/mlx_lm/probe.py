@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.mlx_lm.routing import Routed, given_keys_of, own_attention
+from pagedkv.mlx_lm.routing import Routed, own_attention
 
 TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
 
@@ -75,7 +75,7 @@ class _Probe(Routed):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.odd = "writes K and V twice" if self.new else "does not attend through mlx-lm's base"
         self.new = keys, values
-        self.given_keys, given_keys_of[id(keys)] = keys, self
+        self.give(keys)
         return keys, values
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
@@ -92,8 +92,11 @@ class _Probe(Routed):
         mask: Any,
         sinks: mx.array | None,
     ) -> mx.array:
-        known = [("causal", None), *self._masks] if isinstance(mask, str) else self._masks
-        windows = [window for made, window in known if made is mask or mask == "causal"][:1]
+        windows: list[int | None]
+        if isinstance(mask, str):
+            windows = [None] if mask == "causal" else []
+        else:
+            windows = [window for made, window in self._masks if made is mask]
         if self.new is None or keys is not self.new[0] or values is not self.new[1]:
             self.odd = "attends over other K and V than its own"
         elif not windows:

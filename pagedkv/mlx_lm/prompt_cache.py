@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv.errors import PagedKVError
-from pagedkv.mlx_lm.layer import PagedLayer
+from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.routing import RoutedPrompt
 from pagedkv.mlx_lm.sequences import Sequences
 
@@ -43,8 +43,8 @@ class PromptCache(list[Any], RoutedPrompt):
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         layers = [copy.deepcopy(layer, memo) for layer in self]
         other = PromptCache(layers, list(self.tokens), self.cached, self.namespace)
-        known = self.held is not None and self._version == self.sequences.version
-        other.held = list(self.held) if known and self.held is not None else None
+        is_known = self.held is not None and self._version == self.sequences.version
+        other.held = copy.copy(self.held) if is_known else None
         return other
 
     @property
@@ -55,7 +55,9 @@ class PromptCache(list[Any], RoutedPrompt):
     @property
     def sequences(self) -> Sequences:
         """What the paged layers share."""
-        return next(layer.sequences for layer in self if isinstance(layer, PagedLayer))
+        found = sequences_of(self)
+        assert found is not None
+        return found
 
     def generate(
         self, own: Callable[..., Any], prompt: mx.array, *arguments: Any, **options: Any
@@ -78,7 +80,8 @@ class PromptCache(list[Any], RoutedPrompt):
         [table] = sequences.tables
         held = self.held if self._version == sequences.version else None
         if held is not None and options.get("input_embeddings") is None:
-            held, tokens = held[: table.num_tokens], _ids(prompt)
+            tokens: Any = prompt.tolist()
+            held = held[: table.num_tokens]
             cached = len(held)
             if cached < len(tokens) and tokens == self.tokens and tokens[:cached] == held:
                 prompt, held = prompt[cached:], []
@@ -112,16 +115,12 @@ class PromptCache(list[Any], RoutedPrompt):
             return
         sequences.end()
         [table] = sequences.tables
-        known = held is not None and sequences.trims == self._trims
-        if held is not None and known and len(held) >= table.num_tokens:
+        if sequences.trims != self._trims:
+            held = None
+        if held is not None and len(held) >= table.num_tokens:
             self.held, self._version = held[: table.num_tokens], sequences.version
             if keeps:
                 sequences.memory.keep(table, self.held, self.namespace)
-
-
-def _ids(tokens: mx.array) -> list[int]:
-    ids: Any = tokens.tolist()
-    return list(ids)
 
 
 def _after(

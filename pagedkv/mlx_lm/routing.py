@@ -14,8 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from types import ModuleType, TracebackType
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -25,9 +25,10 @@ from mlx_lm.models import cache as caches
 
 from pagedkv.errors import OutOfBlocksError
 
+Self = TypeVar("Self", bound="Closing")
 _lock = threading.RLock()  # the garbage collector may close a store while another is opened
 _open = 0
-given_keys_of: weakref.WeakValueDictionary[int, Routed] = weakref.WeakValueDictionary()
+_by_keys: weakref.WeakValueDictionary[int, Routed] = weakref.WeakValueDictionary()
 """Caches by the identity of the K that a layer was given last and may hand on to others."""
 
 
@@ -41,6 +42,10 @@ class Routed:
     """
 
     given_keys: mx.array | None = None
+
+    def give(self, keys: mx.array) -> None:
+        """Let layers that attend over the same K, and have no cache, come to `attend_again`."""
+        self.given_keys, _by_keys[id(keys)] = keys, self
 
     def attend(
         self,
@@ -111,7 +116,7 @@ def attend(
     """Attend as mlx-lm does, over a store's pools if `cache` is a layer of a store."""
     if isinstance(cache, Routed):
         return cache.attend(queries, keys, values, scale, mask, sinks)
-    giver = given_keys_of.get(id(keys))
+    giver = _by_keys.get(id(keys))
     if giver is not None and giver.given_keys is keys:
         return giver.attend_again(queries, scale, sinks)
     return own_attention(queries, keys, values, cache, scale, mask, sinks)
@@ -230,6 +235,25 @@ def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., An
 def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
     for name, function in methods.items():
         setattr(BatchGenerator, name, function)
+
+
+class Closing:
+    """What opens routes, and closes them at the end of a ``with``."""
+
+    def close(self) -> None:
+        """Give mlx-lm back as it was."""
+        raise NotImplementedError
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def open_routes(owner: object) -> Callable[[], object]:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import make_prompt_cache
 
-from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import ScheduledStep
 from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule
-from pagedkv.mlx_lm.layer import widened
+from pagedkv.mlx_lm.layer import ShapedLayer
 from pagedkv.mlx_lm.memory import pools_of
 from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
-from pagedkv.mlx_lm.routing import Routed, given_keys_of, open_routes
+from pagedkv.mlx_lm.routing import Closing, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
 
-class ScheduledModel:
+class ScheduledModel(Closing):
     """A model of mlx-lm over pools whose blocks a `Scheduler` gives out.
 
     Requests come and go, share prefixes and are preempted as the scheduler says; the model computes
@@ -141,17 +139,6 @@ class ScheduledModel:
             self._undo_routes()
             del self.cache, self._pass.cache
 
-    def __enter__(self) -> ScheduledModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class _Pass:
     """The forward pass under way, which all layers read.
@@ -190,12 +177,12 @@ class _Pass:
             self.step, self.masks = None, []
 
 
-class _Layer(Routed):
+class _Layer(ShapedLayer):
     """What a model reads and calls of a layer's cache."""
 
     def __init__(self, under_way: _Pass, layer: int, shape: LayerShape) -> None:
-        self.layer, self._pass, self._shape = layer, under_way, shape
-        self._scores = ScoreOptions(window=shape.window)
+        super().__init__(layer, shape)
+        self._pass = under_way
         self._new: tuple[mx.array, mx.array] | None = None
 
     @property
@@ -217,8 +204,8 @@ class _Layer(Routed):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._new = keys, values
-        if self._shape.is_shared:
-            self.given_keys, given_keys_of[id(keys)] = keys, self
+        if self.shape.is_shared:
+            self.give(keys)
         return keys, values
 
     def attend(
@@ -235,31 +222,28 @@ class _Layer(Routed):
             raise PagedKVError("expected the K and V that the layer put into its cache")
         if isinstance(mask, mx.array) and not any(mask is made for made in self._pass.masks):
             raise PagedKVError("expected a mask of the cache's, got another")
-        own, dim, wide = queries.dtype, values.shape[3], self._shape.head_dim
-        queries, keys, values = (
-            widened(x, wide) for x in (queries.astype(keys.dtype), keys, values)
+        out = step.attend(
+            self.layer,
+            self.widened(queries.astype(keys.dtype)),
+            self.widened(keys),
+            self.widened(values),
+            scale=scale,
+            scores=self.scores(sinks),
         )
-        scores = self._scores_with(sinks)
-        out = step.attend(self.layer, queries, keys, values, scale=scale, scores=scores)
-        return out[..., :dim].astype(own) if (dim, own) != (wide, out.dtype) else out
+        return self.narrowed(out, queries.dtype)
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """Attend with another layer's queries over all that the sequences hold of this one."""
-        step, shape = self._pass.step, self._shape
+        step = self._pass.step
         assert step is not None
         out = self._pass.cache.attend(
             self.layer,
-            widened(queries.astype(shape.dtype), shape.head_dim),
+            self.widened(queries.astype(self.shape.dtype)),
             step.batch,
             scale=scale,
-            scores=self._scores_with(sinks),
+            scores=self.scores(sinks),
         )
-        return out[..., : shape.value_dim].astype(queries.dtype)
-
-    def _scores_with(self, sinks: mx.array | None) -> ScoreOptions:
-        if sinks is not self._scores.sinks:
-            self._scores = ScoreOptions(window=self._shape.window, sinks=sinks)
-        return self._scores
+        return self.narrowed(out, queries.dtype)
 
     def unpaged(self) -> Any:
         raise PagedKVError("expected a prompt cache, got a layer of a scheduled model")

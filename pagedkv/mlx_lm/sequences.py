@@ -34,6 +34,8 @@ class Sequences:
 
     Attributes
     ----------
+    is_ragged : bool
+        Whether the pass under way has padding: sequences with fewer tokens than others.
     is_spare : bool
         Whether one of the memory's `givers` will give them up; set by who adds it.
     """
@@ -49,7 +51,7 @@ class Sequences:
         self._size = 0, 0  # sequences and tokens of it, padding too
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
-        self.is_spare = False
+        self.is_ragged = self.is_spare = False
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
         self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
@@ -107,18 +109,13 @@ class Sequences:
                 counts = [min(max(x - self._passed, 0), count) for x in self.lengths]
             rows = [row for row, new in enumerate(counts) if new]
             self.lens, self._counts, self._done = lens, counts, set()
-            self._size = batch, count
+            self._size, self.is_ragged = (batch, count), len(set(counts)) > 1
             self._groups: list[tuple[list[int], int, DecodeBatch]] = []
             self._chosen: mx.array | None = None
             self.step = self.memory.extend(
                 [self.tables[row] for row in rows], [counts[row] for row in rows]
             )
         return self.step
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the pass has padding: sequences with fewer tokens than others."""
-        return len(set(self._counts)) > 1
 
     def real_tokens(self, count: int) -> mx.array:
         """Return which of B * `count` tokens are no padding, int32."""
@@ -132,15 +129,18 @@ class Sequences:
         if not self._groups:
             for count in sorted({*self._counts} - {0}):
                 rows = [row for row, new in enumerate(self._counts) if new == count]
-                tables = [self.tables[row] for row in rows]
-                batch = DecodeBatch.from_tables(
-                    [table.block_ids for table in tables],
-                    [table.num_tokens for table in tables],
-                    block_size=self.kv.block_size,
-                    num_blocks=self.kv.num_blocks,
-                )
-                self._groups.append((rows, count, batch))
+                self._groups.append((rows, count, self.batch_of(rows)))
         return self._groups
+
+    def batch_of(self, rows: Sequence[int]) -> DecodeBatch:
+        """Return what attention reads of some sequences, all of their tokens."""
+        tables = [self.tables[row] for row in rows]
+        return DecodeBatch.from_tables(
+            [table.block_ids for table in tables],
+            [table.num_tokens for table in tables],
+            block_size=self.kv.block_size,
+            num_blocks=self.kv.num_blocks,
+        )
 
     def attended(self, layer: int, count: int) -> None:
         """Note that a layer has attended; the last one ends the step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
@@ -13,11 +12,11 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import Admission
-from pagedkv.mlx_lm.layer import PagedLayer, sequences_of, widened
+from pagedkv.mlx_lm.layer import PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.probe import layer_shapes
 from pagedkv.mlx_lm.prompt_cache import PromptCache
-from pagedkv.mlx_lm.routing import RoutedMaker, open_routes
+from pagedkv.mlx_lm.routing import Closing, RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -48,7 +47,7 @@ class StoreStats:
     cached_tokens: int
 
 
-class PagedStore:
+class PagedStore(Closing):
     """K and V of a model in blocks: prompt caches for mlx-lm that share memory and prefixes.
 
     While it is open, attention of paged caches goes to it, and `make_prompt_cache(model)` makes its
@@ -128,7 +127,6 @@ class PagedStore:
             If the store is closed.
         """
         memory = self.memory
-        memory.check_open()
         memory.collect()
         hash(namespace)
         prompt = integers(tokens, "tokens").tolist() if len(tokens) else []
@@ -156,7 +154,6 @@ class PagedStore:
 
     def forget(self) -> None:
         """Forget all cached prefixes, as after a change of the model's weights."""
-        self.memory.check_open()
         self.memory.collect()
         self.memory.tree.reset()
 
@@ -196,7 +193,6 @@ class PagedStore:
             If the file is of another model, or lacks tokens that left a window.
         """
         memory = self.memory
-        memory.check_open()
         memory.collect()
         found = load_prompt_cache(file_name)
         sequences = Sequences(memory, [memory.kv.new_table()])
@@ -219,10 +215,10 @@ class PagedStore:
                 )
         if count:
             with memory.extend(sequences.tables, [count]) as step:
-                for layer, cache in enumerate(paged):
-                    wide = memory.head_dims[layer]
-                    keys, values = (widened(x, wide) for x in cache.keys_and_values())
-                    memory.kv.write(layer, keys, values, step.slots)
+                for shape, cache in zip(memory.shapes, paged, strict=True):
+                    layer = layers[shape.index]
+                    keys, values = (layer.widened(x) for x in cache.keys_and_values())
+                    memory.kv.write(layer.layer, keys, values, step.slots)
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 layers[index] = found[index]
@@ -231,7 +227,6 @@ class PagedStore:
     def stats(self) -> StoreStats:
         """Return what the store holds and what it saved."""
         memory = self.memory
-        memory.check_open()
         memory.collect()
         usage = memory.kv.memory_usage()
         return StoreStats(
@@ -256,17 +251,6 @@ class PagedStore:
         self._undo_routes()
         self.memory.close()
 
-    def __enter__(self) -> PagedStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _sequences(self, cache: Sequence[Any]) -> Sequences:
         sequences = sequences_of(cache)
         if sequences is None or sequences.memory is not self.memory:
@@ -277,7 +261,6 @@ class PagedStore:
 class _Maker(RoutedMaker):
     def __init__(self, store: PagedStore) -> None:
         self._store = store
-
         self._admission = Admission(store.memory)
 
     def __call__(self, tokens: Sequence[int] = ()) -> Any:
