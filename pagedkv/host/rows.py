@@ -162,11 +162,12 @@ class Rows:
         ahead, changes = self._ahead
         fits = again and ahead > 0 and self._pool.changes == changes
         needs = self._no_needs if fits else self._needs(added, ends)
+        # Not in the `try`: Python 3.12 passes it over for an interrupt inside of a comprehension.
+        grown = [] if fits else [row for row, need in enumerate(needs) if need]
         reservation = Reservation(seen.tables, new)
         try:
             reservation.take(needs)
             ids = seen.ids
-            grown = [] if fits else [row for row, need in enumerate(needs) if need]
             if grown:
                 ids = ids.copy()
                 for row in grown:

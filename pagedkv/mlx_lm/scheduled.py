@@ -74,12 +74,7 @@ class ScheduledModel(Closing):
         self._undo_routes = open_routes(self)
         try:
             shapes = layer_shapes(model, caches)
-            if len(shapes) < len(caches):
-                missing = min(set(range(len(caches))) - {shape.index for shape in shapes})
-                raise UnsupportedModelError(
-                    f"{type(model).__module__.rpartition('.')[2]} cannot be scheduled: layer "
-                    f"{missing} keeps something else than K and V"
-                )
+            _check_all_paged(model, shapes, len(caches))
             self.cache: PagedKVCache = pools_of(
                 shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes
             )
@@ -138,6 +133,15 @@ class ScheduledModel(Closing):
             self._is_open = False
             self._undo_routes()
             del self.cache, self._pass.cache
+
+
+def _check_all_paged(model: Any, shapes: list[LayerShape], layers: int) -> None:
+    """Raise UnsupportedModelError unless each of a model's layers is paged."""
+    if missing := set(range(layers)) - {shape.index for shape in shapes}:
+        raise UnsupportedModelError(
+            f"{type(model).__module__.rpartition('.')[2]} cannot be scheduled: layer "
+            f"{min(missing)} keeps something else than K and V"
+        )
 
 
 class _Pass:
