@@ -15,6 +15,7 @@ from .kinds import NotApplicableError
 STEPS = 8  # of a sample
 BLOCK_SIZE = 32
 MOST = 256  # tokens that a measured sequence may grow by
+PREFILL = 512  # tokens of each prompt at once: mlx-lm masks attention of a batch, which a GPU scores in full
 
 
 def import_mlx_lm():
@@ -79,7 +80,9 @@ class _Decoding:
         from mlx_lm.generate import BatchGenerator
 
         count = len(prompts)
-        self.generator = BatchGenerator(model, max_tokens=MOST, completion_batch_size=count)
+        self.generator = BatchGenerator(
+            model, max_tokens=MOST, completion_batch_size=count, prefill_step_size=PREFILL
+        )
         self.generator.insert(prompts, caches=[make_cache() for _ in prompts])
         while len(self.next()) < count:
             pass
