@@ -325,6 +325,11 @@ def test_the_command_serves_and_ends(path, expected):
                 time.sleep(0.1)
             finally:
                 connection.close()
+        process.send_signal(signal.SIGSTOP)
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=2) for _ in range(64)]
+        process.send_signal(signal.SIGCONT)
+        for waiting in clients:
+            waiting.close()
         url = f"http://127.0.0.1:{port}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=20) as client:
             found = client.chat.completions.create(model="default_model", messages=CHATS[0])

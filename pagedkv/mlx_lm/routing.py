@@ -289,8 +289,8 @@ def _close_routes() -> None:
 
 
 @contextmanager
-def replaced(module: ModuleType, **others: Any) -> Iterator[None]:
-    """Have a module of mlx-lm's use other objects than its own of these names, to the end."""
+def replaced(module: ModuleType | type, **others: Any) -> Iterator[None]:
+    """Have a module or class use other objects than its own of these names, to the end."""
     own = {name: getattr(module, name) for name in others}
     try:
         for name, other in others.items():

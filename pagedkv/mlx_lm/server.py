@@ -2,7 +2,8 @@
 
 All of it is mlx-lm's own, `mlx_lm.server.main` and its options, but for three objects of it: the
 provider of models opens a store for each, the cache of prompts keeps whole blocks in the store's
-tree as well, and a request larger than the store is refused before it is answered.
+tree as well, and a request larger than the store is refused before it is answered. And clients that
+come all at once wait: mlx-lm's own queue of connections has five places, the rest are cut off.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import logging
 import sys
 from collections.abc import Sequence
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +24,8 @@ from pagedkv.limits import positive_int32
 from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.routing import replaced
 from pagedkv.mlx_lm.store import PagedStore, parse_bytes
+
+CONNECTIONS = 128  # that wait until the server takes them
 
 
 class PromptCaches(LRUPromptCache):
@@ -237,11 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = sys.argv
     sys.argv = [parser.prog, *rest]
     try:
-        with replaced(
-            server,
-            ModelProvider=provider,
-            ResponseGenerator=Responses,
-            LRUPromptCache=PromptCaches,
+        with (
+            replaced(
+                server,
+                ModelProvider=provider,
+                ResponseGenerator=Responses,
+                LRUPromptCache=PromptCaches,
+            ),
+            replaced(ThreadingHTTPServer, request_queue_size=CONNECTIONS),
         ):
             server.main()
     finally:
