@@ -15,7 +15,7 @@ from .kinds import NotApplicableError
 STEPS = 8  # of a sample
 BLOCK_SIZE = 32
 MOST = 256  # tokens that a measured sequence may grow by
-PREFILL = 512  # tokens of each prompt at once: mlx-lm masks attention of a batch, which a GPU scores in full
+PREFILL = 512  # tokens of each prompt at once: a GPU keeps all scores of attention with a mask
 
 
 def import_mlx_lm():

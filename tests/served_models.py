@@ -1,7 +1,6 @@
 """Small models in folders, as mlx-lm loads them, and a server of them over loopback."""
 
 import argparse
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,34 +9,18 @@ from http.server import ThreadingHTTPServer
 
 import openai
 from mlx_lm import server as own
-from mlx_lm.utils import save_model
 from small_models import config_of, small_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
+from benchmarks.server import MARKS, save_served
 from pagedkv.mlx_lm import server
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} end {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
-MARKS = ["<eos>", "<unk>", "system", "user", "assistant", "end"]
 WORDS = [f"w{number}" for number in range(97 - len(MARKS))]
 
 
 def saved_model(folder, family="llama", seed=0):
     """Write a model and its tokenizer, which never ends an answer by itself; return its path."""
     folder.mkdir()
-    save_model(folder, small_model(family, seed))
-    (folder / "config.json").write_text(json.dumps(config_of(family)))
-    known = {word: place for place, word in enumerate([*MARKS, *WORDS])}
-    tokenizer = Tokenizer(WordLevel(known, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    save_served(small_model(family, seed), config_of(family), folder)
     return str(folder)
 
 

@@ -189,7 +189,7 @@ def test_what_needs_a_gpu_is_not_applicable_without(name):
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - (set() if common.on_gpu() else ON_A_GPU)))
 def test_smallest_cell_runs(name, monkeypatch):
     cls = CLASSES[name]
-    if name.startswith("generate."):
+    if name.startswith(("generate.", "server.")):
         pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
         monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))  # quick on a CPU
     (function,) = benchmark_functions(cls)

@@ -23,14 +23,14 @@ def tokens(decoding, steps=6):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "cell", "lengths"),
+    ("kind", "cell", "lengths"),
     [
         (generate.Decode, (4, 40), [40] * 4),
         (generate.Skewed, (96,), [96, *[6] * 7]),
     ],
 )
-def test_both_sides_say_the_same_at_the_same_length(benchmark, cell, lengths, monkeypatch):
-    measured = benchmark()
+def test_both_sides_say_the_same_at_the_same_length(kind, cell, lengths, monkeypatch):
+    measured = kind()
     measured.setup(*cell)
     assert tokens(measured.plain) == tokens(measured.paged)
     [sequences] = {
@@ -49,7 +49,7 @@ def test_both_sides_say_the_same_at_the_same_length(benchmark, cell, lengths, mo
     assert len(passes) == 2 * generate.STEPS
     assert all(len(responses) == len(lengths) for responses in passes)
     # As many steps as asv may ask for, both sides in turns, fit the store.
-    most = (benchmark.repeat[1] + 2) * generate.STEPS + 16
+    most = (kind.repeat[1] + 2) * generate.STEPS + 16
     assert most <= generate.MOST
     measured.store.close()
 
