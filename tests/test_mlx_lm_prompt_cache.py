@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 from small_models import small_model
 
@@ -128,6 +128,19 @@ def test_a_file_of_another_model_is_refused(model, store, tmp_path):
     with pytest.raises(ValueError, match=r"expected K and V .*\(2, 16, .* got .*\(2, 8, "):
         store.load(path)
     assert store.stats().free_blocks == 64
+
+
+def test_a_file_with_other_caches_of_unpaged_layers_is_refused(tmp_path):
+    path = str(tmp_path / "cache.safetensors")
+    hybrid = small_model("qwen3_next")
+    own = make_prompt_cache(hybrid)
+    hybrid(mx.array([PROMPT]), cache=own)
+    paged = next(cache for cache in own if isinstance(cache, KVCache))
+    save_prompt_cache(path, [paged] * len(own))
+    with PagedStore(hybrid, num_blocks=64, block_size=4) as store:
+        with pytest.raises(ValueError, match="expected ArraysCache in layer 0, got KVCache"):
+            store.load(path)
+        assert store.stats().free_blocks == 64
 
 
 def test_a_generation_that_the_collector_ends_is_kept_later(model, store):

@@ -199,6 +199,12 @@ class PagedStore(Closing):
         layers = self._layers(sequences)
         if len(found) != len(layers):
             raise ValueError(f"expected {len(layers)} layers, got {len(found)} in {file_name}")
+        for index, (layer, cache) in enumerate(zip(layers, found, strict=True)):
+            if not isinstance(layer, PagedLayer) and type(cache) is not type(layer):
+                names = type(layer).__name__, type(cache).__name__
+                raise ValueError(
+                    f"expected {names[0]} in layer {index}, got {names[1]} in {file_name}"
+                )
         paged = [found[shape.index] for shape in memory.shapes]
         tokens = {cache.offset if isinstance(cache, KVCache) else -1 for cache in paged}
         if len(tokens) > 1 or tokens == {-1}:
