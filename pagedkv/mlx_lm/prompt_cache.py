@@ -77,6 +77,7 @@ class PromptCache(list[Any], RoutedPrompt):
         sequences.memory.collect()
         if self._is_busy:
             raise PagedKVError("expected no other generation with this prompt cache under way")
+        sequences.end()
         [table] = sequences.tables
         held = self.held if self._version == sequences.version else None
         if held is not None and options.get("input_embeddings") is None:

@@ -45,6 +45,7 @@ class Sequences:
         self.lengths: list[int] | None = None  # of prompts to come, which are padded on the right
         self._passed = 0  # tokens of them, with padding
         self.step: Extension | None = None
+        self._begun: list[int] | None = None  # lengths before a step, from its begin to its end
         self.version = self.trims = 0  # grow with each pass, with each `trim`
         self.mask: mx.array | None = None  # the last one that was asked for as an array
         self.lens: list[int] = []  # before the step under way
@@ -112,6 +113,7 @@ class Sequences:
             self._size, self.is_ragged = (batch, count), len(set(counts)) > 1
             self._groups: list[tuple[list[int], int, DecodeBatch]] = []
             self._chosen: mx.array | None = None
+            self._begun = lens
             self.step = self.memory.extend(
                 [self.tables[row] for row in rows], [counts[row] for row in rows]
             )
@@ -149,7 +151,7 @@ class Sequences:
             assert self.step is not None
             self.version += 1
             self.step.commit()
-            self.step = None
+            self._begun = self.step = None
             self._passed += count
             if self.lengths is not None:
                 self._offsets = None
@@ -162,10 +164,14 @@ class Sequences:
             step, self.step = self.step, None
             if step.is_open:  # else an interrupt came after all had attended
                 step.rollback()
+        elif self._begun is not None:  # an interrupt came before the step was noted
+            for table, length in zip(self.tables, self._begun, strict=True):
+                table.truncate(min(length, table.num_tokens))
+        self._begun = None
 
     def _end_stale(self, layer: int) -> None:
         """End a pass that never ended, if `layer` belongs to the next one."""
-        if self.step is not None and layer in self._done:
+        if self._begun is not None and (self.step is None or layer in self._done):
             self.end()
 
     def changed(self) -> None:
