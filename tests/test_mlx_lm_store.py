@@ -3,6 +3,7 @@
 import gc
 import importlib
 import sys
+import weakref
 from importlib import metadata
 
 import mlx.core as mx
@@ -333,3 +334,15 @@ def test_the_oldest_and_the_newest_mlx_lm_are_not(monkeypatch):
     for found in (pagedkv.mlx_lm.OLDEST, "0.33.0rc1", "1.0"):
         monkeypatch.setattr(metadata, "version", lambda name, found=found: found)
         pagedkv.mlx_lm._check_mlx_lm()
+
+
+def test_a_closed_store_keeps_no_memory_for_a_pass_that_never_ended(model):
+    store = PagedStore(model, num_blocks=16, block_size=4)
+    cache = store.cache()
+    keys = mx.zeros((1, 2, 3, 16))
+    cache[0].update_and_fetch(keys, keys)
+    cache[0].attend(mx.zeros((1, 4, 3, 16)), keys, keys, 1.0, None, None)
+    pools = weakref.ref(store.memory.kv)
+    store.close()
+    gc.collect()
+    assert pools() is None

@@ -160,4 +160,6 @@ class Memory:
         """Give the pools' memory back."""
         self.is_open = False
         self.givers.clear()
+        for sequences in list(self.live):
+            sequences.step = None  # of a pass that never ended
         del self.kv, self.tree
