@@ -27,6 +27,7 @@ from tracking.results import (
     BOUND,
     RESULTS,
     STEP,
+    TOKENS,
     load,
     measured_commits,
     recorded_commits,
@@ -37,6 +38,7 @@ CELL = ("1", "1024", "32")
 RECORDED = ("h200", "linux-2core-xeon", "h100")
 STEPLESS = "h200"  # a machine that took no step, and measured much else
 MEASURES = {
+    "tokens": (TOKENS,),
     "step": (STEP, "step.Batch16.ratio_step_vs_contiguous"),
     "bound": (BOUND, "step.BoundBatch16.ratio_step_vs_bound"),
     "attention": (ATTENTION, "overhead.Batch16.ratio_vs_contiguous"),
@@ -67,7 +69,7 @@ def prove_measure(overhead, url, machine, measure, results=RESULTS):
     for commit in measured_commits(machine, results):
         table = load(machine, commit, results)
         values[commit] = {
-            c: v for name in MEASURES[measure] for c, v in table.get(name, {}).items()
+            (*c, "32")[:3]: v for name in MEASURES[measure] for c, v in table.get(name, {}).items()
         }
     known = [commit for commit, cells in values.items() if any(v.known for v in cells.values())]
     name = f"{machine}, {measure}"

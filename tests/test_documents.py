@@ -71,10 +71,11 @@ def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(four_commits
     assert tables.headline("m", four_commits, results.BOUND) == (["commit"], [])
 
 
-def test_make_bench_prints_the_step_first(four_commits, monkeypatch, capsys):
+def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
     documents.main()
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
+        ["tokens", "a", "second", "over", "mlx-lm's", "was", "not", "measured", "on", "box"],
         ["step", "over", "mlx-lm's", "cache,", "machine", "box,", "blocks", "of", "32", "tokens"],
         ["commit", "batch", "1,", "1k"],
         ["phase", "0", "(a)", "1.50"],
@@ -84,6 +85,14 @@ def test_make_bench_prints_the_step_first(four_commits, monkeypatch, capsys):
         ["commit", "batch", "1,", "1k"],
         ["phase", "0", "(a)", "0.50"],
     ]
+
+
+def test_a_headline_of_tokens_has_no_block_size(four_commits, monkeypatch):
+    cells = {("8", "512"): results.Value(1.5), ("1", "4096"): results.Value(1.25)}
+    monkeypatch.setattr(tables, "load", lambda *where, **more: {results.TOKENS: cells})
+    header, rows = tables.headline("m", ["a"], results.TOKENS)
+    assert header == ["commit", "batch 1, 4k", "batch 8, 512"]
+    assert rows == [["phase 0 (a)", "1.25", "1.50"]]
 
 
 def test_a_series_is_written_by_cell_and_commit(monkeypatch):
@@ -125,7 +134,7 @@ def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
     """What the README says to type for it."""
     said = re.search(r"--bench '(.*)'", (ROOT / "README.md").read_text())[1]
     params = [[str(x) for x in values] for values in common.GRID]
-    for name in results.NAMES:
+    for name in (results.STEP, results.BOUND, results.ATTENTION):
         benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
         labels = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
         chosen = [cell for label, cell in labels.items() if re.search(said, label)]

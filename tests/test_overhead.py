@@ -11,7 +11,7 @@ import pytest
 from asv.util import UserError
 
 from tracking.project import asv_settings
-from tracking.results import ATTENTION, BOUND, MISSING, NAMES, RESULTS, STEP, Value
+from tracking.results import ATTENTION, BOUND, MISSING, NAMES, RESULTS, STEP, TOKENS, Value
 from website import overhead
 from website.publish import OverheadPage
 
@@ -94,6 +94,8 @@ def test_bandwidth_is_bytes_over_time():
 def headline(*autos, name=STEP, measure="step"):
     tables = [{name: {CELL: a, BIG: b}} for a, b in autos]
     labels = ["phase 0 (a)", "phase 1 (b)", "cccccccc"][: len(tables)]
+    if name == TOKENS:
+        tables = [{name: {cell[:2]: x for cell, x in t[name].items()}} for t in tables]
     return overhead.headline(overhead.ratio_rows("box", tables), measure, labels)
 
 
@@ -124,6 +126,38 @@ def test_the_headline_compares_with_the_phase_before_in_common_cells():
     assert said["change"]["value"] == 2.0
     assert headline((value(2.0), value(4.0)))["change"] is None
     assert headline((MISSING, Value(None))) is None
+
+
+def test_the_worst_of_what_is_better_when_larger_is_the_smallest():
+    said = headline((value(2.0), value(4.0)), name=TOKENS, measure="tokens")
+    assert said["worst"]["value"] == 2.0
+    row = said["worst"]
+    assert (row["batch"], row["context"], row["block"], row["path"]) == (1, 1024, 32, "auto")
+    assert row["link"] == f"index.html#{TOKENS}?machine=box&p-sequences=1&p-context=1024"
+
+
+def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
+    table = {
+        "generate.Forks.track_memory": {("4096", "1"): Value(1.06), ("512", "0"): value(1.0)},
+        "server.Requests.ratio_requests_per_second": {("32",): value(1.7), ("1",): MISSING},
+    }
+    rows = overhead.fact_rows("box", table)
+    assert [(row["what"], row["value"]) for row in rows] == [
+        ("requests a second over mlx_lm.server, 32 clients that share a system prompt", 1.7),
+        ("memory of 8 forks over that of one, 512 tokens, each grown by 0", 1.0),
+        ("memory of 8 forks over that of one, 4096 tokens, each grown by 1", 1.06),
+    ]
+
+
+def test_what_is_told_in_words_is_measured():
+    from benchmarks import generate, server
+
+    modules = {"generate": generate, "server": server}
+    for name, words in overhead.WITH_MLX_LM.items():
+        module, kind, function = name.split(".")
+        found = getattr(modules[module], kind)
+        assert hasattr(found, function)
+        assert words.count("{}") == len(found.params)
 
 
 def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):

@@ -15,10 +15,12 @@ from tracking.project import asv_settings
 from tracking.repository import ROOT, git
 
 RESULTS = ROOT / "results"
+TOKENS = "generate.Decode.ratio_tokens_per_second"
 STEP = "step.Auto.ratio_step_vs_contiguous"
 BOUND = "step.Bound.ratio_step_vs_bound"
 ATTENTION = "overhead.Auto.ratio_vs_contiguous"
 NAMES = {
+    TOKENS: "tokens a second over mlx-lm's",
     STEP: "step over mlx-lm's cache",
     BOUND: "step over the bound",
     ATTENTION: "attention alone",

@@ -79,7 +79,8 @@ def adr_rows(table):
 def headline(machine, commits, benchmark, environment=None):
     """Return (header, rows): one of the headlines at phase commits and the last that has it.
 
-    Columns are the cells of block size 32 with a number; rows carry 99% confidence intervals.
+    Columns are the cells with a number, of those by block size the ones of 32; rows carry 99%
+    confidence intervals.
     """
     tables = {
         commit: load(machine, commit, environment=environment).get(benchmark, {})
@@ -89,13 +90,17 @@ def headline(machine, commits, benchmark, environment=None):
     shown = {*phase_commits(), *list(tables)[-1:]}
     tables = {commit: table for commit, table in tables.items() if commit in shown}
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
-    cells = sorted((c for c in cells if c[2] == "32"), key=lambda c: [int(x) for x in c])
-    header = ["commit", *(f"batch {b}, {int(context) // 1024}k" for b, context, _ in cells)]
+    cells = sorted((c for c in cells if c[2:] in ((), ("32",))), key=lambda c: [int(x) for x in c])
+    header = ["commit", *(f"batch {b}, {_short(int(context))}" for b, context, *_ in cells)]
     rows = [
         [commit_label(commit)] + [table.get(cell, MISSING).show(interval=True) for cell in cells]
         for commit, table in tables.items()
     ]
     return header, rows
+
+
+def _short(tokens):
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def as_text(header, rows):

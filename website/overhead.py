@@ -1,7 +1,7 @@
 """overhead.html: what a decode step over a paged cache costs, beside one over a contiguous cache.
 
 One page that needs no other file and no network. `gather` takes what it shows from the results,
-overhead.html beside this module is its frame and script, `CHARTS` are its pictures. The figures of
+overhead.html beside this module is its frame and script, charts.py its pictures. The figures of
 the documents are the same charts of the same rows.
 """
 
@@ -13,11 +13,11 @@ import statistics
 from pathlib import Path
 from urllib.parse import urlencode
 
-import altair as alt
 import vl_convert
 from asv.util import load_json
 
 from benchmarks.common import PARAM_NAMES, kv_bytes
+from benchmarks.generate import BLOCK_SIZE, Decode
 from tracking.repository import ROOT, commit_label, git
 from tracking.results import (
     MISSING,
@@ -30,13 +30,27 @@ from tracking.results import (
     recorded_environment,
 )
 from tracking.tables import ADR_COLUMNS, adr_entries
+from website.charts import CHARTS
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
 # The measures, as the page names them, in its order.
 RATIOS = {
+    "tokens": re.compile(r"generate\.(Decode)\.ratio_tokens_per_second"),
     "step": re.compile(r"step\.(Auto|Batch16)\.ratio_step_vs_contiguous"),
     "bound": re.compile(r"step\.(Bound|BoundBatch16)\.ratio_step_vs_bound"),
     "attention": re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous"),
+}
+LARGER = {"tokens"}  # is better
+# What else a user of mlx-lm gets, in words.
+WITH_MLX_LM = {
+    "generate.Skewed.ratio_tokens_per_second": "tokens a second over mlx-lm's own caches, "
+    "a sequence of {} tokens beside seven of a 16th",
+    "server.Requests.ratio_requests_per_second": "requests a second over mlx_lm.server, "
+    "{} clients that share a system prompt",
+    "generate.FirstToken.ratio_first_token": "time to the first token over that with none cached, "
+    "{} tokens of the prompt cached",
+    "generate.Forks.track_memory": "memory of 8 forks over that of one, "
+    "{} tokens, each grown by {}",
 }
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
@@ -44,15 +58,15 @@ BANDWIDTH = "memory.Bandwidth.track_bandwidth"
 
 def _path(name):
     """Return the decode path that a benchmark class is named after, or takes without saying."""
-    if name in ("Batch16", "Bound", "BoundBatch16"):
+    if name in ("Batch16", "Bound", "BoundBatch16", "Decode"):
         return "auto"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _link(machine, benchmark, cell):
+def _link(machine, benchmark, cell, params=PARAM_NAMES):
     """Return where asv's pages show the series of a cell."""
     state = [("machine", machine)]
-    state += [(f"p-{name}", value) for name, value in zip(PARAM_NAMES, cell, strict=True)]
+    state += [(f"p-{name}", value) for name, value in zip(params, cell, strict=True)]
     return f"index.html#{benchmark}?{urlencode(state)}"
 
 
@@ -84,17 +98,27 @@ def _cells(tables, pattern):
 
 def ratio_rows(machine, tables):
     """Return a row for each cell of each measure, path and commit: its ratio to contiguous."""
+    rows = []
+    for measure, pattern in RATIOS.items():
+        of_model = measure == "tokens"
+        params = Decode.param_names if of_model else PARAM_NAMES
+        for number, name, cell, value in _cells(tables, pattern):
+            sizes = map(int, (*cell, BLOCK_SIZE) if of_model else cell)
+            row = {"measure": measure, "commit": number, "path": _path(pattern.fullmatch(name)[1])}
+            row["link"] = _link(machine, name, cell, params)
+            row |= zip(("batch", "context", "block"), sizes, strict=True)
+            rows.append(row | _entry(value))
+    return rows
+
+
+def fact_rows(machine, table):
+    """Return what else a user of mlx-lm gets at a commit: a row for each number, with its words."""
     return [
-        {
-            "measure": measure,
-            "commit": number,
-            "path": _path(pattern.fullmatch(name)[1]),
-            "link": _link(machine, name, cell),
-        }
-        | dict(zip(("batch", "context", "block"), map(int, cell), strict=True))
+        {"what": words.format(*cell), "link": f"index.html#{name}?machine={machine}"}
         | _entry(value)
-        for measure, pattern in RATIOS.items()
-        for number, name, cell, value in _cells(tables, pattern)
+        for name, words in WITH_MLX_LM.items()
+        for cell, value in sorted(table.get(name, {}).items(), key=lambda x: [int(n) for n in x[0]])
+        if value.known
     ]
 
 
@@ -141,7 +165,7 @@ def headline(rows, measure, labels):
         "commit": latest,
         "cells": len(now),
         "median": _median(now.values()),
-        "worst": max(now.values(), key=lambda row: row["value"]),
+        "worst": (min if measure in LARGER else max)(now.values(), key=lambda row: row["value"]),
         "change": None,
     }
     before = [n for n in autos if n < latest and labels[n].startswith("phase")]
@@ -195,6 +219,7 @@ def series_of(machine, environment, results=RESULTS, commits=None):
         ],
         "headlines": {measure: headline(rows, measure, labels) for measure in RATIOS},
         "ratios": rows,
+        "facts": [fact_rows(machine, table) for table in tables],
         "bandwidths": bandwidth_rows(machine, tables),
         "copy": _copy_bandwidth(tables),
         "tables": [
@@ -243,61 +268,6 @@ def gather(results, regressions=()):
         "columns": ADR_COLUMNS,
         "regressions": list(regressions),
     }
-
-
-def _lines(x, y, color, tooltip, *, band=False, at=None):
-    """Lines with points and confidence intervals over the rows named `rows`."""
-    rows = alt.NamedData("rows")
-    base = alt.Chart(rows).encode(x=x, color=color, tooltip=tooltip)
-    ends = base.encode(y=y("low:Q"), y2="high:Q")
-    layers = [
-        ends.mark_area(opacity=0.18) if band else ends.mark_rule(strokeWidth=3, opacity=0.5),
-        base.mark_line(point=alt.OverlayMarkDef(size=50)).encode(y=y("value:Q"), href="link:N"),
-    ]
-    if at is not None:
-        rule = alt.Chart(rows).mark_rule(strokeDash=[6, 4], color="gray")
-        layers.insert(0, rule.encode(y=alt.datum(at)))
-    return alt.layer(*layers).properties(width="container", height=300, background="transparent")
-
-
-def _ratio(field):
-    ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
-    scale = alt.Scale(type="log", nice=False, zero=False, padding=10)
-    axis = alt.Axis(values=ticks, format="~g", tickCount=len(ticks))
-    return alt.Y(field, title="time over contiguous", scale=scale, axis=axis)
-
-
-def _speed(field):
-    return alt.Y(field, title="GB/s", scale=alt.Scale(zero=True))
-
-
-_CONTEXT = alt.X(
-    "context:Q",
-    title="context length in tokens",
-    scale=alt.Scale(type="log", base=2, nice=False, padding=16),
-    axis=alt.Axis(values=[2**power for power in range(8, 20)], format="d", grid=False),
-)
-_COMMIT = alt.X("label:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30))
-_BY_CONTEXT = alt.Color(
-    "context:O",
-    title="tokens",
-    scale=alt.Scale(scheme="viridis"),
-    legend=alt.Legend(orient="top", symbolOpacity=1),
-)
-_BY_PATH = alt.Color(
-    "path:N", title=None, legend=alt.Legend(orient="top", columns=2, symbolOpacity=1)
-)
-_TIP = [
-    *("label:N", "path:N", "batch:Q", "context:Q", "block:Q"),
-    *(alt.Tooltip(f"{key}:Q", format=".3~g") for key in ("value", "low", "high")),
-]
-
-CHARTS = {
-    "phases": _lines(_COMMIT, _ratio, _BY_CONTEXT, _TIP, band=True, at=1),
-    "contexts": _lines(_CONTEXT, _ratio, _BY_PATH, _TIP, at=1),
-    "bandwidths": _lines(_CONTEXT, _speed, _BY_PATH, _TIP),
-}
-"""Charts of rows as in `series_of`, with the label of the row's commit added."""
 
 
 _FOUR = {"measure": "attention", "batch": 4, "block": 32}
