@@ -48,9 +48,9 @@ def versions(tmp_path):
     return tmp_path / "results", "h200", result["commit_hash"], environments
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def emulator(tmp_path_factory):
-    """Stands in for `pagedkv.kernels.kernel` on a CPU."""
+    """Stands in for `pagedkv.kernels.kernel` on a CPU; compiles each kernel once."""
     from emulator import COMPILER, Emulator
 
     if COMPILER is None:

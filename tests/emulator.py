@@ -32,7 +32,7 @@ def signature(name, inputs, dtypes_and_sizes, out_dtype, text):
 
 
 def program(header, text, inputs, dtypes_and_sizes, out_dtype):
-    """A translation unit with a C function that launches a grid."""
+    """A translation unit with a C function that a thread of a group runs."""
     casts = []
     for argument, (dtype, _) in zip(inputs, dtypes_and_sizes, strict=True):
         casts.append(f"(const {NAMES[dtype]}*)buffers[{len(casts)}]")
@@ -42,19 +42,19 @@ def program(header, text, inputs, dtypes_and_sizes, out_dtype):
     return f"""#include "{HERE / "metal_on_cpu.h"}"
 {header}
 {signature("kernel_text", inputs, dtypes_and_sizes, out_dtype, text)}
-extern "C" int launch(void** buffers, const int* groups, int threads, int seed) {{
-  std::mt19937 random(seed);
-  for (uint z = 0; z < groups[2]; ++z)
-    for (uint y = 0; y < groups[1]; ++y)
-      for (uint x = 0; x < groups[0]; ++x) {{
-        fibers::body = [&](int t) {{
-          kernel_text({", ".join(casts)}, uint3{{x, y, z}}, uint3{{uint(t), 0, 0}});
-        }};
-        if (!fibers::run(threads, random)) return 1;
-      }}
-  return 0;
+extern "C" void kernel(void** buffers, uint3 group, uint3 thread_of_group) {{
+  kernel_text({", ".join(casts)}, group, thread_of_group);
 }}
 """
+
+
+def build(source, made, *libraries):
+    """Compile a file into a shared library that uses others, and return its path."""
+    options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
+    command = [COMPILER, *options, source, *libraries, "-o", made]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return made
 
 
 class Emulator:
@@ -62,19 +62,15 @@ class Emulator:
 
     def __init__(self, folder):
         self.folder, self.launches, self.seed = folder, [], 0
+        self.runtime = build(HERE / "metal_on_cpu.cpp", folder / "metal_on_cpu.so")
+        self.launch = ctypes.PyDLL(str(self.runtime)).launch  # one thread at a time: one group
         self.compiled = cache(self.compiled)
 
     def compiled(self, text):
         """Compile a program, once for each text."""
         path = self.folder / f"kernel{len(list(self.folder.glob('*.cpp')))}.cpp"
         path.write_text(text)
-        options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
-        made = path.with_suffix(".so")
-        done = subprocess.run(
-            [COMPILER, *options, str(path), "-o", str(made)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(made))
+        return ctypes.CDLL(str(build(path, path.with_suffix(".so"), self.runtime)))
 
     def kernel(self, body, backend, constants, extra=()):
         """Return something to call as what `mx.fast.metal_kernel` returns."""
@@ -104,7 +100,8 @@ class Emulator:
                 buffers.append(np.array(array.shape, np.int32))
         buffers.append(out)
         self.seed += 1
-        status = library.launch(
+        status = self.launch(
+            library.kernel,
             (ctypes.c_void_p * len(buffers))(*(buffer.ctypes.data for buffer in buffers)),
             (ctypes.c_int * 3)(*groups),
             threads,

@@ -18,7 +18,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import ON_CPU, OPTIONS, TOLERANCE, Case, assert_close, poison, score_options
-from emulator import COMPILER, Emulator
 from test_kv_cache import cache, extend
 from test_step import SCALE, inputs
 
@@ -295,7 +294,7 @@ def test_a_step_that_measures_is_a_step_like_others(gpu, monkeypatch):
     assert ("fused" in gpu.calls) == (table[0][1] == "fused")
 
 
-@pytest.mark.skipif(not ON_CPU or COMPILER is None, reason="about the emulator")
+@pytest.mark.skipif(not ON_CPU, reason="about the emulator")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -305,7 +304,7 @@ def test_a_step_that_measures_is_a_step_like_others(gpu, monkeypatch):
         ("WRITABLE(values)[to] = new_values[from];", ""),
     ],
 )
-def test_the_fused_kernel_itself(tmp_path, monkeypatch, right, wrong):
+def test_the_fused_kernel_itself(emulator, monkeypatch, right, wrong):
     """Its Metal text, whole and broken, on a clock that shows the gather slow."""
     source = kernels.source
 
@@ -317,7 +316,7 @@ def test_the_fused_kernel_itself(tmp_path, monkeypatch, right, wrong):
     clock = itertools.cycle([0, 1, 1, 3])  # seconds: fused takes 1, the gather 2
     monkeypatch.setattr(measured, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(kernels, "source", broken)
-    monkeypatch.setattr(kernels, "kernel", Emulator(tmp_path).kernel)
+    monkeypatch.setattr(kernels, "kernel", emulator.kernel)
     monkeypatch.setattr(paths, "backend_of", lambda device: "metal")
     monkeypatch.setattr(auto, "gpu_name", lambda device: NAME)
     supported = replace(paths.DECODE_PATHS["fused"], supports=lambda *arguments: True)

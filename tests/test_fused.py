@@ -202,3 +202,21 @@ def test_emulated_float16_rounds_as_numpy(emulator, x):
     (out,) = emulator.run("", text, ["x"], inputs, mx.float16, (32,), [1, 1, 1], 32)
     expected = np.full(32, x, np.float32).astype(np.float16)
     assert np.array(out).tobytes() == expected.tobytes()
+
+
+@on_a_cpu
+def test_threads_that_wait_at_different_places_are_told_of(emulator):
+    """The next kernel does not go on where they are."""
+
+    def run(text):
+        place = "threadgroup_position_in_grid.x + thread_position_in_threadgroup.x"
+        inputs = [mx.zeros(8)]
+        return emulator.run(
+            "", f"const int at = {place};\n{text}", ["x"], inputs, mx.float32, (32,), [1, 1, 1], 32
+        )
+
+    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    with pytest.raises(AssertionError, match="different places"):
+        run(f"if (at == 0) {barrier}")
+    (out,) = run(f"{barrier}\noutputs[at] = at;")
+    assert out.tolist() == list(range(32))
