@@ -52,12 +52,12 @@ def chat(monkeypatch, smollm, capsys):
 
 def test_a_chat_over_a_store_says_what_mlx_lm_says(chat, loaded):
     model, tokenizer = loaded
-    out = chat("--system", SYSTEM, "--tokens", "20", model=loaded)
+    out = chat("--system", SYSTEM, "--tokens", "10", model=loaded)
     example = runpy.run_path(str(EXAMPLES / "chat.py"))
     lengths = []
     for question in example["QUESTIONS"]:
         prompt = example["prompt_of"](tokenizer, SYSTEM, question)
-        text = generate(model, tokenizer, prompt, max_tokens=20)
+        text = generate(model, tokenizer, prompt, max_tokens=10)
         assert f"{question}\n{text}\n\n" in out
         assert len(text.split()) > 5
         lengths.append(len(prompt))
