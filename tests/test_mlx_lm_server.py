@@ -335,7 +335,7 @@ def test_the_command_serves_and_ends(path, expected):
             found = client.chat.completions.create(model="default_model", messages=CHATS[0])
         assert found.choices[0].message.content == expected[0]
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=10)
+        printed, _ = process.communicate(timeout=60)
         assert "Paged store: 40 blocks of 24576 bytes" in printed
         assert process.returncode == 0
     finally:
