@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from asv.util import UserError
 
 from tracking import adopt
 
@@ -10,11 +11,13 @@ from tracking import adopt
 def existing(tmp_path, env_name="existing-py_opt_venv_bin_python3"):
     result = {
         "commit_hash": "0123456789abcdef",
+        "date": 0,
         "env_name": env_name,
         "params": {"machine": "gpu", "python": "/opt/venv/bin/python3"},
         "python": "/opt/venv/bin/python3",
         "requirements": {},
-        "results": {"a.B.time_c": [1.0]},
+        "result_columns": ["result", "params", "version"],
+        "results": {"a.B.time_c": [[1.0], [], "1"]},
         "version": 2,
     }
     (tmp_path / "source").mkdir()
@@ -41,9 +44,32 @@ def test_adopt_relabels_and_keeps_the_measurements(tmp_path):
 
 def test_adopt_refuses_results_that_have_a_name(tmp_path):
     source, _ = existing(tmp_path, "virtualenv-py3.11-mlx0.32.4")
-    with pytest.raises(ValueError, match="expected an existing environment, got virtualenv"):
+    with pytest.raises(UserError, match="expected an existing environment, got virtualenv"):
         adopt.adopt(source, **LABEL, results=tmp_path / "results")
-    source.write_text("{}")
-    with pytest.raises(ValueError, match="expected asv results"):
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("01234567-existing.json", "{}", "is a required property"),
+        ("01234567-existing.json", None, "No such file"),
+        ("machine.json", '{"machine": "gpu"', "Expecting"),
+        ("machine.json", '{"machine": "other", "version": 1}', "of machine 'gpu', got 'other'"),
+        ("machine.json", '{"machine": "gpu", "cpu": "<b>", "version": 1}', "not of type 'text'"),
+    ],
+)
+def test_adopt_refuses_what_is_broken(name, text, reason, tmp_path):
+    source, _ = existing(tmp_path)
+    broken = source.with_name(name)
+    broken.unlink() if text is None else broken.write_text(text)
+    with pytest.raises(UserError, match=rf"{name} is broken: .*{reason}"):
         adopt.adopt(source, **LABEL, results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_adopt_refuses_labels_that_a_page_would_obey(tmp_path):
+    source, _ = existing(tmp_path)
+    with pytest.raises(UserError, match="is not of type 'text'"):
+        adopt.adopt(source, **LABEL | {"mlx": "<b>"}, results=tmp_path / "results")
     assert not (tmp_path / "results").exists()

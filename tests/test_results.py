@@ -120,10 +120,10 @@ def test_a_cell_without_a_number_says_why(versions):
     columns = content["result_columns"]
     row = content["results"][results.ATTENTION]
     row[columns.index("result")][:4] = [math.nan] * 4
-    for code, cell in ((-1, 0), (-2, 1), (-3, 2)):
-        for column in ("stats_ci_99_a", "stats_ci_99_b", "stats_number", "stats_repeat"):
-            row[columns.index(column)][cell] = code if column == "stats_number" else 1
-    row[columns.index("stats_number")][3] = None
+    for code, cell in ((-1, 0), (-2, 1), (-3, 2), (None, 3)):
+        for number, column in enumerate(columns):
+            if column.startswith("stats_"):
+                row[number][cell] = code if column == "stats_number" or code is None else 1
     file.write_text(json.dumps(content))
     table = results.load(machine, commit, folder, pinned)
     shown = [value.show() for value in table[results.ATTENTION].values()]

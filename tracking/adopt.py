@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from asv.machine import Machine
-from asv.results import Results
-from asv.util import UserError, load_json, write_json
+from asv.util import UserError
 
+from tracking import valid
 from tracking.results import RESULTS
 
 
@@ -30,25 +29,26 @@ def adopt(source, *, backend, python, mlx, results=RESULTS):
 
     Raises
     ------
-    ValueError
-        If the file is not from an existing environment; nothing has been written then.
+    UserError
+        If one of them is broken, or the file not from an existing environment; nothing has been
+        written then.
+    OSError
+        If results cannot be written. Those that are there stay.
     """
-    try:
-        result = load_json(str(source), Results.api_version)
-    except UserError as error:
-        raise ValueError(f"expected asv results, got {source}: {error}") from error
+    result = valid.load(source, anywhere=True)
+    machine = valid.load(source.with_name("machine.json"), anywhere=True)
     if not result["env_name"].startswith("existing-"):
-        raise ValueError(f"expected an existing environment, got {result['env_name']}")
+        raise UserError(f"expected an existing environment, got {result['env_name']}")
     environment = f"{backend}-py{python}-mlx{mlx}"
     result["env_name"] = environment
     result["python"] = result["params"]["python"] = python
     result["params"]["mlx"] = mlx
     result["requirements"] = {"mlx": mlx}
     folder = results / result["params"]["machine"]
-    machine = load_json(str(source.parent / "machine.json"), Machine.api_version)
     target = folder / f"{result['commit_hash'][:8]}-{environment}.json"
-    write_json(str(folder / "machine.json"), machine, Machine.api_version)
-    write_json(str(target), result, Results.api_version, compact=True)
+    valid.check(target, result)
+    valid.write_json(folder / "machine.json", machine)
+    valid.write_json(target, result)
     return target
 
 
@@ -62,7 +62,7 @@ def main():
     args = parser.parse_args()
     try:
         print(adopt(args.source, backend=args.backend, python=args.python, mlx=args.mlx))
-    except ValueError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))
     return 0
 

@@ -4,13 +4,14 @@ import collections
 import functools
 import itertools
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from asv.results import Results
-from asv.util import load_json, write_json
 
 from benchmarks.kinds import WHY
+from tracking import valid
 from tracking.project import asv_settings
 from tracking.repository import ROOT, git
 
@@ -104,21 +105,30 @@ def _today(by_name):
 
 def rename(file):
     """Call benchmarks in a file of results what they are called today, for asv's own reading."""
-    if any(f'"{old}"' in file.read_text() for old in RENAMED):
-        data = load_json(str(file), Results.api_version)
+    if any(f'"{old}"'.encode() in file.read_bytes() for old in RENAMED):
+        data = valid.load(file)
         data["results"] = _today(data["results"])
-        write_json(str(file), data, Results.api_version, compact=True)
+        valid.write_json(file, data)
 
 
 def measured(machine, results=RESULTS):
-    """Return what each file of a machine's results says; a file that stays is parsed once."""
+    """Return what each file of a machine's results says; a file that stays is parsed once.
+
+    A broken file is left out, and named on standard error.
+    """
     files = sorted(Path(results, machine).glob("*-*.json"))
-    return [_parse(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    parsed = [_parse(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [one for one in parsed if one is not None]
 
 
 @functools.cache
 def _parse(path, *_):
-    """Parse a file; what follows its path tells whether it has changed."""
+    """Parse a file, None if it is broken; what follows its path tells whether it has changed."""
+    try:
+        valid.load(path)
+    except valid.BrokenFileError as error:
+        print(f"{error}; left out", file=sys.stderr)
+        return None
     result = Results.load(path)
     table = _today({name: _values(result, name) for name in result.get_all_result_keys()})
     return Measured(

@@ -1,0 +1,240 @@
+"""Files of results are checked before anything reads them, and written whole."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from asv.util import UserError
+
+from tracking import results, valid
+
+ROOT = Path(__file__).parents[1]
+MACHINE, COMMIT = "h200", "0b9e8013"
+NAME = f"{COMMIT}-cuda13-py3.12-mlx0.32.4.json"
+HTML = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def file(versions):
+    folder, machine, _, _ = versions
+    return folder / machine / NAME
+
+
+def change(file, *path, to):
+    """Write a file anew with something in it replaced."""
+    data = json.loads(file.read_text())
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    if isinstance(inner, list):  # asv leaves out what is None at the end of a row
+        inner += [None] * (path[-1] + 1 - len(inner))
+    inner[path[-1]] = to
+    file.write_text(json.dumps(data))
+
+
+def test_everything_recorded_is_valid():
+    found = valid.files(ROOT / "results")
+    assert len(found) > 20
+    for file in found:
+        valid.load(file)
+
+
+CUT = (
+    (lambda text: text[:5000], "Expecting|Unterminated"),
+    (lambda text: "", "Expecting value"),
+    (lambda text: "[]", "is not of type 'object'"),
+    (lambda text: "7", "is not of type 'object'"),
+    (lambda text: "[" * 100_000, "recursion"),
+    (lambda text: text.replace('"date": ', '"date": 1' + 5000 * "0"), "an integer of 50.. digits"),
+    (lambda text: text.replace('"version": 2', '"version": 3'), "2 was expected"),
+)
+
+
+@pytest.mark.parametrize(("cut", "reason"), CUT)
+def test_a_broken_file_is_one_sentence_that_names_it(cut, reason, file):
+    file.write_text(cut(file.read_text()))
+    with pytest.raises(valid.BrokenFileError, match=rf"^\S*{NAME} is broken: .*({reason})") as said:
+        valid.load(file)
+    assert "\n" not in str(said.value)
+    assert len(str(said.value)) < 400
+
+
+def test_a_file_that_is_not_utf_8(file):
+    file.write_bytes(file.read_bytes().replace(b"h200", b"h\xff00"))
+    with pytest.raises(valid.BrokenFileError, match="can't decode byte 0xff"):
+        valid.load(file)
+
+
+ROW = ("results", results.ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ((*ROW, 0, 3), "1.5", "is not of type 'numbers'"),
+        ((*ROW, 0, 3), True, "is not of type 'numbers'"),
+        ((*ROW, 0), [1.0], "expected 24 values"),
+        ((*ROW, 9), None, "all statistics of a cell"),
+        ((*ROW, 1, 0, 0), HTML, "is not of type 'params'"),
+        ((*ROW, 2), HTML, "is not of type 'text'"),
+        ((*ROW, 12), HTML, "does not match"),
+        (("results", HTML), [[1.0], []], "does not match"),
+        (("params", "machine"), HTML, "is not of type 'text'"),
+        (("params", "machine"), "../other", "does not match"),
+        (("params", "cpu"), HTML, "is not of type 'text'"),
+        (("params", HTML), "x", "is not of type 'text'"),
+        (("params", "machine"), "other", "expected results of machine 'h200', got 'other'"),
+        (("env_name",), HTML, "is not of type 'text'"),
+        (("env_name",), "other", "belong into '0b9e8013-other.json'"),
+        (("commit_hash",), HTML, "does not match"),
+        (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
+        (("env_vars",), {"A": HTML}, "is not of type 'text'"),
+        (("requirements",), {HTML: ""}, "is not of type 'text'"),
+        (("durations",), {"<build>": "long"}, "is not of type 'number'"),
+        (("durations",), {HTML: 1.0}, "does not match"),
+        (("python",), 3.12, "is not of type 'text'"),
+        (("result_columns", 0), "samples", "'result' was expected"),
+        (("more",), 1, "Additional properties"),
+    ],
+)
+def test_what_results_may_not_hold(path, value, reason, file):
+    valid.load(file)
+    change(file, *path, to=value)
+    with pytest.raises(valid.BrokenFileError, match=reason):
+        valid.load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("cpu", HTML), ("machine", HTML), ("machine", "other"), (HTML, "x"), ("version", 2)],
+)
+def test_what_a_machine_may_not_hold(key, value, file):
+    record = file.with_name("machine.json")
+    valid.load(record)
+    valid.load(record, anywhere=True)
+    change(record, key, to=value)
+    with pytest.raises(valid.BrokenFileError, match=r"machine\.json is broken"):
+        valid.load(record)
+
+
+@pytest.mark.parametrize("name", ["Müllers-Mac.local", "box 2 (lab)", "日本"])
+def test_names_of_machines_need_not_be_ascii(name, tmp_path):
+    record = tmp_path / name / "machine.json"
+    valid.write_json(record, {"machine": name, "version": 1})
+    assert valid.load(record)["machine"] == name
+
+
+@pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", 'a"b', "a<b", "a\nb", "a\u202eb", "a'b"])
+def test_names_that_no_machine_may_have(name, tmp_path):
+    record = tmp_path / "machine.json"
+    record.write_text(json.dumps({"machine": name, "version": 1}))
+    with pytest.raises(valid.BrokenFileError):
+        valid.load(record, anywhere=True)
+
+
+@pytest.mark.parametrize("path", [("name",), ("pretty_name",), ("unit",), ("params", 0, 0)])
+def test_what_a_list_of_benchmarks_may_not_hold(path, tmp_path):
+    about = {"name": "a.B.time_c", "code": "if a < b: ...", "unit": "s", "version": "1"}
+    about |= {"pretty_name": "c", "params": [["1"]], "param_names": ["n"]}
+    listed = tmp_path / "benchmarks.json"
+    valid.write_json(listed, {"a.B.time_c": about, "version": 2})
+    valid.load(listed)
+    change(listed, "a.B.time_c", *path, to=HTML)
+    with pytest.raises(valid.BrokenFileError):
+        valid.load(listed)
+
+
+def test_a_name_that_a_log_would_obey_is_shown_as_text(tmp_path):
+    file = tmp_path / "a\n::error::b.json"
+    file.write_text("{}")
+    with pytest.raises(valid.BrokenFileError) as said:
+        valid.load(file)
+    assert "\n" not in str(said.value)
+
+
+def test_a_broken_file_is_left_out_and_named_once(versions, capsys):
+    folder, machine, _, (pinned, newest) = versions
+    file = folder / machine / f"{COMMIT}-{newest}.json"
+    file.write_text(file.read_text()[:1000])
+    for _ in range(2):
+        assert results.environments(machine, folder) == [pinned]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{file} is broken" in said
+
+
+def test_what_is_broken_is_set_aside_and_nothing_is_lost(file, capsys):
+    folder = file.parents[1]
+    good = file.with_name(f"{COMMIT}-cuda13-py3.12-mlx99.0.json").read_text()
+    nested = folder / "h200/deeper/h200/machine.json"  # asv looks at any depth
+    nested.parent.mkdir(parents=True)
+    for text in ("first", "second"):
+        file.write_text(text)
+        nested.write_text(text)
+        valid.set_aside(folder)
+    assert [path.name for path in valid.files(folder)] == [
+        f"{COMMIT}-cuda13-py3.12-mlx99.0.json",
+        "machine.json",
+    ]
+    assert file.with_name(f"{COMMIT}-cuda13-py3.12-mlx99.0.json").read_text() == good
+    for path in (file, nested):
+        assert path.with_name(f"{path.name}.broken").read_text() == "first"
+        assert path.with_name(f"{path.name}.broken-2").read_text() == "second"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert said[0].endswith(f"set aside as {NAME}.broken")
+
+
+def test_what_cannot_be_set_aside_is_an_error(file, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    file.write_text("")
+    with pytest.raises(UserError, match=rf"{NAME} is broken: .*; it cannot be set aside: read-onl"):
+        valid.set_aside(file.parents[1])
+
+
+def test_nothing_broken_is_written(file):
+    before, data = file.read_text(), valid.load(file)
+    with pytest.raises(valid.BrokenFileError, match="'python' is a required property"):
+        valid.write_json(file, {key: value for key, value in data.items() if key != "python"})
+    assert file.read_text() == before
+
+
+def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
+    """With a limit to what a process may write, which fails as a full disk does."""
+    file = tmp_path / "a.json"
+    file.write_text("before")
+    code = (
+        "import resource, signal, sys; from tracking import valid;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000));"
+        "valid.write_text(sys.argv[1], 'x' * 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1
+    assert b"OSError: [Errno 27]" in done.stderr
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert file.read_text() == "before"
+
+
+def test_a_write_that_is_interrupted_leaves_a_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    valid.write_text(file, "[Infinity]")
+    assert json.loads(file.read_text()) == [math.inf]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        valid.write_text(file, "[1]")
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert json.loads(file.read_text()) == [math.inf]

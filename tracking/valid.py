@@ -1,0 +1,195 @@
+"""Files of results, checked before anything reads, merges or publishes them, and written whole.
+
+`results.schema.json` says what they may hold: numbers where numbers belong, and no text that a
+page would take for HTML. What is broken is named and left out; nothing stops for it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+from asv.results import get_filename
+from asv.util import UserError
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from jsonschema.validators import extend
+
+SCHEMA = Path(__file__).with_name("results.schema.json")
+TEXT = re.compile('[^<>&"`\x00-\x1f\x7f-\x9f]{0,200}')
+LONGEST_INTEGER = 20  # digits
+PER_CELL = ("result", "samples", "stats_")  # columns with a value for each cell
+
+
+class BrokenFileError(UserError):
+    """A file of results that is not what asv writes."""
+
+
+def _is_text(_, value):
+    return isinstance(value, str) and TEXT.fullmatch(value) is not None
+
+
+def _is_numbers(_, value):
+    return isinstance(value, list) and {*map(type, value)} <= {int, float, type(None)}
+
+
+def _is_params(checker, value):
+    return isinstance(value, list) and all(
+        isinstance(values, list) and all(_is_text(checker, one) for one in values)
+        for values in value
+    )
+
+
+@cache
+def _validator(kind):
+    """Return what tells whether data is of a kind, a key of the schema's `$defs`."""
+    types = {"text": _is_text, "numbers": _is_numbers, "params": _is_params}
+    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(types)
+    schema = json.loads(SCHEMA.read_text())
+    return extend(Draft202012Validator, type_checker=checker)(
+        {"$defs": schema["$defs"], "$ref": f"#/$defs/{kind}"}
+    )
+
+
+def shown(path):
+    """Return a path as text that a terminal or a log takes for nothing but text."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def _integer(digits):
+    if len(digits) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def load(file, anywhere=False):
+    """Return what a file of results, a machine's record or asv's list of benchmarks holds.
+
+    Raises
+    ------
+    BrokenFileError
+        In one sentence, if it is not what asv writes, or not what asv would write there; the
+        latter does not matter of a file that may lie anywhere.
+    """
+    try:
+        data = json.loads(Path(file).read_bytes().decode(), parse_int=_integer)
+    except (ValueError, RecursionError, OSError) as error:
+        raise BrokenFileError(f"{shown(file)} is broken: {error}") from None
+    check(file, data, anywhere)
+    return data
+
+
+def check(file, data, anywhere=False):
+    """Raise what `load` does if a file must not hold this."""
+    file = Path(file)
+    kind = {"machine.json": "machine", "benchmarks.json": "benchmarks"}.get(file.name, "results")
+    reason = _violation(kind, data)
+    if not (reason or anywhere) and kind != "benchmarks":
+        machine = data["machine"] if kind == "machine" else data["params"]["machine"]
+        if machine != file.parent.name:
+            reason = f"expected results of machine {file.parent.name!a}, got {machine!a}"
+    if not reason and kind == "results":
+        reason = _mismatch(data) or (not anywhere and _misplaced(file, data))
+    if reason:
+        raise BrokenFileError(f"{shown(file)} is broken: {reason}")
+
+
+def _violation(kind, data):
+    """Return what of the schema data violates, None if nothing."""
+    error = best_match(_validator(kind).iter_errors(data))
+    if not error:
+        return None
+    where = "/".join(ascii(key)[1:-1] for key in map(str, error.absolute_path))
+    said = ascii(error.message)[1:-1]
+    said = said if len(said) < 120 else f"{said[:60]} ... {said[-60:]}"
+    return f"{said}, at {where}" if where else said
+
+
+def _misplaced(file, data):
+    """Return where results belong if not in a file, else None: asv has one file for them."""
+    name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
+    return None if file.name == name else f"its commit and environment belong into {name!a}"
+
+
+def _mismatch(data):
+    """Return which parts of results do not belong together, None if all do."""
+    for benchmark, row in data["results"].items():
+        columns = dict(zip(data["result_columns"], row, strict=False))
+        cells = math.prod(map(len, columns["params"]))
+        per_cell = {k: v for k, v in columns.items() if k.startswith(PER_CELL) and v is not None}
+        if any(len(values) != cells for values in per_cell.values()):
+            return f"expected {cells} values of {benchmark} in each column"
+        stats = [values for key, values in per_cell.items() if key.startswith("stats_")]
+        known = {tuple(value is None for value in values) for values in stats}
+        if len(known) > 1 or (stats and len(stats) != 6):
+            return f"expected all statistics of a cell of {benchmark} or none"
+    return None
+
+
+def write_text(file, text):
+    """Write a file so that it is there whole or as it was, whatever happens meanwhile.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written. What was there stays.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def write_json(file, data):
+    """Write a file of results as `write_text` does, if it may hold this.
+
+    Raises
+    ------
+    BrokenFileError
+        As `load`.
+    OSError
+        As `write_text`.
+    """
+    check(file, data)
+    write_text(file, json.dumps(data))
+
+
+def files(results):
+    """Return what asv reads in a folder of results, at any depth."""
+    return sorted(Path(results).rglob("*.json"))
+
+
+def set_aside(results):
+    """Rename every broken file under a folder of results to NAME.broken, and say so.
+
+    asv reads all there are, and one that is broken ends it with a traceback.
+
+    Raises
+    ------
+    UserError
+        If one cannot be renamed.
+    """
+    for file in files(results):
+        try:
+            load(file)
+        except BrokenFileError as error:
+            aside = file.with_name(f"{file.name}.broken")
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = file.with_name(f"{file.name}.broken-{number}")
+            try:
+                file.rename(aside)
+            except OSError as refused:
+                raise UserError(f"{error}; it cannot be set aside: {refused}") from None
+            print(f"{error}; set aside as {shown(aside.name)}", file=sys.stderr)
