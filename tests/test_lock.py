@@ -1,94 +1,162 @@
-"""One run at a time in a checkout."""
+"""One run at a time in a checkout: processes that hold the lock of a folder, and end."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from asv.util import UserError
 
 from tracking import lock
 
+ROOT = lock.FILE.parents[1]
+ACQUIRE = """
+import os, subprocess, sys
+from pathlib import Path
+from asv.util import UserError
+from tracking import lock
+try:
+    lock.acquire(Path(sys.argv[1], "state/lock"))
+except UserError as error:
+    sys.exit(str(error))
+"""
+HOLD = ACQUIRE + "print('held', flush=True); sys.stdin.read()"
+# As asv starts benchmarks: no descriptor but the standard ones, a process group of its own.
+START = """
+print("held", flush=True)
+options = {"stdin": subprocess.DEVNULL} if sys.argv[2:] else {}
+code = "import time; print('measures', flush=True); time.sleep(600)"
+call = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+command = [sys.executable, "-c", call]
+child = subprocess.Popen(command, close_fds=True, start_new_session=True, **options)
+child.wait()
+"""
+
+
+def python(code, *args, **options):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes | options)
+
+
+def refusal(folder, **options):
+    """What a run that comes is told, None if it gets the lock."""
+    process = python(ACQUIRE, folder, **options)
+    _, said = process.communicate(timeout=60)
+    return said if process.returncode else None
+
 
 @pytest.fixture
-def other(tmp_path):
-    """Another process that holds the lock of a checkout until its input ends."""
-    code = (
-        "import sys; from pathlib import Path; from tracking import lock;"
-        f"lock.acquire(Path({str(tmp_path)!r}, 'state/lock')); print('held', flush=True);"
-        "sys.stdin.read()"
-    )
-    env = {key: value for key, value in os.environ.items() if key != lock.HELD}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=lock.FILE.parents[1],
-        env=env,
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+def held(tmp_path):
+    """A process that holds the lock until its input ends."""
+    with python(HOLD, tmp_path) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
-def test_a_second_run_is_refused_until_the_first_ends(other, tmp_path, monkeypatch):
-    monkeypatch.setenv(lock.HELD, "")  # and acquire's own change is undone after the test
-    file = tmp_path / "state/lock"
-    with pytest.raises(UserError, match=rf"another run measures .*process {other.pid}"):
-        lock.acquire(file)
-    assert not os.environ[lock.HELD]
-    other.stdin.close()
-    other.wait()
-    lock.acquire(file)
-    assert os.environ[lock.HELD] == str(os.getpid())
+def test_a_second_run_is_refused_until_the_first_ends(held, tmp_path):
+    said = refusal(tmp_path)
+    assert "another run measures in this checkout" in said
+    assert f"process {held.pid}: -c" in said
+    assert "ended" not in said
+    held.stdin.close()
+    assert held.wait() == 0  # it read its input to the end, behind the lock
+    assert refusal(tmp_path) is None
 
 
-def test_what_the_holder_starts_does_not_ask(other, tmp_path, monkeypatch):
-    monkeypatch.setenv(lock.HELD, "1")
-    lock.acquire(tmp_path / "state/lock")
+def test_the_environment_does_not_open_the_lock(held, tmp_path):
+    """A variable did, until somebody's shell had a stale one."""
+    assert refusal(tmp_path, env={**os.environ, "PAGEDKV_MEASURING": "1"})
 
 
-@pytest.mark.parametrize(
-    ("argv", "takes"),
-    [
-        (["/x/bin/asv", "run", "HEAD^!"], True),
-        (["/x/asv/__main__.py", "continuous", "--config", "c", "a", "b"], True),
-        (["/x/bin/asv", "check"], True),
-        (["/x/bin/asv", "find", "a..b", "decode"], True),
-        (["/x/bin/asv", "publish"], False),
-        (["/x/tracking/history.py", "run"], False),
-    ],
-)
-def test_asv_takes_it_for_commands_that_measure(argv, takes, monkeypatch):
-    taken = []
-    monkeypatch.setattr(lock, "acquire", lambda: taken.append(1))
-    monkeypatch.setattr(sys, "argv", argv)
-    lock.setup()
-    assert bool(taken) is takes
+@pytest.mark.parametrize("inherits", [True, False])
+def test_what_a_killed_run_started_holds_the_lock(inherits, tmp_path):
+    """And what if it did not inherit it: a second run measures beside it."""
+    with python(ACQUIRE + START, tmp_path, *([] if inherits else ["no input"])) as process:
+        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "measures\n"
+        [child] = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        try:
+            said = refusal(tmp_path)
+            if inherits:
+                assert f"process {process.pid}: -c" in said
+                assert "that has ended, but not what it started, see `lsof" in said
+            else:
+                assert said is None
+        finally:
+            os.killpg(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while refusal(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert refusal(tmp_path) is None
 
 
-def test_asv_refuses(tmp_path):
-    """asv's own command line in a project with this plugin, while this process holds its lock."""
+def children(pid):
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [map(int, line.split()) for line in listed.stdout.splitlines()]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def test_what_the_holder_starts_holds_it_and_may_ask_again(tmp_path):
+    again = f"""
+lock.acquire(Path(sys.argv[1], "state/lock"))
+sys.exit(subprocess.call([sys.executable, "-c", {ACQUIRE!r}, sys.argv[1]]))
+"""
+    process = python(ACQUIRE + again, tmp_path)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+def test_there_may_be_no_input(tmp_path):
+    command = f'"{sys.executable}" -c "$CODE" "{tmp_path}" <&-'
+    env = {**os.environ, "CODE": ACQUIRE + START.replace("600", "0")}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("held\nmeasures\n", "")
+
+
+@pytest.fixture
+def asv_project(tmp_path):
+    """A project with this plugin."""
     (tmp_path / "tracking").mkdir()
     shutil.copy(lock.__file__, tmp_path / "tracking")
     (tmp_path / "tracking/__init__.py").touch()
     (tmp_path / ".asv").mkdir()
     config = {"version": 1, "project": "p", "repo": ".", "plugins": [".tracking.lock"]}
     (tmp_path / "asv.conf.json").write_text(json.dumps(config))
-    with (tmp_path / ".asv/lock").open("a+") as handle:
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "takes"),
+    [
+        ("run --machine box HEAD^!", True),
+        ("continuous --machine box a b", True),
+        ("check", True),
+        ("find a..b decode", True),
+        ("publish", False),
+    ],
+)
+def test_asv_takes_it_for_commands_that_measure(command, takes, asv_project):
+    with (asv_project / ".asv/lock").open("a+") as handle:
         lock.fcntl.flock(handle, lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB)
-        done = subprocess.run(
-            [sys.executable, "-m", "asv", "run", "--machine", "box", "HEAD^!"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, lock.HELD: ""},
-            timeout=60,
+        done, from_holder = (
+            subprocess.run(
+                [sys.executable, "-m", "asv", *command.split()],
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                cwd=asv_project,
+                timeout=60,
+            )
+            for stdin in (subprocess.DEVNULL, handle)
         )
+    refused = "another run measures in this checkout"
     assert done.returncode != 0
-    assert "another run measures in this checkout" in done.stdout + done.stderr
+    assert (refused in done.stdout + done.stderr) is takes
+    assert refused not in from_holder.stdout + from_holder.stderr

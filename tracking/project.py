@@ -18,13 +18,15 @@ from tracking.repository import ROOT
 def asv(*args, config="asv.conf.json"):
     """Run an asv command in the project's root and return its exit status.
 
+    Its standard input is that of this process: for who measures, the lock (`tracking.lock`).
+
     Raises
     ------
     UserError
         If a signal ended it: nothing is known of what it had to do.
     """
     command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
-    status = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, cwd=ROOT).returncode
     if status < 0:
         raise UserError(f"asv {args[0]} was ended by signal {-status}")
     return status
