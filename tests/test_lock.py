@@ -1,8 +1,6 @@
 """One run at a time in a checkout: processes that hold the lock of a folder, and end."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -118,45 +116,3 @@ def test_there_may_be_no_input(tmp_path):
     env = {**os.environ, "CODE": ACQUIRE + START.replace("600", "0")}
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("held\nmeasures\n", "")
-
-
-@pytest.fixture
-def asv_project(tmp_path):
-    """A project with this plugin."""
-    (tmp_path / "tracking").mkdir()
-    shutil.copy(lock.__file__, tmp_path / "tracking")
-    (tmp_path / "tracking/__init__.py").touch()
-    (tmp_path / ".asv").mkdir()
-    config = {"version": 1, "project": "p", "repo": ".", "plugins": [".tracking.lock"]}
-    (tmp_path / "asv.conf.json").write_text(json.dumps(config))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("command", "takes"),
-    [
-        ("run --machine box HEAD^!", True),
-        ("continuous --machine box a b", True),
-        ("check", True),
-        ("find a..b decode", True),
-        ("publish", False),
-    ],
-)
-def test_asv_takes_it_for_commands_that_measure(command, takes, asv_project):
-    with (asv_project / ".asv/lock").open("a+") as handle:
-        lock.fcntl.flock(handle, lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB)
-        done, from_holder = (
-            subprocess.run(
-                [sys.executable, "-m", "asv", *command.split()],
-                stdin=stdin,
-                capture_output=True,
-                text=True,
-                cwd=asv_project,
-                timeout=60,
-            )
-            for stdin in (subprocess.DEVNULL, handle)
-        )
-    refused = "another run measures in this checkout"
-    assert done.returncode != 0
-    assert (refused in done.stdout + done.stderr) is takes
-    assert refused not in from_holder.stdout + from_holder.stderr

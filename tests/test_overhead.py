@@ -232,7 +232,7 @@ def test_the_page_says_which_numpy_and_keeps_the_series(versions):
 
 def test_plugins_need_asv_alone():
     """On a machine without network there is asv, MLX and a commit's pagedkv, and nothing else."""
-    blocked = ("altair", "vl_convert", "pagedkv", "mlx", "numpy")
+    blocked = ("altair", "vl_convert", "jsonschema", "pagedkv", "mlx", "numpy")
     code = f"import sys; sys.modules |= dict.fromkeys({blocked})\n" + "\n".join(
         f"import {plugin[1:]}" for plugin in asv_settings()["plugins"]
     )

@@ -58,10 +58,31 @@ def test_machine_is_recorded_in_full_once(home):
 
 def test_another_machine_does_not_add_to_recorded_results(home):
     (home / "results/box").mkdir(parents=True)
-    (home / "results/box/machine.json").write_text('{"cpu": "abacus", "version": 1}')
+    (home / "results/box/machine.json").write_text(
+        '{"machine": "box", "cpu": "abacus", "version": 1}'
+    )
     with pytest.raises(UserError, match=r"results/box was measured on abacus, this is .*MACHINE="):
         project.record_machine("box")
     assert not (home / ".asv-machine.json").exists()
+
+
+@pytest.mark.parametrize("name", ["<b>", "../box", "a/b", ""])
+def test_names_that_no_machine_may_have(name, home):
+    with pytest.raises(UserError, match=r"machine\.json would be broken: "):
+        project.record_machine(name)
+    assert not (home / ".asv-machine.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"box": {', b"[]", b'{"box": 1, "version": 1}', b'{"version": 1, "\xff": {}}'],
+)
+def test_what_asv_knows_of_machines_is_broken(content, home):
+    (home / ".asv-machine.json").write_bytes(content)
+    for call in (lambda: project.record_machine("box"), lambda: project.machine_name("cpu")):
+        with pytest.raises(UserError, match=r"^\S+/\.asv-machine\.json is broken: .+"):
+            call()
+    assert (home / ".asv-machine.json").read_bytes() == content
 
 
 def test_a_recorded_machine_keeps_its_record_on_a_new_home(home, monkeypatch):

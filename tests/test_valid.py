@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from asv.util import UserError
 
-from tracking import results, valid
+from tracking import files, results, valid
 
 ROOT = Path(__file__).parents[1]
 MACHINE, COMMIT = "h200", "0b9e8013"
@@ -212,10 +212,10 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("before")
     code = (
-        "import resource, signal, sys; from tracking import valid;"
+        "import resource, signal, sys; from tracking import files;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000));"
-        "valid.write_text(sys.argv[1], 'x' * 100_000)"
+        "files.write_text(sys.argv[1], 'x' * 100_000)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, capture_output=True)
     assert done.returncode == 1
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
 
 def test_a_write_that_is_interrupted_leaves_a_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    valid.write_text(file, "[Infinity]")
+    files.write_text(file, "[Infinity]")
     assert json.loads(file.read_text()) == [math.inf]
 
     def interrupt(*_):
@@ -235,6 +235,6 @@ def test_a_write_that_is_interrupted_leaves_a_file_as_it_was(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        valid.write_text(file, "[1]")
+        files.write_text(file, "[1]")
     assert os.listdir(tmp_path) == ["a.json"]
     assert json.loads(file.read_text()) == [math.inf]

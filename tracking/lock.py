@@ -3,7 +3,7 @@
 asv installs the commit it measures into an environment that all its runs share: of two runs at
 once, one measures the other's commit. Whoever measures holds the lock, and so does all that it
 starts, also when it is killed itself: the locked file is their standard input, which every program
-hands on to what it starts. asv's commands take it when this module is loaded as a plugin.
+hands on to what it starts. asv's commands take it in `tracking.safeguards`.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from asv.util import UserError
 
 FILE = Path(__file__).parents[1] / ".asv/lock"
-MEASURING = ("run", "continuous", "find", "profile", "check", "setup")  # they install commits
 
 
 def acquire(file=FILE):
@@ -71,9 +70,3 @@ def _holder(file):
         except (PermissionError, OverflowError):
             pass
     return said
-
-
-def setup():
-    """Take the lock when asv loads this plugin for a command that measures."""
-    if Path(sys.argv[0]).stem in ("asv", "__main__") and any(c in sys.argv for c in MEASURING):
-        acquire()

@@ -12,6 +12,7 @@ from asv.environment import get_environments
 from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json, write_json
 
+from tracking import valid
 from tracking.repository import ROOT
 
 
@@ -68,8 +69,16 @@ def environment_name(config):
     return environment.name
 
 
+def known_machines():
+    """Return what asv knows of machines on this host: {name: record}."""
+    path = Path(MachineCollection.get_machine_file_path())
+    known = valid.load(path) if path.exists() else {}
+    return {name: record for name, record in known.items() if name != "version"}
+
+
 def machine_name(backend):
     """Return the name asv has for this host, marked with the backend unless it is the default."""
+    known_machines()  # what is broken is no reason for another name
     try:
         name = MachineCollection.load(platform.node())["machine"]
     except UserError:  # asv knows no machine, or several and none by the host's name
@@ -79,8 +88,7 @@ def machine_name(backend):
 
 def record_machine(name):
     """Write the machine's record for asv unless there is one: a changed record splits series."""
-    path = Path(MachineCollection.get_machine_file_path())
-    if path.exists() and name in load_json(str(path), Machine.api_version):
+    if name in known_machines():
         return
     macos = platform.mac_ver()[0]
     kernel = ".".join(platform.release().split(".")[:2])
@@ -90,14 +98,17 @@ def record_machine(name):
     record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
     path = ROOT / "results" / name / "machine.json"
     if path.exists():
-        recorded = load_json(str(path), Machine.api_version)
+        recorded = valid.load(path)
         if recorded["cpu"] != record["cpu"]:
             raise UserError(
                 f"results/{name} was measured on {recorded['cpu']}, this is {record['cpu']}: "
                 "give it a name of its own, MACHINE=name"
             )
         record = recorded
-    MachineCollection.save(name, {**record, "machine": name})
+    record = {**record, "machine": name, "version": Machine.api_version}
+    valid.check(path, record, state="would be")
+    del record["version"]
+    MachineCollection.save(name, record)
 
 
 def discover(machine, config):

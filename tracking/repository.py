@@ -29,7 +29,8 @@ def git(*args, root=None, text=None, env=None):
     done = subprocess.run(
         ["git", "-C", str(root or ROOT), *args],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # as Python has file names that are not UTF-8
         input=text,
         env={**os.environ, **(env or {})},
     )

@@ -1,13 +1,11 @@
-"""Files of results, checked before anything reads, merges or publishes them, and written whole.
+"""Files of results, checked before anything reads, merges or publishes them.
 
 `results.schema.json` says what they may hold: numbers where numbers belong, and no text that a
 page would take for HTML. What is broken is named and left out; nothing stops for it.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 import sys
 from functools import cache
@@ -19,9 +17,16 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
+from tracking.files import shown, write_text
+
 SCHEMA = Path(__file__).with_name("results.schema.json")
 TEXT = re.compile('[^<>&"`\x00-\x1f\x7f-\x9f]{0,200}')
 LONGEST_INTEGER = 20  # digits
+KINDS = {
+    "machine.json": "machine",
+    "benchmarks.json": "benchmarks",
+    ".asv-machine.json": "machines",  # in the user's home
+}
 PER_CELL = ("result", "samples", "stats_")  # columns with a value for each cell
 
 
@@ -55,11 +60,6 @@ def _validator(kind):
     )
 
 
-def shown(path):
-    """Return a path as text that a terminal or a log takes for nothing but text."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
 def _integer(digits):
     if len(digits) > LONGEST_INTEGER:
         raise ValueError(f"an integer of {len(digits)} digits")
@@ -67,7 +67,7 @@ def _integer(digits):
 
 
 def load(file, anywhere=False):
-    """Return what a file of results, a machine's record or asv's list of benchmarks holds.
+    """Return what a file of results, a record of machines or asv's list of benchmarks holds.
 
     Raises
     ------
@@ -83,19 +83,19 @@ def load(file, anywhere=False):
     return data
 
 
-def check(file, data, anywhere=False):
-    """Raise what `load` does if a file must not hold this."""
+def check(file, data, anywhere=False, state="is"):
+    """Raise what `load` does if a file must not hold this, which it does or would do."""
     file = Path(file)
-    kind = {"machine.json": "machine", "benchmarks.json": "benchmarks"}.get(file.name, "results")
+    kind = KINDS.get(file.name, "results")
     reason = _violation(kind, data)
-    if not (reason or anywhere) and kind != "benchmarks":
+    if not (reason or anywhere) and kind in ("machine", "results"):
         machine = data["machine"] if kind == "machine" else data["params"]["machine"]
         if machine != file.parent.name:
             reason = f"expected results of machine {file.parent.name!a}, got {machine!a}"
     if not reason and kind == "results":
         reason = _mismatch(data) or (not anywhere and _misplaced(file, data))
     if reason:
-        raise BrokenFileError(f"{shown(file)} is broken: {reason}")
+        raise BrokenFileError(f"{shown(file)} {state} broken: {reason}")
 
 
 def _violation(kind, data):
@@ -130,26 +130,6 @@ def _mismatch(data):
     return None
 
 
-def write_text(file, text):
-    """Write a file so that it is there whole or as it was, whatever happens meanwhile.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written. What was there stays.
-    """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-
-
 def write_json(file, data):
     """Write a file of results as `write_text` does, if it may hold this.
 
@@ -160,7 +140,7 @@ def write_json(file, data):
     OSError
         As `write_text`.
     """
-    check(file, data)
+    check(file, data, state="would be")
     write_text(file, json.dumps(data))
 
 

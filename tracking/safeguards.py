@@ -1,0 +1,83 @@
+"""asv plugin: what asv itself does not look after, whichever of its commands is run.
+
+One run measures at a time, and files of results are valid when asv reads them and are
+written whole. Where something is wrong a sentence says what to do.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import asv.util
+from asv.commands import make_argparser
+from asv.config import Config
+from asv.console import log
+from asv.environment import ExistingEnvironment, get_environments
+from asv.machine import MachineCollection
+from asv.util import UserError
+
+from tracking.files import write_text
+from tracking.lock import acquire
+from tracking.repository import check_history
+
+try:
+    from tracking import valid
+except ModuleNotFoundError:  # a machine without network may have asv alone
+    valid = None
+
+MEASURING = ("Run", "Continuous", "Find", "Profile", "Check", "Setup")  # they install commits
+OF_HISTORY = ("Run", "Continuous", "Find", "Publish")
+WITHOUT_RESULTS = ("Machine", "Preview", "Quickstart", "Update")
+
+
+def setup():
+    """Look after the command for which asv loads this plugin."""
+    args = make_argparser()[0].parse_args()
+    command = args.func.__self__.__name__
+    # asv has gone to where its config is
+    config = Config.load(Path(args.config).name if args.config else None)
+    asv.util.write_json = functools.partial(write_json, config.results_dir)
+    if command in MEASURING:
+        acquire()
+    of_no_commit = _existing(args, config) and getattr(args, "set_commit_hash", None) is None
+    if command in OF_HISTORY and not of_no_commit:
+        check_history()
+    if command in WITHOUT_RESULTS:
+        return
+    if valid:
+        check_files(config.results_dir)
+    else:
+        log.warning("files of results are not checked: jsonschema is not installed")
+
+
+def _existing(args, config):
+    """Return the environments of a command that asv installs nothing in."""
+    environments = get_environments(config, args.env_spec) if getattr(args, "env_spec", 0) else []
+    return [one for one in environments if isinstance(one, ExistingEnvironment)]
+
+
+def check_files(results):
+    """Set aside what is broken in a folder of results, stop if asv's record of machines is."""
+    machines = Path(MachineCollection.get_machine_file_path())
+    if machines.exists():
+        valid.load(machines)
+    valid.set_aside(results)
+
+
+def write_json(results, path, data, api_version=None, compact=False):
+    """Write what asv's function of this name does, whole or not at all.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written, or is in a folder of results and broken.
+    """
+    if api_version is not None:
+        data = {**data, "version": api_version}
+    layout = {} if compact else {"indent": 4, "sort_keys": True}
+    if valid and Path(results).resolve() in Path(path).resolve().parents:
+        valid.check(path, data, state="would be")
+    try:
+        write_text(path, json.dumps(data, **layout))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written and is as it was: {error}") from None
