@@ -2,18 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tracking import lock
+from tracking import lock, safeguards
 from tracking.repository import ROOT
 
 MODULES = ("__init__", "files", "lock", "repository", "safeguards", "valid")
 SUITE = """
 import os
+import re
 import pagedkv
 
 
@@ -90,6 +92,32 @@ def measured(project):
 def test_a_run_records_what_head_answers(asv, project):
     assert asv("run", "--machine", "box", *HERE)[0] == 0
     assert measured(project) == [42]
+
+
+def test_the_environment_forces_nothing(asv, project):
+    forced = {"PAGEDKV_DECODE_PATH": "gather_sdpa", "MLX_DISABLE_COMPILE": "1"}
+    status, said = asv("run", "--machine", "box", *HERE, **forced)
+    assert status == 0
+    assert re.search(
+        "benchmarks run without .*MLX_DISABLE_COMPILE, .*PAGEDKV_DECODE_PATH, which", said
+    )
+    assert measured(project) == [42]
+
+
+def test_without_the_safeguard_the_environment_falsifies(asv, project):
+    config = json.loads((project / "asv.conf.json").read_text())
+    (project / "asv.bare.conf.json").write_text(json.dumps({**config, "plugins": []}))
+    options = ("--config", "asv.bare.conf.json", "--machine", "box", *HERE)
+    assert asv("run", *options, PAGEDKV_DECODE_PATH="gather_sdpa")[0] == 0
+    assert measured(project) == [142]
+
+
+def test_what_forces_is_forgotten_and_the_rest_stays():
+    stays = {"PATH": "", "HOME": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "LC_ALL": ""}
+    goes = {"PAGEDKV_AUTOTUNE": "", "OMP_NUM_THREADS": "", "PYTHONOPTIMIZE": "", "GIT_DIR": ""}
+    environ = {**stays, **goes}
+    safeguards.forget(environ)
+    assert environ == stays
 
 
 @pytest.mark.parametrize(

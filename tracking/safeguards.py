@@ -1,11 +1,14 @@
 """asv plugin: what asv itself does not look after, whichever of its commands is run.
 
-One run measures at a time, and files of results are valid when asv reads them and are
-written whole. Where something is wrong a sentence says what to do.
+One run measures at a time, the environment changes nothing that is measured, and files of results
+are valid when asv reads them and are written whole. Where something is wrong a sentence says what
+to do.
 """
 
 import functools
 import json
+import os
+import re
 from pathlib import Path
 
 import asv.util
@@ -29,6 +32,13 @@ MEASURING = ("Run", "Continuous", "Find", "Profile", "Check", "Setup")  # they i
 OF_HISTORY = ("Run", "Continuous", "Find", "Publish")
 WITHOUT_RESULTS = ("Machine", "Preview", "Quickstart", "Update")
 
+# What decides how the package, MLX, the libraries below it or Python run.
+FORCES = re.compile(
+    r"(PAGEDKV|MLX|METAL|MTL|MALLOC)_.*|Malloc.*|GLIBC_TUNABLES|\w+_NUM_THREADS|"
+    "VECLIB_MAXIMUM_THREADS|CUDA_LAUNCH_BLOCKING|GIT_(DIR|WORK_TREE|INDEX_FILE)|"
+    "PYTHON(DEVMODE|HASHSEED|MALLOC|OPTIMIZE|PROFILEIMPORTTIME|TRACEMALLOC)"
+)
+
 
 def setup():
     """Look after the command for which asv loads this plugin."""
@@ -39,6 +49,7 @@ def setup():
     asv.util.write_json = functools.partial(write_json, config.results_dir)
     if command in MEASURING:
         acquire()
+        forget(os.environ)
     of_no_commit = _existing(args, config) and getattr(args, "set_commit_hash", None) is None
     if command in OF_HISTORY and not of_no_commit:
         check_history()
@@ -54,6 +65,15 @@ def _existing(args, config):
     """Return the environments of a command that asv installs nothing in."""
     environments = get_environments(config, args.env_spec) if getattr(args, "env_spec", 0) else []
     return [one for one in environments if isinstance(one, ExistingEnvironment)]
+
+
+def forget(environ):
+    """Remove what decides how things run from what benchmarks are started with, and say so."""
+    names = sorted(filter(FORCES.fullmatch, environ))
+    for name in names:
+        del environ[name]
+    if names:
+        log.warning(f"benchmarks run without {', '.join(names)}, which would change what they say")
 
 
 def check_files(results):
