@@ -215,7 +215,7 @@ def recording(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "discover", lambda *args: listed)
     monkeypatch.setattr(history, "environment_name", lambda config: "env")
     monkeypatch.setattr(history, "measured", lambda *args: results.measured("box", tmp_path))
-    for name in ("check_history", "record_machine", "config_for"):
+    for name in ("check_history", "check_suite", "record_machine", "config_for"):
         monkeypatch.setattr(history, name, lambda *args: None)
     return asv
 

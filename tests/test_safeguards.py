@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from asv.util import UserError
 
-from tracking import lock, safeguards
+from tracking import compare, history, lock, nightly, repository, safeguards
 from tracking.repository import ROOT
 
 MODULES = ("__init__", "files", "lock", "repository", "safeguards", "valid")
@@ -118,6 +119,91 @@ def test_what_forces_is_forgotten_and_the_rest_stays():
     environ = {**stays, **goes}
     safeguards.forget(environ)
     assert environ == stays
+
+
+def make_dirty(project, name):
+    file = project / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(file.read_text() + " \n" if file.exists() else "")
+
+
+def test_what_is_not_committed_is_not_recorded(asv, project):
+    make_dirty(project, "benchmarks/Müller.py")
+    for command in (("run", *HERE), ("continuous", "HEAD", "HEAD")):
+        status, said = asv(command[0], "--machine", "box", *command[1:])
+        assert status == 1
+        assert "benchmarks/Müller.py is not committed" in said
+        assert "commit or stash it" in said
+    assert measured(project) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx"), (compare, "noise")],
+)
+def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
+    monkeypatch.setattr(repository, "ROOT", project)
+    monkeypatch.setattr(module, "acquire", lambda: None)
+    monkeypatch.setattr("sys.argv", ["", command, "--machine", "box"])
+    make_dirty(project, "benchmarks/all.py")
+    try:
+        said = module.main()
+    except SystemExit as stopped:
+        said = stopped.code
+    assert "benchmarks/all.py is not committed" in f"{said}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", ["benchmarks/all.py", "benchmarks/a/b.py", "asv.conf.json"])
+def test_what_is_not_committed(name, project, monkeypatch):
+    monkeypatch.setattr(repository, "ROOT", project)
+    repository.check_suite()
+    make_dirty(project, name)
+    with pytest.raises(UserError, match=f"^{name} is not committed"):
+        repository.check_suite()
+    git(project, "add", "-A")
+    make_dirty(project, "benchmarks/z.py")
+    with pytest.raises(UserError, match=rf"^{name} \(and 1 more\) is not committed"):
+        repository.check_suite()
+    git(project, "add", "-A")
+    git(project, "commit", "--quiet", "-m", "more")
+    repository.check_suite()
+
+
+def test_what_records_nothing_may_be_uncommitted(asv, project):
+    make_dirty(project, "benchmarks/more.py")
+    assert asv("run", "--machine", "box", "--python=same", "--quick")[0] == 0
+    assert asv("run", "--machine", "box", *HERE, "--dry-run")[0] == 0
+    assert measured(project) is None
+
+
+def test_results_of_another_folder_may_be_of_uncommitted_benchmarks(asv, project):
+    config = json.loads((project / "asv.conf.json").read_text())
+    elsewhere = str(project / ".asv/compare")
+    derived = {**config, "results_dir": elsewhere}
+    (project / "asv.compare.conf.json").write_text(json.dumps(derived))
+    make_dirty(project, "benchmarks/more.py")
+    status, said = asv("run", "--config", "asv.compare.conf.json", "--machine", "box", *HERE)
+    assert status == 0
+    assert "benchmarks/more.py is not committed, and measures all the same" in said
+    assert measured(project) is None
+
+
+def test_an_existing_environment_has_the_commit_that_it_is_recorded_as(asv, project):
+    for name in ("more.py", "__init__.py"):
+        make_dirty(project, f"pagedkv/{name}")
+        status, said = asv("run", "--machine", "box", *HERE)
+        assert status == 1
+        assert f"is not that of HEAD: {name} differs" in said
+    assert measured(project) is None
+
+
+def test_an_existing_environment_without_the_package(asv, project):
+    nowhere = ("-c", "import venv, sys; venv.create(sys.argv[1])", str(project.parent / "env"))
+    subprocess.run([sys.executable, *nowhere], check=True)
+    there = ("-E", f"existing:{project.parent}/env/bin/python", "--set-commit-hash", "HEAD")
+    status, said = asv("run", "--machine", "box", *there, ASV_PYTHONPATH="")
+    assert status == 1
+    assert "there is no pagedkv in existing-" in said
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tracking.detection import detect
 from tracking.lock import acquire
 from tracking.noise import noise, recorded_noise
 from tracking.project import machine_name, record_machine
-from tracking.repository import check_history, git, resolve
+from tracking.repository import check_history, check_suite, git, resolve
 from tracking.tables import as_markdown
 
 COMPARED = ("overhead.", "decode.", "host.", "step.Auto.", "step.Instructions.")
@@ -101,6 +101,8 @@ def main():
         machine = args.machine or machine_name(args.backend)
         where = {"machine": machine, "backend": args.backend}
         check_history()
+        if args.what != "pull-request":  # they record what this machine is like
+            check_suite()
         record_machine(machine)
         if args.what == "noise":
             return noise(args.times or 2, args.rounds, **where)

@@ -16,7 +16,7 @@ from tracking.project import (
     machine_name,
     record_machine,
 )
-from tracking.repository import check_history, git, phase_commits
+from tracking.repository import check_history, check_suite, git, phase_commits
 from tracking.results import MISSING, RESULTS, measured, rename
 
 
@@ -59,6 +59,7 @@ def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
 def run(grid, machine, backend, rounds):
     """Measure every phase commit and HEAD; what is there already is not measured again."""
     check_history()
+    check_suite()
     record_machine(machine)
     config = config_for(backend)
     benchmarks, environment = discover(machine, config), environment_name(config)

@@ -33,7 +33,7 @@ from tracking.project import (
     machine_name,
     record_machine,
 )
-from tracking.repository import ROOT, check_history, git
+from tracking.repository import ROOT, check_history, check_suite, git
 from tracking.results import RESULTS, measured_commits, rename
 
 BRANCH = "results"
@@ -230,6 +230,7 @@ def main():
             return push_results(args.remote)
         acquire()
         check_history()
+        check_suite()
         record_machine(machine)
         if args.command == "newest-mlx":
             return with_newest_mlx(machine, args.backend)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from asv.util import UserError
 
+from tracking.files import shown
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -55,6 +57,31 @@ def check_history():
         raise UserError("there is no branch main here: run `git branch main origin/main`")
     if git("status", "--porcelain", "--", "pagedkv", "pyproject.toml"):
         print("note: uncommitted changes in pagedkv/ are not measured, asv builds commits")
+
+
+def uncommitted_suite():
+    """Return in words which files of what decides what is measured HEAD does not have like this."""
+    where = ("--", "benchmarks", "asv.conf.json")
+    changed = git("diff", "--name-only", "-z", "HEAD", *where)
+    new = git("ls-files", "--others", "--exclude-standard", "-z", *where)
+    names = sorted({*changed.split("\0"), *new.split("\0")} - {""})
+    more = f" (and {len(names) - 1} more)" if names[1:] else ""
+    return f"{shown(names[0])}{more}" if names else ""
+
+
+def check_suite():
+    """Stop if what is measured now would be recorded as measured by HEAD's benchmarks, and is not.
+
+    Raises
+    ------
+    UserError
+        If benchmarks or asv's settings are not committed.
+    """
+    if changed := uncommitted_suite():
+        raise UserError(
+            f"{changed} is not committed, and would be measured and recorded as of HEAD's "
+            "benchmarks: commit or stash it. `asv run --dry-run` and `make compare` record nothing"
+        )
 
 
 def commit_label(commit):

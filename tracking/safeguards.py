@@ -1,14 +1,16 @@
 """asv plugin: what asv itself does not look after, whichever of its commands is run.
 
-One run measures at a time, the environment changes nothing that is measured, and files of results
-are valid when asv reads them and are written whole. Where something is wrong a sentence says what
-to do.
+One run measures at a time, the environment changes nothing that is measured, what is recorded is
+measured by committed benchmarks, and files of results are valid when asv reads them and are
+written whole. Where something is wrong a sentence says what to do.
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import asv.util
@@ -17,11 +19,11 @@ from asv.config import Config
 from asv.console import log
 from asv.environment import ExistingEnvironment, get_environments
 from asv.machine import MachineCollection
-from asv.util import UserError
+from asv.util import ProcessError, UserError
 
-from tracking.files import write_text
+from tracking.files import shown, write_text
 from tracking.lock import acquire
-from tracking.repository import check_history
+from tracking.repository import ROOT, check_history, check_suite, git, uncommitted_suite
 
 try:
     from tracking import valid
@@ -39,6 +41,8 @@ FORCES = re.compile(
     "PYTHON(DEVMODE|HASHSEED|MALLOC|OPTIMIZE|PROFILEIMPORTTIME|TRACEMALLOC)"
 )
 
+WHERE = "import importlib.util; print(importlib.util.find_spec('pagedkv').origin)"
+
 
 def setup():
     """Look after the command for which asv loads this plugin."""
@@ -50,9 +54,16 @@ def setup():
     if command in MEASURING:
         acquire()
         forget(os.environ)
-    of_no_commit = _existing(args, config) and getattr(args, "set_commit_hash", None) is None
+    existing, commit = _existing(args, config), getattr(args, "set_commit_hash", None)
+    of_no_commit = existing and commit is None
     if command in OF_HISTORY and not of_no_commit:
         check_history()
+    if not of_no_commit and _records(command, args, config):
+        check_suite()
+        for environment in existing:
+            check_installed(environment, commit)
+    elif command in MEASURING and (changed := uncommitted_suite()):
+        log.warning(f"{changed} is not committed, and measures all the same")
     if command in WITHOUT_RESULTS:
         return
     if valid:
@@ -67,6 +78,15 @@ def _existing(args, config):
     return [one for one in environments if isinstance(one, ExistingEnvironment)]
 
 
+def _records(command, args, config):
+    """Whether a command adds to the project's results."""
+    if Path(config.results_dir).resolve() != ROOT / "results":
+        return False
+    if command == "Run":
+        return not (args.dry_run or args.bench == ["just-discover"])
+    return command == "Continuous" or (command == "Find" and not args.skip_save)
+
+
 def forget(environ):
     """Remove what decides how things run from what benchmarks are started with, and say so."""
     names = sorted(filter(FORCES.fullmatch, environ))
@@ -74,6 +94,39 @@ def forget(environ):
         del environ[name]
     if names:
         log.warning(f"benchmarks run without {', '.join(names)}, which would change what they say")
+
+
+def check_installed(environment, commit):
+    """Stop unless the package of an existing environment is a commit's, file by file.
+
+    Raises
+    ------
+    UserError
+        If it is another, or none.
+    """
+    environ = {**os.environ, "PYTHONPATH": os.environ.get("ASV_PYTHONPATH", "")}  # as asv does
+    where = {"env": environ, "cwd": tempfile.gettempdir()}
+    try:
+        origin = environment.run(["-c", WHERE], display_error=False, **where)
+    except ProcessError:
+        raise UserError(f"there is no pagedkv in {environment.name}") from None
+    folder = Path(origin.strip()).parent
+    expected = {}
+    for entry in git("ls-tree", "-r", "-z", commit, "--", "pagedkv").split("\0")[:-1]:
+        about, path = entry.split("\t")
+        expected[path.removeprefix("pagedkv/")] = about.split()[2]
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    found = {str(path.relative_to(folder)): _blob(path.read_bytes()) for path in files}
+    if differ := sorted(name for name, _ in found.items() ^ expected.items()):
+        raise UserError(
+            f"the pagedkv in {environment.name}, {folder}, is not that of {commit}: "
+            f"{shown(differ[0])} differs"
+        )
+
+
+def _blob(content):
+    """Return what git calls a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def check_files(results):
