@@ -135,8 +135,24 @@ def test_require_path_notices_another_path(monkeypatch):
     common.require_path(cell, "gather_block_major")
     attend = cell.paged
     monkeypatch.setattr(common.Workload, "paged", lambda self, path: attend("gather_block_major"))
-    with pytest.raises(AssertionError, match=r"asked for path warp, ran \['gather_block_major'\]"):
+    with pytest.raises(AssertionError, match=r"expected warp, ran \['gather_block_major'\]"):
         common.require_path(cell, "warp")
+    with pytest.raises(AssertionError, match=r"auto, expected \w+, ran \['gather_block_major'\]"):
+        common.require_path(cell, "auto")
+
+
+def test_require_path_notices_that_auto_is_forced(monkeypatch):
+    cell = common.workload(1, 64, 16, num_layers=1)
+    common.require_path(cell, "auto")
+    monkeypatch.setenv("PAGEDKV_DECODE_PATH", "gather_block_major")
+    again = common.workload(1, 64, 16, num_layers=1)
+    with pytest.raises(AssertionError, match="package's choice, got PAGEDKV_DECODE_PATH=gather_b"):
+        common.require_path(again, "auto")
+
+
+def test_a_commit_that_says_nothing_of_its_choice_runs_what_it_runs(monkeypatch):
+    monkeypatch.delattr(common.pagedkv, "explain")
+    common.require_path(common.workload(1, 64, 16, num_layers=1), "auto")
 
 
 def test_require_path_notices_a_wrong_result():
