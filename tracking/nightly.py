@@ -1,20 +1,12 @@
-"""What the benchmark machine does for main: measure what is new, keep results on a branch.
-
-Results that main does not record live on the branch `results`, beside the history they are about:
-its commits are no commits of main, so they are not measured and start nothing.
-"""
+"""What the benchmark machine does for main: measure what is new, keep results on a branch."""
 
 import argparse
-import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-from asv.results import Results
-from asv.util import UserError, load_json, write_json
+from asv.util import UserError
 
 from tracking import history
 from tracking.changes import changes
@@ -33,90 +25,11 @@ from tracking.project import (
     machine_name,
     record_machine,
 )
-from tracking.repository import ROOT, check_history, check_suite, git
-from tracking.results import RESULTS, measured_commits, rename
+from tracking.repository import check_history, check_suite, git
+from tracking.results import RESULTS, measured_commits
+from tracking.results_branch import fetch_results, push_results
 
-BRANCH = "results"
 AGAIN = 4  # rounds of what looks like a regression
-
-
-def merge(file, other):
-    """Add to a file of results what another of that commit has more of, or newer, by benchmark."""
-    ours, theirs = (load_json(str(path), Results.api_version) for path in (file, other))
-
-    def rank(data, name):
-        row = dict(zip(data["result_columns"], data["results"].get(name, ()), strict=False))
-        numbers = [x for x in row.get("result") or () if x is not None and not math.isnan(x)]
-        return len(numbers), row.get("started_at") or 0
-
-    newer = [name for name in theirs["results"] if rank(theirs, name) > rank(ours, name)]
-    if newer and ours["result_columns"] != theirs["result_columns"]:
-        raise UserError(f"{file.name} was written by different versions of asv: cannot merge")
-    if newer:
-        ours["results"] |= {name: theirs["results"][name] for name in newer}
-        write_json(str(file), ours, Results.api_version, compact=True)
-
-
-def fetch_results(remote="origin", root=ROOT):
-    """Bring what the branch `results` has into results/; return its commit, None without a branch.
-
-    Where both have results of a commit, they are merged. Machine records that are there stay.
-    """
-    if not git("ls-remote", remote, f"refs/heads/{BRANCH}", root=root):
-        print(f"{remote} has no branch {BRANCH} yet")
-        return None
-    git("fetch", "--quiet", remote, BRANCH, root=root)
-    tip = git("rev-parse", "FETCH_HEAD", root=root)
-    with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
-        git("read-tree", tip, env=index, root=root)
-        git("checkout-index", "--all", f"--prefix={scratch}/", env=index, root=root)
-        for file in sorted(Path(scratch).glob("results/*/*.json")):
-            here = Path(root, file.relative_to(scratch))
-            rename(file)
-            if not here.exists():
-                here.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, here)
-            elif file.name != "machine.json":
-                rename(here)
-                merge(here, file)
-    return tip
-
-
-def unrecorded(root):
-    """Return the files of results that HEAD does not have like this."""
-    pattern = "results/*/*.json"
-    new = git("ls-files", "--others", "--", pattern, root=root).splitlines()
-    changed = git("diff", "--name-only", "--diff-filter=d", "HEAD", "--", pattern, root=root)
-    return sorted({*new, *changed.splitlines()})
-
-
-def push_results(remote="origin", root=ROOT):
-    """Merge with the remote's branch `results`, and push to it what HEAD does not record.
-
-    Another push in between is an error, and nothing has been lost then: push again.
-    """
-    tip = fetch_results(remote, root)
-    files = unrecorded(root)
-    if not files:
-        print("no new results")
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
-        # What the branch has and this checkout lacks stays.
-        git("read-tree", tip or "--empty", env=index, root=root)
-        git("add", "--force", "--", *files, env=index, root=root)
-        tree = git("write-tree", env=index, root=root)
-    if tip and tree == git("rev-parse", f"{tip}^{{tree}}", root=root):
-        print("no new results")
-        return
-    head = git("rev-parse", "--short", "HEAD", root=root)
-    identity = ["-c", "user.name=benchmark-publish", "-c", "user.email=benchmark@localhost"]
-    message = f"Results up to {head}"
-    parent = ["-p", tip] if tip else []
-    commit = git(*identity, "commit-tree", tree, *parent, "-m", message, root=root)
-    git("push", "--quiet", remote, f"{commit}:refs/heads/{BRANCH}", root=root)
-    print(f"{message}: {commit[:8]}")
 
 
 def new_commits(measured):
@@ -235,7 +148,7 @@ def main():
         if args.command == "newest-mlx":
             return with_newest_mlx(machine, args.backend)
         return nightly(machine, args.backend, args.grid)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))
 
 
