@@ -330,3 +330,13 @@ def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
             changes.measure("a", "b", **where)
     else:
         assert len(changes.measure("a", "b", **where)) == 1
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
+    def full():
+        raise OSError(28, "No space left on device", "results/box")
+
+    monkeypatch.setattr("sys.argv", ["compare", "noise", "--machine", "box"])
+    monkeypatch.setattr(compare, "acquire", full)
+    assert compare.main() == 2
+    assert capsys.readouterr().err == "[Errno 28] No space left on device: 'results/box'\n"

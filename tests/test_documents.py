@@ -1,7 +1,12 @@
 """Tables of results and the documents they are written into."""
 
 import itertools
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +145,84 @@ def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
         chosen = [cell for label, cell in labels.items() if re.search(said, label)]
         assert chosen == grid.asked(benchmark, "quick")
     assert not re.search(said, "append.Auto.time_append(1, 1024, 32)")
+
+
+def test_an_empty_table_is_a_sentence(four_commits, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "load", lambda machine, commit: {})
+    monkeypatch.setattr("sys.argv", ["documents", "table", "--machine", "box"])
+    with pytest.raises(SystemExit) as stopped:
+        documents.main()
+    assert stopped.value.code == "nothing of the table was measured on machine box at d"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of what reads results, in the history of this repository."""
+    for name in ("tracking", "benchmarks", "results", "asv.conf.json"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def said(house, *args):
+    """What `python -m tracking.documents` says: (exit status, output, errors)."""
+    directory = repository.git("rev-parse", "--absolute-git-dir")
+    done = subprocess.run(
+        [sys.executable, "-m", "tracking.documents", *args],
+        cwd=house,
+        env={**os.environ, "HOME": str(house), "GIT_DIR": directory},
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_table_leaves_broken_results_out_and_names_them(house):
+    machine = house / "results/h200"
+    newest = results.measured_commits("h200")[-1][:8]
+    [file] = machine.glob(f"{newest}-*.json")
+    file.write_text(file.read_text()[:1000])
+    status, out, err = said(house, "table", "--machine", "h200")
+    assert status == 0
+    assert len(out.splitlines()) > 5
+    assert f"{file.name} is broken: " in err
+    for file in machine.glob("*-*.json"):
+        file.write_bytes(b"\xff")
+    status, out, err = said(house, "table", "--machine", "h200")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("nothing measured on machine h200 in ")
+
+
+def test_what_a_table_is_asked_for_and_cannot_show(house):
+    for args, reason in [
+        (["--machine", "nosuch"], "nothing measured on machine nosuch"),
+        (["--machine", "h200", "--commit", "01234567"], "expected results of one commit, got 0"),
+    ]:
+        status, out, err = said(house, "table", *args)
+        assert (status, out) == (1, "")
+        assert reason in err
+    (house / ".asv-machine.json").write_text("{")
+    status, _, err = said(house, "table")
+    assert status == 1
+    assert f"{house}/.asv-machine.json is broken: " in err
+
+
+def test_a_full_disk_leaves_the_documents(monkeypatch, tmp_path):
+    documents_there = [tmp_path / name for name in ("a.md", "b.md")]
+    for file in documents_there:
+        file.write_text("before")
+    monkeypatch.setattr(documents, "DOCUMENTS", documents_there)
+    monkeypatch.setattr(documents, "fill", lambda text: "after")
+    monkeypatch.setattr("sys.argv", ["documents", "documents"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            documents.main()
+    assert [file.read_text() for file in documents_there] == ["before", "before"]
+    assert sorted(tmp_path.iterdir()) == documents_there

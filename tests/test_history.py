@@ -255,3 +255,19 @@ def test_a_benchmark_without_a_cell_in_the_quick_grid_is_not_asked_for():
     listed = {OFF_THE_QUICK_GRID["name"]: OFF_THE_QUICK_GRID | {"version": "1"}}
     assert history.unmeasured(listed, "box", "a" * 40, "quick", "env") == []
     assert history.unmeasured(listed, "box", "a" * 40, "full", "env") == list(listed)
+
+
+def test_publishing_sets_broken_results_aside_and_renames_the_rest(versions, monkeypatch, capsys):
+    folder, machine, commit, (pinned, newest) = versions
+    for name in ("git", "discover", "check_history", "record_machine", "config_for"):
+        monkeypatch.setattr(history, name, lambda *args: None)
+    monkeypatch.setattr(history, "phase_commits", dict)
+    monkeypatch.setattr(history, "RESULTS", folder)
+    broken, renamed = (folder / machine / f"{commit[:8]}-{env}.json" for env in (pinned, newest))
+    broken.write_text("{")
+    old, new = next(iter(results.RENAMED.items()))
+    renamed.write_text(renamed.read_text().replace(new, old))
+    assert history.prepare(machine, "cpu") == 0
+    assert f"{broken} is broken: " in capsys.readouterr().err
+    assert not broken.exists()
+    assert f'"{new}"' in renamed.read_text()

@@ -85,6 +85,15 @@ def test_what_asv_knows_of_machines_is_broken(content, home):
     assert (home / ".asv-machine.json").read_bytes() == content
 
 
+def test_a_broken_record_does_not_stop_a_machine(home, capsys):
+    (home / "results/box").mkdir(parents=True)
+    (home / "results/box/machine.json").write_text("{")
+    project.record_machine("box")
+    assert "machine.json is broken: " in capsys.readouterr().err
+    assert (home / "results/box/machine.json.broken").read_text() == "{"
+    assert json.loads((home / ".asv-machine.json").read_text())["box"]["machine"] == "box"
+
+
 def test_a_recorded_machine_keeps_its_record_on_a_new_home(home, monkeypatch):
     monkeypatch.setattr(project.Machine, "get_defaults", lambda: {"cpu": "c", "ram": "1", "os": ""})
     (home / "results/box").mkdir(parents=True)

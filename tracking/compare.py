@@ -109,7 +109,7 @@ def main():
         if args.what == "detect":
             return detect(args.times or 20, args.rounds, **where)
         return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except Exception:  # Python would exit with 1, which here says that something is slower

@@ -12,7 +12,10 @@ import re
 import statistics
 import sys
 
+from asv.util import UserError
+
 from benchmarks.common import PARAM_NAMES
+from tracking.files import write_text
 from tracking.project import machine_name
 from tracking.repository import ROOT, commit_label
 from tracking.results import (
@@ -147,28 +150,40 @@ def main():
     parser.add_argument("--commit", help="(default: the newest measured)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     args = parser.parse_args()
-    if args.what == "documents":
-        for path in DOCUMENTS:
-            path.write_text(fill(path.read_text()))
-        return 0
+    try:
+        return write_documents() if args.what == "documents" else show(args)
+    except (UserError, ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def write_documents():
+    """Write recorded results into the documents, all or none."""
+    texts = {path: fill(path.read_text()) for path in DOCUMENTS}
+    for path, text in texts.items():
+        write_text(path, text)
+    return 0
+
+
+def show(args):
+    """Print a machine's tables."""
     machine = args.machine or machine_name(args.backend)
     commits = measured_commits(machine)
     if not commits:
         sys.exit(f"nothing measured on machine {machine} in {RESULTS}: run `make bench`")
-    show = FORMATS[args.format]
+    table_of = FORMATS[args.format]
     if args.what == "headline":
         for benchmark, name in NAMES.items():
             header, rows = headline(machine, commits, benchmark)
             if rows:
-                print(f"{name}, machine {machine}, blocks of 32 tokens\n{show(header, rows)}")
+                print(f"{name}, machine {machine}, blocks of 32 tokens\n{table_of(header, rows)}")
             else:
                 print(f"{name} was not measured on {machine}\n")
     else:
-        try:
-            table = load(machine, args.commit or commits[-1])
-        except ValueError as error:
-            sys.exit(str(error))
-        print(show(ADR_COLUMNS, adr_rows(table)), end="")
+        commit = args.commit or commits[-1]
+        rows = adr_rows(load(machine, commit))
+        if not rows:
+            sys.exit(f"nothing of the table was measured on machine {machine} at {commit[:8]}")
+        print(table_of(ADR_COLUMNS, rows), end="")
     return 0
 
 

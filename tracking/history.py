@@ -6,6 +6,7 @@ import sys
 from asv.util import UserError
 
 from benchmarks.kinds import WHY
+from tracking import valid
 from tracking.grid import asked, belongs, cells, in_one_run, in_run, selection
 from tracking.lock import acquire
 from tracking.project import (
@@ -88,9 +89,10 @@ def run(grid, machine, backend, rounds):
 def prepare(machine, backend):
     """Do what publishing needs: tags of phases, benchmarks' names of today and their list."""
     check_history()
+    valid.set_aside(RESULTS)
     for commit, phase in phase_commits().items():
         git("tag", "--force", f"phase-{phase}", commit)
-    for file in RESULTS.glob("*/*-*.json"):
+    for file in valid.files(RESULTS):
         rename(file)
     record_machine(machine)
     discover(machine, config_for(backend))
@@ -113,7 +115,7 @@ def main():
             return prepare(machine, args.backend)
         acquire()
         return run(args.grid, machine, args.backend, rounds)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(str(error))
 
 

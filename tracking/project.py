@@ -87,7 +87,11 @@ def machine_name(backend):
 
 
 def record_machine(name):
-    """Write the machine's record for asv unless there is one: a changed record splits series."""
+    """Write the machine's record for asv unless there is one: a changed record splits series.
+
+    Its broken results are set aside.
+    """
+    valid.set_aside(ROOT / "results" / name)
     if name in known_machines():
         return
     macos = platform.mac_ver()[0]
