@@ -1,5 +1,6 @@
 """asv's own commands, as a user types them, in a small project that has this one's safeguards."""
 
+import html
 import json
 import os
 import re
@@ -284,3 +285,42 @@ def test_a_shallow_clone(asv, project, tmp_path):
         status, said = asv(command, cwd=tmp_path / "shallow")
         assert status == 1
         assert "`git fetch --unshallow`" in said
+
+
+HTML = "<script>alert(1)</script>"
+
+
+def test_no_stored_html_is_published(asv, project):
+    """Wherever it is stored; without it the machine is published."""
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    [result] = [f for f in project.glob("results/box/*.json") if f.name != "machine.json"]
+    text = result.read_text()
+    for number, old in enumerate(
+        ('"all.Answer', '"machine": "box"', '"python": "', '"env_name": "')
+    ):
+        name = f"{number}" * 8
+        evil = text.replace(old, f"{old}{HTML}").replace(json.loads(text)["commit_hash"][:8], name)
+        (result.parent / result.name.replace(result.name[:8], name)).write_text(evil)
+    evil = project / f"results/box/{HTML.replace('/', '')}"
+    evil.mkdir()
+    (evil / "machine.json").write_text(json.dumps({"machine": HTML, "version": 1}))
+    status, said = asv("publish", "--no-pull")
+    assert status == 0
+    assert said.count(" is broken: ") == said.count("set aside as") == 5
+    published = (project / ".asv/html/index.json").read_text()
+    assert '"box"' in published
+    for file in (project / ".asv/html").rglob("*"):
+        assert "alert(1)" not in file.name
+        assert file.is_dir() or b"alert(1)" not in file.read_bytes()
+
+
+def test_code_of_benchmarks_is_published_as_text(asv, project):
+    """asv shows it as HTML beside a benchmark's name."""
+    suite = project / "benchmarks/all.py"
+    suite.write_text(SUITE.replace("return", f'"""{HTML}"""\n        return'))
+    git(project, "commit", "--quiet", "--all", "-m", "a string")
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    assert asv("publish", "--no-pull")[0] == 0
+    [about] = json.loads((project / ".asv/html/index.json").read_text())["benchmarks"].values()
+    assert html.escape(HTML) in about["code"]
+    assert HTML not in about["code"]

@@ -7,6 +7,7 @@ written whole. Where something is wrong a sentence says what to do.
 
 import functools
 import hashlib
+import html
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from asv.config import Config
 from asv.console import log
 from asv.environment import ExistingEnvironment, get_environments
 from asv.machine import MachineCollection
+from asv.publishing import OutputPublisher
 from asv.util import ProcessError, UserError
 
 from tracking.files import shown, write_text
@@ -154,3 +156,17 @@ def write_json(results, path, data, api_version=None, compact=False):
         write_text(path, json.dumps(data, **layout))
     except OSError as error:
         raise UserError(f"{path} cannot be written and is as it was: {error}") from None
+
+
+class CodeAsText(OutputPublisher):
+    """Escapes the code of benchmarks, which asv's pages show as HTML."""
+
+    name = "code-as-text"
+    button_label = "Code as text"
+    description = "Code of benchmarks is no HTML"
+
+    @classmethod
+    def publish(cls, conf, repo, benchmarks, graphs, revisions):
+        """Escape it in what asv writes into index.json after all pages."""
+        for benchmark in benchmarks.values():
+            benchmark["code"] = html.escape(benchmark.get("code", ""))
