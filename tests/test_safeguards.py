@@ -278,6 +278,39 @@ def test_a_clone_without_main(asv, project):
     assert asv("run", "--machine", "box", "--python=same")[0] == 0
 
 
+@pytest.mark.parametrize("listed", [None, "", '{"version": 2}'])
+def test_a_clone_without_a_list_of_benchmarks_keeps_its_pages(listed, asv, project):
+    page = project / ".asv/html/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("published before")
+    if listed is not None:
+        (project / "results").mkdir()
+        (project / "results/benchmarks.json").write_text(listed)
+    status, said = asv("publish", "--no-pull")
+    assert status == 1
+    assert "results/benchmarks.json does not list the suite yet: `make publish`" in said
+    assert page.read_text() == "published before"
+
+
+def test_nothing_to_preview(asv):
+    assert asv("preview") == (1, "· nothing is published here yet: run `make publish`\n")
+
+
+def test_pages_that_cannot_be_written(asv, project):
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    (project / ".asv/html").touch()
+    status, said = asv("publish", "--no-pull")
+    assert status == 1
+    assert "asv stopped: [Errno 20] Not a directory: '.asv/html'" in said
+
+
+def test_what_is_no_clone(asv, project):
+    shutil.rmtree(project / ".git")
+    status, said = asv("publish")
+    assert status == 1
+    assert "this is no git clone" in said
+
+
 def test_a_shallow_clone(asv, project, tmp_path):
     git(project, "commit", "--quiet", "--allow-empty", "-m", "more")
     git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{project}", "shallow")

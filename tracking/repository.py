@@ -51,6 +51,8 @@ def phase_commits():
 
 def check_history():
     """Stop with what to do when asv would measure or publish something else than it seems."""
+    if not (ROOT / ".git").exists():
+        raise UserError("this is no git clone, and asv measures a history: `git clone` the project")
     if git("rev-parse", "--is-shallow-repository") == "true":
         raise UserError("this clone is shallow, its history is cut off: `git fetch --unshallow`")
     if not git("branch", "--list", "main"):

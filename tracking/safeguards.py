@@ -11,17 +11,19 @@ import html
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 import asv.util
+from asv.benchmarks import Benchmarks
 from asv.commands import make_argparser
 from asv.config import Config
 from asv.console import log
 from asv.environment import ExistingEnvironment, get_environments
 from asv.machine import MachineCollection
 from asv.publishing import OutputPublisher
-from asv.util import ProcessError, UserError
+from asv.util import ProcessError, UserError, load_json
 
 from tracking.files import shown, write_text
 from tracking.lock import acquire
@@ -52,6 +54,7 @@ def setup():
     command = args.func.__self__.__name__
     # asv has gone to where its config is
     config = Config.load(Path(args.config).name if args.config else None)
+    sys.excepthook = report
     asv.util.write_json = functools.partial(write_json, config.results_dir)
     if command in MEASURING:
         acquire()
@@ -66,12 +69,19 @@ def setup():
             check_installed(environment, commit)
     elif command in MEASURING and (changed := uncommitted_suite()):
         log.warning(f"{changed} is not committed, and measures all the same")
+    if command == "Preview" and not Path(config.html_dir).is_dir():
+        raise UserError("nothing is published here yet: run `make publish`")
     if command in WITHOUT_RESULTS:
         return
     if valid:
         check_files(config.results_dir)
     else:
         log.warning("files of results are not checked: jsonschema is not installed")
+    if command == "Publish" and not list_of_benchmarks(config.results_dir):
+        raise UserError(
+            f"{config.results_dir}/benchmarks.json does not list the suite yet: `make publish` "
+            "makes the list and publishes, `asv run --bench just-discover` makes it alone"
+        )
 
 
 def _existing(args, config):
@@ -87,6 +97,20 @@ def _records(command, args, config):
     if command == "Run":
         return not (args.dry_run or args.bench == ["just-discover"])
     return command == "Continuous" or (command == "Find" and not args.skip_save)
+
+
+def list_of_benchmarks(results):
+    """Return the names in asv's list of the suite; it publishes no other."""
+    file = Path(results, "benchmarks.json")
+    return load_json(str(file), Benchmarks.api_version).keys() if file.exists() else ()
+
+
+def report(kind, error, trace):
+    """Say in one sentence that a disk is full, or the like; asv would show where in its code."""
+    if issubclass(kind, OSError):
+        print(f"asv stopped: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def forget(environ):
