@@ -124,9 +124,7 @@ def measured(machine, results=RESULTS):
 @functools.cache
 def _parse(path, *_):
     """Parse a file, None if it is broken; what follows its path tells whether it has changed."""
-    try:
-        valid.load(path)
-    except valid.BrokenFileError as error:
+    if error := valid.broken(path):
         print(f"{error}; left out", file=sys.stderr)
         return None
     result = Results.load(path)

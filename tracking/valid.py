@@ -14,13 +14,14 @@ from pathlib import Path
 from asv.results import get_filename
 from asv.util import UserError
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.validators import extend
 
 from tracking.files import shown, write_text
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 TEXT = re.compile('[^<>&"`\x00-\x1f\x7f-\x9f]{0,200}')
+BASE64 = re.compile("[A-Za-z0-9+/=]*")
 LONGEST_INTEGER = 20  # digits
 KINDS = {
     "machine.json": "machine",
@@ -42,6 +43,12 @@ def _is_numbers(_, value):
     return isinstance(value, list) and {*map(type, value)} <= {int, float, type(None)}
 
 
+def _is_samples(checker, value):
+    return isinstance(value, list) and all(
+        one is None or _is_numbers(checker, one) for one in value
+    )
+
+
 def _is_params(checker, value):
     return isinstance(value, list) and all(
         isinstance(values, list) and all(_is_text(checker, one) for one in values)
@@ -49,13 +56,39 @@ def _is_params(checker, value):
     )
 
 
+def _is_base64(_, value):
+    return isinstance(value, str) and BASE64.fullmatch(value) is not None
+
+
+TYPES = {
+    "text": _is_text,
+    "numbers": _is_numbers,
+    "samples": _is_samples,
+    "params": _is_params,
+    "base64": _is_base64,
+}
+
+
+def _columns(validator, columns, row, _):
+    """Yield what of a row is none of its columns' types, and whether its length is wrong.
+
+    JSON schema's own prefixItems says the same in ten times as long.
+    """
+    if not (isinstance(row, list) and 2 <= len(row) <= len(columns)):
+        yield ValidationError(f"expected 2 to {len(columns)} columns, got {row!r}")
+        return
+    for number, (types, value) in enumerate(zip(columns, row, strict=False)):
+        if not any(validator.is_type(value, one) for one in types):
+            said = f"{value!r} is not of type {' or '.join(types)}"
+            yield ValidationError(said, path=[number])
+
+
 @cache
 def _validator(kind):
     """Return what tells whether data is of a kind, a key of the schema's `$defs`."""
-    types = {"text": _is_text, "numbers": _is_numbers, "params": _is_params}
-    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(types)
+    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(TYPES)
     schema = json.loads(SCHEMA.read_text())
-    return extend(Draft202012Validator, type_checker=checker)(
+    return extend(Draft202012Validator, {"columns": _columns}, type_checker=checker)(
         {"$defs": schema["$defs"], "$ref": f"#/$defs/{kind}"}
     )
 
@@ -81,6 +114,26 @@ def load(file, anywhere=False):
         raise BrokenFileError(f"{shown(file)} is broken: {error}") from None
     check(file, data, anywhere)
     return data
+
+
+def broken(file):
+    """Return the error that `load` raises, None if a file is valid; one that stays is read once."""
+    file = Path(file).absolute()
+    try:
+        there = file.stat()
+    except OSError as error:
+        return BrokenFileError(f"{shown(file)} is broken: {error}")
+    return _broken(file, there.st_mtime_ns, there.st_size)
+
+
+@cache
+def _broken(file, *_):
+    """Look into a file; what follows its path tells whether it has changed."""
+    try:
+        load(file)
+    except BrokenFileError as error:
+        return error
+    return None
 
 
 def check(file, data, anywhere=False, state="is"):
@@ -160,16 +213,15 @@ def set_aside(results):
         If one cannot be renamed.
     """
     for file in files(results):
+        if not (error := broken(file)):
+            continue
+        aside = file.with_name(f"{file.name}.broken")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = file.with_name(f"{file.name}.broken-{number}")
         try:
-            load(file)
-        except BrokenFileError as error:
-            aside = file.with_name(f"{file.name}.broken")
-            number = 1
-            while aside.exists():
-                number += 1
-                aside = file.with_name(f"{file.name}.broken-{number}")
-            try:
-                file.rename(aside)
-            except OSError as refused:
-                raise UserError(f"{error}; it cannot be set aside: {refused}") from None
-            print(f"{error}; set aside as {shown(aside.name)}", file=sys.stderr)
+            file.rename(aside)
+        except OSError as refused:
+            raise UserError(f"{error}; it cannot be set aside: {refused}") from None
+        print(f"{error}; set aside as {shown(aside.name)}", file=sys.stderr)
