@@ -254,3 +254,14 @@ def test_an_index_without_the_navigation_is_an_error(tmp_path, monkeypatch):
     conf = type("Conf", (), {"html_dir": str(tmp_path), "results_dir": ""})
     with pytest.raises(UserError, match="nav-li-regressions"):
         OverheadPage.publish(conf, None, {}, None, {})
+
+
+@pytest.mark.parametrize("params", [[["a"], ["1024"], ["32"]], [["1"]], []])
+def test_cells_of_another_kind_leave_a_series_out_and_the_rest_stays(params, versions, capsys):
+    folder, machine, commit, (pinned, newest) = versions
+    file = folder / machine / f"{commit[:8]}-{newest}.json"
+    data = json.loads(file.read_text())
+    data["results"][ATTENTION] = [[1.0], params, "1", 1]
+    file.write_text(json.dumps(data))
+    assert [one["environment"] for one in overhead.gather(folder)["series"]] == [pinned]
+    assert f"{machine} in {newest} is left out: " in capsys.readouterr().err

@@ -76,8 +76,11 @@ ROW = ("results", results.ATTENTION)
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
-        ((*ROW, 0, 3), "1.5", "is not of type numbers"),
-        ((*ROW, 0, 3), True, "is not of type numbers"),
+        ((*ROW, 0, 3), "1.5", "is not of type values"),
+        ((*ROW, 0, 3), True, "is not of type values"),
+        ((*ROW, 0, 3), math.inf, "is not of type values"),
+        ((*ROW, 0, 3), -1e300, "is not of type values"),
+        ((*ROW, 5, 3), "1.5", "is not of type numbers"),
         ((*ROW, 0), [1.0], "expected 24 values"),
         ((*ROW, 9), None, "all statistics of a cell"),
         ((*ROW, 1, 0, 0), HTML, "is not of type params"),

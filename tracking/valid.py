@@ -22,6 +22,7 @@ from tracking.files import shown, write_text
 SCHEMA = Path(__file__).with_name("results.schema.json")
 TEXT = re.compile('[^<>&"`\x00-\x1f\x7f-\x9f]{0,200}')
 BASE64 = re.compile("[A-Za-z0-9+/=]*")
+LARGEST = 1e100
 LONGEST_INTEGER = 20  # digits
 KINDS = {
     "machine.json": "machine",
@@ -41,6 +42,13 @@ def _is_text(_, value):
 
 def _is_numbers(_, value):
     return isinstance(value, list) and {*map(type, value)} <= {int, float, type(None)}
+
+
+def _is_values(checker, value):
+    """Return whether each number is NaN or one that can be reckoned with."""
+    return _is_numbers(checker, value) and all(
+        one is None or one != one or -LARGEST <= one <= LARGEST for one in value
+    )
 
 
 def _is_samples(checker, value):
@@ -63,6 +71,7 @@ def _is_base64(_, value):
 TYPES = {
     "text": _is_text,
     "numbers": _is_numbers,
+    "values": _is_values,
     "samples": _is_samples,
     "params": _is_params,
     "base64": _is_base64,

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -258,11 +259,13 @@ def causes(html_dir, revisions, benchmarks):
 def gather(results, regressions=()):
     """Return the page's data, from a results folder."""
     machines = sorted(path.parent.name for path in Path(results).glob("*/machine.json"))
-    series = [
-        series_of(machine, environment, results)
-        for machine in machines
-        for environment in environments(machine, results)
-    ]
+    series = []
+    for machine in machines:
+        for environment in environments(machine, results):
+            try:
+                series.append(series_of(machine, environment, results))
+            except ValueError as error:  # cells of another kind than the suite's
+                print(f"{machine} in {environment} is left out: {error}", file=sys.stderr)
     return {
         "series": [one for one in series if one["ratios"]],
         "columns": ADR_COLUMNS,
