@@ -68,7 +68,7 @@ def test_another_machine_does_not_add_to_recorded_results(home):
 
 @pytest.mark.parametrize("name", ["<b>", "../box", "a/b", ""])
 def test_names_that_no_machine_may_have(name, home):
-    with pytest.raises(UserError, match=r"machine\.json would be broken: "):
+    with pytest.raises(UserError, match="expected a machine's name of letters, digits"):
         project.record_machine(name)
     assert not (home / ".asv-machine.json").exists()
 

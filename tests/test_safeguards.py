@@ -257,6 +257,16 @@ def test_a_machine_may_not_be_called_so(asv, project):
     (project.parent / ".asv-machine.json").write_text(json.dumps({"<b>": record, "version": 1}))
     status, said = asv("run", "--machine", "<b>", *HERE)
     assert status == 1
+    assert "expected a machine's name of letters, digits" in said
+    assert not (project / "results").exists()
+
+
+def test_nor_may_the_host_be(asv, project):
+    """asv takes the only machine that it knows for this host, whatever its name."""
+    record = {"machine": "<b>", "os": "", "arch": "", "cpu": "", "num_cpu": "1", "ram": ""}
+    (project.parent / ".asv-machine.json").write_text(json.dumps({"<b>": record, "version": 1}))
+    status, said = asv("run", *HERE)
+    assert status == 1
     assert "results/<b>/machine.json would be broken: " in said
     assert not (project / "results").exists()
 

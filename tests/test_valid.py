@@ -90,7 +90,8 @@ ROW = ("results", results.ATTENTION)
         ((*ROW, 13), None, "expected 2 to 13 columns"),
         (ROW, [[1.0]], "expected 2 to 13 columns"),
         (ROW, 1.0, "expected 2 to 13 columns"),
-        (("results", HTML), [[1.0], []], "does not match"),
+        (("results", HTML), [[1.0], []], "is not of type 'text'"),
+        (("results", "a b"), [[1.0], []], "does not match"),
         (("params", "machine"), HTML, "is not of type 'text'"),
         (("params", "machine"), "../other", "does not match"),
         (("params", "cpu"), HTML, "is not of type 'text'"),
@@ -98,7 +99,10 @@ ROW = ("results", results.ATTENTION)
         (("params", "machine"), "other", "expected results of machine 'h200', got 'other'"),
         (("env_name",), HTML, "is not of type 'text'"),
         (("env_name",), "other", "belong into '0b9e8013-other.json'"),
-        (("commit_hash",), HTML, "does not match"),
+        (("commit_hash",), f"{COMMIT}\n", "is not of type 'text'"),
+        (("durations",), {"<build>\n": 1.0}, "does not match"),
+        (("results", "a.B.time_c\n"), [[1.0], []], "is not of type 'text'"),
+        (("commit_hash",), "HEAD", "does not match"),
         (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
         (("env_vars",), {"A": HTML}, "is not of type 'text'"),
         (("requirements",), {HTML: ""}, "is not of type 'text'"),
@@ -136,7 +140,9 @@ def test_names_of_machines_need_not_be_ascii(name, tmp_path):
     assert valid.load(record)["machine"] == name
 
 
-@pytest.mark.parametrize("name", ["", "-x", ".x", "a/b", 'a"b', "a<b", "a\nb", "a\u202eb", "a'b"])
+@pytest.mark.parametrize(
+    "name", ["", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\nb", "a\u202eb", "a'b"]
+)
 def test_names_that_no_machine_may_have(name, tmp_path):
     record = tmp_path / "machine.json"
     record.write_text(json.dumps({"machine": name, "version": 1}))

@@ -91,6 +91,7 @@ def record_machine(name):
 
     Its broken results are set aside.
     """
+    valid.check_machine_name(name)
     valid.set_aside(ROOT / "results" / name)
     if name in known_machines():
         return

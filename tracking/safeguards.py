@@ -74,6 +74,8 @@ def setup():
     if command in WITHOUT_RESULTS:
         return
     if valid:
+        if getattr(args, "machine", None):
+            valid.check_machine_name(args.machine)
         check_files(config.results_dir)
     else:
         log.warning("files of results are not checked: jsonschema is not installed")

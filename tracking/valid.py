@@ -171,6 +171,14 @@ def _violation(kind, data):
     return f"{said}, at {where}" if where else said
 
 
+def check_machine_name(name):
+    """Raise UserError unless a machine, and its folder of results, may be called so."""
+    if _violation("machine name", name):
+        raise UserError(
+            f"expected a machine's name of letters, digits, spaces and any of _.()+-, got {name!a}"
+        )
+
+
 def _misplaced(file, data):
     """Return where results belong if not in a file, else None: asv has one file for them."""
     name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
