@@ -122,6 +122,16 @@ def test_what_forces_is_forgotten_and_the_rest_stays():
     assert environ == stays
 
 
+def test_another_package_is_for_existing_environments_alone(asv):
+    """asv puts it before what it installs."""
+    environ = {"ASV_PYTHONPATH": "/elsewhere"}
+    safeguards.forget(environ, keep=("ASV_PYTHONPATH",))
+    assert environ
+    safeguards.forget(environ)
+    assert not environ
+    assert "benchmarks run without ASV_PYTHONPATH" in asv("check", "-E", "nosuch")[1]
+
+
 def make_dirty(project, name):
     file = project / name
     file.parent.mkdir(exist_ok=True)

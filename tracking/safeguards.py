@@ -41,7 +41,7 @@ WITHOUT_RESULTS = ("Machine", "Preview", "Quickstart", "Update")
 # What decides how the package, MLX, the libraries below it or Python run.
 FORCES = re.compile(
     r"(PAGEDKV|MLX|METAL|MTL|MALLOC)_.*|Malloc.*|GLIBC_TUNABLES|\w+_NUM_THREADS|"
-    "VECLIB_MAXIMUM_THREADS|CUDA_LAUNCH_BLOCKING|GIT_(DIR|WORK_TREE|INDEX_FILE)|"
+    "VECLIB_MAXIMUM_THREADS|CUDA_LAUNCH_BLOCKING|GIT_(DIR|WORK_TREE|INDEX_FILE)|ASV_PYTHONPATH|"
     "PYTHON(DEVMODE|HASHSEED|MALLOC|OPTIMIZE|PROFILEIMPORTTIME|TRACEMALLOC)"
 )
 
@@ -56,10 +56,10 @@ def setup():
     config = Config.load(Path(args.config).name if args.config else None)
     sys.excepthook = report
     asv.util.write_json = functools.partial(write_json, config.results_dir)
+    existing, commit = _existing(args, config), getattr(args, "set_commit_hash", None)
     if command in MEASURING:
         acquire()
-        forget(os.environ)
-    existing, commit = _existing(args, config), getattr(args, "set_commit_hash", None)
+        forget(os.environ, keep=("ASV_PYTHONPATH",) if existing else ())
     of_no_commit = existing and commit is None
     if command in OF_HISTORY and not of_no_commit:
         check_history()
@@ -115,9 +115,9 @@ def report(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def forget(environ):
+def forget(environ, keep=()):
     """Remove what decides how things run from what benchmarks are started with, and say so."""
-    names = sorted(filter(FORCES.fullmatch, environ))
+    names = sorted(name for name in environ if FORCES.fullmatch(name) and name not in keep)
     for name in names:
         del environ[name]
     if names:
