@@ -367,6 +367,16 @@ def test_no_stored_html_is_published(asv, project):
         assert file.is_dir() or b"alert(1)" not in file.read_bytes()
 
 
+def test_without_the_safeguards_stored_html_is_published(asv, project):
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    record = project / "results/box/machine.json"
+    record.write_text(json.dumps({"machine": "box", "cpu": HTML, "version": 1}))
+    config = json.loads((project / "asv.conf.json").read_text())
+    (project / "asv.bare.conf.json").write_text(json.dumps({**config, "plugins": []}))
+    assert asv("publish", "--no-pull", "--config", "asv.bare.conf.json")[0] == 0
+    assert HTML in (project / ".asv/html/index.json").read_text()
+
+
 def test_code_of_benchmarks_is_published_as_text(asv, project):
     """asv shows it as HTML beside a benchmark's name."""
     suite = project / "benchmarks/all.py"
