@@ -7,10 +7,20 @@ GRID ?= quick
 # Name in results/; empty is the name asv has for this host.
 MACHINE ?=
 
+# What is installed has to be in the lock, by hash. `make LOCK= ...` takes whatever pyproject.toml allows
+# instead, by no hash: for a platform that the lock has no wheels for.
+LOCK ?= requirements.lock
+export ASV_UNLOCKED := $(if $(LOCK),,1)
+
 VENV := .venv$(if $(filter-out cpu,$(BACKEND)),-$(BACKEND))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
+INSTALL = $(BIN)/python -m pip install -q \
+	$(if $(LOCK),--require-hashes --only-binary :all: --constraint $(LOCK))
+# One package of the lock, for the pip that Python brings: it knows no hashes of constraints.
+PINNED = sed -n '/^$(1)==/,/\# via/p' requirements.lock > $(2)/pinned.txt && \
+	$(2)/bin/python -m pip install -q --require-hashes --only-binary :all: -r $(2)/pinned.txt
 
 .DEFAULT_GOAL := help
 OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
@@ -19,7 +29,7 @@ AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 .PHONY: help bench prove publish serve table adr compare noise detect doctor tune record screenshot
 .PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
-.PHONY: example trace format clean
+.PHONY: example trace format lock clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
@@ -40,6 +50,7 @@ help:
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
 	@echo "make trace       replay a request trace, plot block usage"
 	@echo "make format      let ruff rewrite the sources"
+	@echo "make lock        renew requirements.lock: the newest of what pyproject.toml allows"
 	@echo "make clean       remove environments, caches, models and built pages; results stay"
 
 # Exit 2 of the first step: some benchmarks failed; what there is gets published all the same.
@@ -112,19 +123,24 @@ screenshot: $(BROWSER) publish
 
 # Without npm the page loads its scripts from the network; publishing says so.
 website/node_modules: website/package-lock.json
-	@cd website && npm ci --no-audit --no-fund && touch node_modules || \
+	@cd website && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules || \
 	echo "npm did not work: the page will load its scripts from the network"
 
-$(READY): pyproject.toml
+INSTALL_FAILED := requirements.lock has no wheel of something for this platform, or the index has another \
+	file in its place (see above). make LOCK= ... installs what pyproject.toml allows, by no hash.
+
+$(READY): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	"expected Python 3.10 or newer, got " + sys.version.split()[0] + ": make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install -q --editable ".[$(BACKEND)]" --group dev
+	$(if $(LOCK),$(call PINNED,pip,$(VENV)),$(INSTALL) --upgrade "pip>=26.1")
+	$(INSTALL) "mlx[$(BACKEND)]" numpy --group dev || { echo "$(INSTALL_FAILED)"; exit 1; }
+	$(BIN)/python -m pip install -q --no-index --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip check
 	touch $@
 
 $(BROWSER): $(READY)
-	$(BIN)/python -m pip install -q --group browser
+	$(INSTALL) --group browser
 	touch $@
 
 test: lint workflows types unit
@@ -153,6 +169,14 @@ example: $(READY)
 trace: $(READY)
 	@mkdir -p .asv
 	$(BIN)/python examples/replay_trace.py --plot .asv/usage.png
+
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	$(call PINNED,uv,.venv-lock)
+	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--generate-hashes --only-binary :all: --no-emit-index-url --custom-compile-command "make lock" \
+	--extra cpu --extra cuda12 --extra cuda13 --group dev --group browser --group lock \
+	pyproject.toml --output-file requirements.lock
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

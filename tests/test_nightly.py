@@ -127,6 +127,7 @@ def test_nothing_looks_worse(night, monkeypatch, capsys):
 
 def test_the_newest_mlx_is_an_axis_of_its_own(monkeypatch):
     ran = []
+    monkeypatch.setenv("ASV_UNLOCKED", "")  # it sets that
     monkeypatch.setattr(nightly, "newest_mlx", lambda: "99.0")
     monkeypatch.setattr(nightly, "derive_config", lambda name, **s: ran.append(s) or "config")
     monkeypatch.setattr(nightly, "discover", lambda *args: {})

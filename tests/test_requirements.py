@@ -1,0 +1,201 @@
+"""requirements.lock agrees with pyproject.toml and asv.conf.json, and pip is held to it."""
+
+import base64
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tracking import nightly, requirements
+from tracking.project import asv_settings
+from tracking.repository import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PLATFORMS = [
+    {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": system,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system],
+        "platform_machine": machine,
+    }
+    for python, (system, machine) in itertools.product(
+        ["3.10", "3.11", "3.12", "3.13"],
+        [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")],
+    )
+]
+
+
+def locked():
+    """Return [(requirement, hashes)] of the lock."""
+    text, entries = requirements.LOCK.read_text(), []
+    for entry in re.sub(r"\\\n", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines():
+        pin, *hashes = entry.split(" --hash=")
+        entries.append((Requirement(pin), [word.strip() for word in hashes]))
+    return entries
+
+
+LOCKED = locked()
+
+
+def applies(requirement, platform):
+    return requirement.marker is None or requirement.marker.evaluate({**platform, "extra": ""})
+
+
+def unmet(wanted, platform):
+    """Return those of the requirements that the lock does not fulfil on a platform."""
+    pins = {}
+    for pin, _ in LOCKED:
+        if applies(pin, platform):
+            [specifier] = pin.specifier
+            assert pins.setdefault(canonicalize_name(pin.name), specifier.version)
+    wanted = [requirement for requirement in wanted if applies(requirement, platform)]
+    return [
+        str(requirement)
+        for requirement in wanted
+        if (version := pins.get(canonicalize_name(requirement.name))) is None
+        or not requirement.specifier.contains(version, prereleases=True)
+    ]
+
+
+def asked():
+    """Return what pyproject.toml and asv.conf.json ask for."""
+    project, groups = PROJECT["project"], PROJECT["dependency-groups"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
+    lines += itertools.chain(*(extras[backend] for backend in ("cpu", "cuda12", "cuda13")))
+    lines += [line for group in groups.values() for line in group if isinstance(line, str)]
+    settings = asv_settings()
+    for name, versions in settings["matrix"]["req"].items():
+        lines += [f"{name.removeprefix('pip+')}=={version}" for version in versions]
+    words = shlex.split(settings["install_command"][0])
+    lines += words[words.index("install") + 1 :]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda p: "-".join(list(p.values())[::2]))
+def test_the_lock_has_what_is_asked_for(platform):
+    assert unmet(asked(), platform) == []
+    assert unmet([Requirement("numpy<2"), Requirement("nosuch")], platform) == ["numpy<2", "nosuch"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda p: "-".join(list(p.values())[::2]))
+def test_a_package_is_locked_once(platform):
+    names = [canonicalize_name(pin.name) for pin, _ in LOCKED if applies(pin, platform)]
+    assert len(names) == len(set(names))
+    assert len(names) > 70
+
+
+def test_what_is_locked_needs_nothing_else():
+    """As far as this machine shows: of what is installed here in its locked version."""
+    here, seen = {}, 0
+    for pin, _ in LOCKED:
+        try:
+            installed = importlib.metadata.distribution(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if applies(pin, here) and pin.specifier.contains(installed.version):
+            seen += 1
+            needs = [Requirement(line) for line in installed.requires or ()]
+            assert unmet(needs, here) == [], pin
+    assert seen
+
+
+def test_everything_has_hashes_and_nothing_names_an_index():
+    text = requirements.LOCK.read_text()
+    for pin, hashes in LOCKED:
+        assert [specifier.operator for specifier in pin.specifier] == ["=="]
+        assert hashes
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in hashes)
+    assert "://" not in text
+    assert not re.search(r"^\s*-(?!-hash)", text, re.MULTILINE)
+
+
+def wheel(folder, name, version, code):
+    """Write a wheel with one module."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": code,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    for path, text in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=")
+        record += f"{path},sha256={digest.decode()},{len(text)}\n"
+    file = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_asv_installs_only_what_is_locked(held, tmp_path, monkeypatch):
+    """An index that serves another file by the locked name; held to nothing, pip takes it."""
+    index = tmp_path / "an index"
+    index.mkdir()
+    known = wheel(index, "tool", "1", "SAID = 'what was locked'\n")
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(f"tool==1 --hash=sha256:{known}\n")
+    monkeypatch.setattr(requirements, "LOCK", lock)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", {**os.environ, requirements.UNLOCKED: "" if held else "1"})
+    requirements.setup()
+
+    def install(target):
+        pip = [sys.executable, "-m", "pip", "install", "--no-index"]
+        pip += ["--find-links", str(index), "--target", str(tmp_path / target), "tool"]
+        env = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
+        return subprocess.run(pip, env=env, capture_output=True, text=True)
+
+    assert install("good").returncode == 0
+    wheel(index, "tool", "1", "SAID = 'something else'\n")
+    done = install("bad")
+    assert (done.returncode == 0) is not held
+    assert ("THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr) is held
+    assert Path(tmp_path, "bad/tool.py").exists() is not held
+
+
+def test_the_newest_mlx_is_in_no_lock(monkeypatch):
+    monkeypatch.setenv(requirements.UNLOCKED, "")
+    monkeypatch.setattr(nightly, "newest_mlx", lambda: "99.0")
+    monkeypatch.setattr(nightly, "derive_config", lambda name, **settings: "config")
+    monkeypatch.setattr(nightly, "discover", lambda *args: {})
+    monkeypatch.setattr(nightly, "asv", lambda *args, **kw: int(not os.environ["ASV_UNLOCKED"]))
+    assert nightly.with_newest_mlx("box", "cpu") == 0
+
+
+@pytest.mark.parametrize(("lock", "bound"), [([], True), (["LOCK="], False)])
+def test_make_installs_only_what_is_locked(lock, bound):
+    """Every pip of the environment's rules is bound to hashes or to no network, unless told."""
+    make = ["make", "--dry-run", "--always-make", *lock, ".venv/.browser"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    pips = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert len(pips) == 4
+    free = [line for line in pips if not re.search("--require-hashes|--no-index", line)]
+    assert bool(free) is not bound
+
+
+def test_asvs_own_commands_fetch_nothing_beside_the_lock():
+    settings = asv_settings()
+    assert ".tracking.requirements" in settings["plugins"]
+    for command in [*settings["build_command"], *settings["install_command"]]:
+        unbound = "PIP_REQUIRE_HASHES=0" in command
+        assert ("--no-index" in command) is unbound
