@@ -1,0 +1,161 @@
+"""What a pull request's code can do to the comment about it, against a GitHub of our own."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tracking.repository import ROOT
+
+SCRIPT = ROOT / ".github/scripts/pull_request.py"
+spec = importlib.util.spec_from_file_location("pull_request", SCRIPT)
+pull_request = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pull_request)
+harmless = pull_request.harmless
+LABELLED, PUSHED = "a" * 40, "b" * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("| `a.b(1)` | 1.1 [1.0, 1.2] |\n", "| `a.b(1)` | 1.1 [1.0, 1.2] |\n"),
+        ("by @somebody", "by (at)somebody"),
+        ("<img src=x>", "&lt;img src=x&gt;"),
+        ("[x](y) [x][y]\n[x]: y", "[x] (y) [x] [y]\n[x] : y"),
+        ("like #12, owner/name#3, GH-4", "like # 12, owner/name# 3, GH- 4"),
+        ("https://a.b www.a.b", "https:/ /a.b www. a.b"),
+        ("a\x1b[31m\u202eb\r\n", "a[31mb\n"),
+    ],
+)
+def test_it_is_only_text(text, said):
+    assert harmless(text) == said
+
+
+@pytest.mark.parametrize("char", ["@", "<", "é", "x", "#1", "](", "\U0001f600"])
+def test_it_fits_after_all_was_replaced(char):
+    line = f"| {char * 50} |\n"
+    text = harmless(line * (2 * pull_request.MOST // len(line.encode())))
+    assert len(text.encode()) > pull_request.MOST - 1000
+    assert len(text.encode()) <= pull_request.MOST + len(pull_request.CUT)
+    assert text.endswith(pull_request.CUT)
+    rows = text.removesuffix(pull_request.CUT).splitlines()
+    assert set(rows) == {harmless(line).strip()}  # none is cut in the middle
+
+
+def test_what_is_cut_first_breaks():
+    """The order matters: a mention that a cut leaves whole would be replaced by nothing."""
+    text = "@" * pull_request.MOST
+    assert len(text.encode()[: pull_request.MOST].replace(b"@", b"(at)")) > 65_536
+    assert len(harmless(text)) < 65_536
+
+
+class GitHub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        if path == "/repos/o/p/pulls/7":
+            return self.answer({"head": {"sha": self.server.head}})
+        assert path == "/repos/o/p/issues/7/comments"
+        page = int(re.search(r"page=(\d+)$", query)[1])
+        return self.answer(self.server.comments[100 * (page - 1) : 100 * page])
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.wrote.append((self.command, self.path, json.loads(body)["body"]))
+        self.answer({})
+
+    def do_PATCH(self):
+        self.do_POST()
+
+    def answer(self, value):
+        self.server.tokens.add(self.headers["Authorization"])
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def github(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GitHub)
+    server.head, server.comments, server.wrote, server.tokens = LABELLED, [], [], set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "GITHUB_API_URL": f"http://127.0.0.1:{server.server_port}",
+        "GITHUB_REPOSITORY": "o/p",
+        "GH_TOKEN": "secret",
+        "NUMBER": "7",
+        "HEAD_SHA": LABELLED,
+        "RUN_URL": "https://example.org/run",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run(*args):
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *args]
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True)
+
+
+def test_a_push_since_the_label_is_refused(github):
+    assert run("still").returncode == 0
+    github.head = PUSHED
+    done = run("still")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"::error::pushed to since it was labelled: {LABELLED} is now {PUSHED}; label it again\n"
+    )
+    assert github.tokens == {"Bearer secret"}
+
+
+def test_a_push_while_it_was_measured_gets_no_comment(github, tmp_path):
+    github.head = PUSHED
+    assert run("comment", "--table", str(tmp_path / "table.md")).returncode == 1
+    assert github.wrote == []
+
+
+def test_the_comment(github, tmp_path):
+    table = tmp_path / "table.md"
+    table.write_text("**1 worsened** by @them")
+    assert run("comment", "--table", str(table)).returncode == 0
+    [(method, path, body)] = github.wrote
+    assert (method, path) == ("POST", "/repos/o/p/issues/7/comments")
+    assert body == (
+        f"{pull_request.MARK}\n**1 worsened** by (at)them\n"
+        f"[The run](https://example.org/run), at {LABELLED}\n"
+    )
+
+
+def test_it_is_written_over_the_bots_own(github, tmp_path):
+    """Somebody else's that begins alike stays, and there may be hundreds."""
+    other = {"id": 1, "user": {"login": "somebody"}, "body": pull_request.MARK}
+    ours = {"id": 9, "user": {"login": pull_request.BOT}, "body": pull_request.MARK + " old"}
+    github.comments = [other] * 150 + [ours]
+    assert run("comment", "--table", str(tmp_path / "none.md")).returncode == 0
+    [(method, path, body)] = github.wrote
+    assert (method, path) == ("PATCH", "/repos/o/p/issues/comments/9")
+    assert "did not run to its end" in body
+
+
+def test_a_link_is_no_table(github, tmp_path):
+    (tmp_path / "table.md").symlink_to("/etc/passwd")
+    assert run("comment", "--table", str(tmp_path / "table.md")).returncode == 0
+    assert "root" not in github.wrote[0][2]
+
+
+def test_no_answer_is_one_sentence(github, monkeypatch):
+    monkeypatch.setenv("GITHUB_REPOSITORY", "o/other/..")
+    monkeypatch.setenv("GITHUB_API_URL", "http://127.0.0.1:9")
+    done = run("still")
+    assert done.returncode == 1
+    assert done.stderr.startswith("::error::GitHub did not answer pulls/7")
+    assert "Traceback" not in done.stderr
