@@ -151,7 +151,7 @@ lint: $(READY)
 
 workflows: $(READY)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/zizmor --offline --pedantic --quiet .github/workflows
 
 types: $(READY)
 	$(BIN)/mypy
