@@ -2,12 +2,14 @@
 
 import csv
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from asv.util import UserError
+from markdown_it import MarkdownIt
 
 from tracking import changes, compare, detection, noise, repository, tables
 from tracking.results import Value
@@ -52,6 +54,30 @@ def test_verdicts(cell, verdict):
 def test_the_interval_of_a_ratio_takes_the_ends_farthest_apart():
     ratio = changes.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True, 25).ratio
     assert (ratio.value, ratio.low, ratio.high) == (1.5, 0.5, 5.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.b('x|y')", "a.b('`')", "a.b('``x|`')", "a.b('x||')", "a.b('x\ny')", "`", "|"]
+)
+def test_a_name_is_one_cell(name):
+    """Names of parameters come from a pull request."""
+    cells = [change(1.0, 2.0, name=name)]
+    text = compare.markdown(cells, FACTORS, before="aaa", after="bbb", about="")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    shown = [token.children for token in tokens if token.type == "inline"][-5:]
+    [code] = shown[-1]
+    assert code.type == "code_inline"
+    assert code.content == name.replace("\n", " ")
+    assert "".join(part.content for part in shown[0]) == "worsened"
+
+
+@pytest.mark.parametrize("text", ["a|b", r"a\|b", r"a\\|b", "|", "||", "\\"])
+def test_bars_do_not_part_a_cell(text):
+    """An odd number of backslashes before each, and a blank before the table's own."""
+    *_, row = tables.as_markdown(["h"], [[text]]).splitlines()
+    bars = re.findall(r"(\\*)\|", row[2:-2])
+    assert len(bars) == text.count("|")
+    assert all(len(backslashes) % 2 for backslashes in bars)
 
 
 def test_the_table_shows_what_changed_and_counts_the_rest():

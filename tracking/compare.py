@@ -16,7 +16,7 @@ from tracking.lock import acquire
 from tracking.noise import noise, recorded_noise
 from tracking.project import machine_name, record_machine
 from tracking.repository import check_history, check_suite, git, resolve
-from tracking.tables import as_markdown
+from tracking.tables import as_markdown, code
 
 COMPARED = ("overhead.", "decode.", "host.", "step.Auto.", "step.Instructions.")
 ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
@@ -37,7 +37,7 @@ def markdown(compared, factors, *, before, after, about):
         values = [value.show(scale) + unit * value.known for value in (change.before, change.after)]
         known = change.before.known and change.after.known
         ratio = change.ratio.show(interval=True) if known else ""
-        rows.append([verdict, ratio, *values, f"`{change.name}`"])
+        rows.append([verdict, ratio, *values, code(change.name)])
     if rows:
         header = ["", "ratio [99% interval]", "before", "after", "benchmark"]
         lines += [as_markdown(header, rows)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 from pagedkv import blocks_needed
 from tracking.repository import commit_label, phase_commits
@@ -118,8 +119,21 @@ def as_csv(header, rows):
     return out.getvalue()
 
 
+def code(text):
+    """Return text as Markdown's code, in more backticks than stand together in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{fence}{space}{text}{space}{fence}"
+
+
 def as_markdown(header, rows):
-    """Return a Markdown table, numbers to the right."""
+    """Return a Markdown table, numbers to the right; a cell is one line, also with bars in it."""
+
+    def cell(text):
+        bars = re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\|", text)
+        return re.sub(r"\s", " ", bars)
+
+    rows = [[cell(text) for text in row] for row in rows]
     lines = [header, ["--:"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
