@@ -59,6 +59,20 @@ def test_a_mac_with_something_wrong(check, command, text, state, seen, mac):
     assert found.remedy
 
 
+def test_the_gpu_of_a_virtual_machine(mac, monkeypatch):
+    """It is Metal, and not the Mac's: MLX chooses kernels by what it reports."""
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(doctor.mx, "default_device", lambda: doctor.mx.Device(doctor.mx.gpu))
+    monkeypatch.setattr(doctor.mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.mx, "device_info", lambda: {"device_name": "Apple M1 Ultra"})
+    assert doctor.check_device("box").state == GOOD
+    monkeypatch.setattr(
+        doctor.mx, "device_info", lambda: {"device_name": "Apple Paravirtual device"}
+    )
+    found = doctor.check_device("box")
+    assert (found.state, found.seen) == (BAD, "MLX runs on Apple Paravirtual device")
+
+
 def test_a_backup_is_worse_than_spotlight(mac):
     mac["mdutil", "-s"], mac["tmutil", "status"] = "Indexing enabled.", "    Running = 1;"
     assert doctor.check_indexing("box").state == BAD

@@ -59,6 +59,8 @@ def check_device(machine):
         if device.type != mx.gpu or not mx.metal.is_available():
             return Finding(BAD, f"MLX uses {device}, not Metal", "run outside a virtual machine")
     name = mx.device_info().get("device_name", "") if device.type == mx.gpu else ""
+    if "Paravirtual" in name:
+        return Finding(BAD, f"MLX runs on {name}", "run outside a virtual machine")
     return Finding(GOOD, f"MLX runs on {name or platform.machine()} ({device})")
 
 
