@@ -40,7 +40,7 @@ help:
 	@echo "make table       the ADR's table of this machine; FORMAT=csv or markdown, COMMIT=hash"
 	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
 	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
-	@echo "make noise       compare HEAD with itself: what this machine calls changed"
+	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
@@ -95,8 +95,15 @@ compare: $(READY)
 	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
-noise detect: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
+PAUSE ?=
+BENCHMARKS ?=
+# Each run adds to what is recorded: one at a time, on different days, tells most.
+noise: $(READY)
+	$(AWAKE) $(BIN)/python -m tracking.noise $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
+	$(if $(PAUSE),--pause $(PAUSE)) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
+
+detect: $(READY)
+	$(AWAKE) $(BIN)/python -m tracking.compare detect $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(ROUNDS),--rounds $(ROUNDS))
 
 WAIT ?= 0

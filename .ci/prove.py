@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -20,6 +21,7 @@ from pagedkv import DECODE_PATHS
 from tracking.changes import measure
 from tracking.detection import DETECTION, slowed
 from tracking.lock import acquire
+from tracking.noise import Threshold
 from tracking.project import asv, derive_config, discover, machine_name, record_machine
 from tracking.repository import check_history, commit_label, commit_of, git
 from tracking.results import (
@@ -168,10 +170,11 @@ def prove_comparison(machine):
     """Compare a commit with a slowed copy and with an identical one."""
     where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "quick"}
     base, again, slower = slowed(0), commit_of(f"{slowed(0)}^{{tree}}", "again"), slowed(100)
-    factors = {"ratio": 1.4, "time": 2.0}  # CI machines are noisy
-    verdicts = [c.verdict(factors) for c in measure(base, slower, rounds=1, **where)]
+    # CI machines are noisy.
+    noise = SimpleNamespace(threshold=lambda series: Threshold(1.4, "guess"))
+    verdicts = [c.verdict(noise) for c in measure(base, slower, rounds=1, **where)]
     expect(verdicts == ["worsened"] * 4, "a commit slower by 100% is called slower in each cell")
-    verdicts = [c.verdict(factors) for c in measure(base, again, rounds=1, **where)]
+    verdicts = [c.verdict(noise) for c in measure(base, again, rounds=1, **where)]
     expect(verdicts == ["unchanged"] * 4, "an identical commit is not")
 
 

@@ -150,7 +150,7 @@ def test_what_is_not_committed_is_not_recorded(asv, project):
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx"), (compare, "noise")],
+    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx"), (compare, "detect")],
 )
 def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
     monkeypatch.setattr(repository, "ROOT", project)

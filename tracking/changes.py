@@ -1,8 +1,7 @@
 """What changed between two commits: measured by `asv continuous`, judged by asv's statistics.
 
-A cell has changed if its samples differ significantly and its median by more than a factor. The
-factor of a machine is what keeps identical commits apart from changed ones there. What is counted
-has no noise: its samples are all the same, and one percent is a change.
+A cell has changed if its samples differ significantly, its median by more than the threshold of its
+series (`tracking.noise`), and each of the two medians lies outside of the other's middle half.
 """
 
 import shutil
@@ -11,12 +10,24 @@ from dataclasses import dataclass
 from asv._stats import is_different
 from asv.util import UserError
 
-from tracking.grid import selection
+from tracking.grid import selection, series_name
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
 from tracking.results import MISSING, Value, measured
 
-COUNTED = 1.01
+
+def apart(one, other):
+    """Whether each of two Values lies outside of the other's middle half, if that is known.
+
+    A gate against samples of two modes, fast and slow: their median jumps from mode to mode when
+    the mix of the two shifts by little, and with enough samples that is significant. The other
+    mode is within the middle half then; a real change leaves it behind.
+    """
+
+    def outside(value, stats):
+        return not stats or not stats["q_25"] <= value <= stats["q_75"]
+
+    return outside(one.value, other.stats) and outside(other.value, one.stats)
 
 
 @dataclass(frozen=True)
@@ -31,39 +42,40 @@ class Change:
     better: str = "smaller"  # or "larger", as the suite says of the benchmark
 
     @property
-    def kind(self):
-        """Return "ratio", "count", or "time" for everything else that is absolute."""
-        if ".track_instructions" in self.name:
-            return "count"
-        return "ratio" if ".ratio_" in self.name else "time"
-
-    @property
     def ratio(self):
         """Return the Value of after over before, its interval from the ends farthest apart."""
         ends = self.after.low / self.before.high, self.after.high / self.before.low
         return Value(self.after.value / self.before.value, *ends)
 
-    def verdict(self, factors):
+    @property
+    def worse(self):
+        """Return the factor by which it is worse, below 1 where it is better."""
+        return self.ratio.value if self.better == "smaller" else 1 / self.ratio.value
+
+    def verdict(self, noise):
         """Return "worsened", "improved", "unchanged", "failed", "repaired" or "n/a".
 
-        What ran or failed before and is n/a now counts as failed.
+        What ran or failed before and is n/a now counts as failed. `noise` is the machine's, from
+        `tracking.noise.recorded_noise`.
         """
         if not self.after.known:
             lacked = self.before.value is not None and not self.before.known
             return "n/a" if lacked and self.after.value is not None else "failed"
         if not self.before.known:
             return "repaired" if self.before.value is None else "n/a"
-        counted, ratio = self.kind == "count", self.ratio.value
-        factor = COUNTED if counted else factors[self.kind]
-        if not (self.significant or counted) or 1 / factor <= ratio <= factor:
+        threshold, ratio = noise.threshold(self.name), self.ratio.value
+        exact = threshold.source == "exact"
+        if not exact and not (self.significant and apart(self.before, self.after)):
             return "unchanged"
-        return "improved" if (ratio > 1) == (self.better == "larger") else "worsened"
+        if 1 / threshold.factor <= ratio <= threshold.factor:
+            return "unchanged"
+        return "worsened" if self.worse > 1 else "improved"
 
 
 def _cells(results, machine, commit, environment):
     """Return {name of a cell: Value} of a commit, {} if it was not measured."""
     return {
-        f"{name}({', '.join(cell)})": value
+        series_name(name, cell): value
         for one in measured(machine, results)
         if (one.commit, one.environment) == (commit, environment)
         for name, values in one.table.items()

@@ -1,4 +1,4 @@
-"""Compare two commits: for a pull request, with itself (noise), and with a slowed copy (detection).
+"""Compare two commits: for a pull request, and with a slowed copy (detection).
 
 Each comparison is `asv continuous` into a results folder of its own.
 """
@@ -13,7 +13,7 @@ from asv.util import UserError
 from tracking.changes import measure
 from tracking.detection import detect
 from tracking.lock import acquire
-from tracking.noise import noise, recorded_noise
+from tracking.noise import recorded_noise
 from tracking.project import machine_name, record_machine
 from tracking.repository import check_history, check_suite, git, resolve
 from tracking.tables import as_markdown, code
@@ -22,24 +22,25 @@ COMPARED = ("overhead.", "decode.", "host.", "step.Auto.", "step.Instructions.")
 ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
 
 
-def markdown(compared, factors, *, before, after, about):
+def markdown(compared, noise, *, before, after, about):
     """Return the comparison as Markdown: what failed and changed, and how many did not."""
-    verdicts = [(change.verdict(factors), change) for change in compared]
-    count = {v: sum(verdict == v for verdict, _ in verdicts) for v in ORDER}
-    said = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
-    lines = [f"### {after} against {before}", "", f"**{said}**", ""]
+    verdicts = [(change.verdict(noise), change) for change in compared]
+    count = {v: sum(said == v for said, _ in verdicts) for v in ORDER}
+    counts = ", ".join(f"{number} {said}" for said, number in count.items())
+    lines = [f"### {after} against {before}", "", f"**{counts}**", ""]
     shown = [(v, change) for v, change in verdicts if v not in ("unchanged", "n/a")]
     shown.sort(key=lambda item: ORDER.index(item[0]))
     rows = []
-    for verdict, change in shown:
-        time = change.kind == "time" and ".time_" in change.name
+    for said, change in shown:
+        time = ".time_" in change.name
         scale, unit = (1e3, " ms") if time else (1, "")
         values = [value.show(scale) + unit * value.known for value in (change.before, change.after)]
         known = change.before.known and change.after.known
         ratio = change.ratio.show(interval=True) if known else ""
-        rows.append([verdict, ratio, *values, code(change.name)])
+        threshold = noise.threshold(change.name).show()
+        rows.append([said, ratio, threshold, *values, code(change.name)])
     if rows:
-        header = ["", "ratio [99% interval]", "before", "after", "benchmark"]
+        header = ["", "ratio [99% interval]", "threshold", "before", "after", "benchmark"]
         lines += [as_markdown(header, rows)]
     return "\n".join([*lines, about, ""])
 
@@ -50,8 +51,8 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
     before = git("merge-base", resolve(base), after)
     if before == after:
         raise UserError(f"HEAD is part of {base}, there is nothing to compare")
-    factors, usual, known = recorded_noise(machine)
-    rounds = rounds or usual
+    noise = recorded_noise(machine)
+    rounds = rounds or noise.rounds
     compared = measure(
         before,
         after,
@@ -61,24 +62,19 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
         grid=grid,
         rounds=rounds,
     )
-    source = (
-        f"from its noise with {usual} rounds"
-        if known
-        else "guessed: `make noise` was not run on this machine"
-    )
     about = (
-        f"Machine {machine}, {grid} grid, {rounds} rounds. Changed means significantly, and by "
-        f"more than a factor of {factors['ratio']} (ratio) or {factors['time']} (time), {source}."
+        f"Machine {machine}, {grid} grid, {rounds} rounds. Changed means significantly, by more "
+        "than the threshold of the series, and each median outside of the other's middle half."
     )
     labels = (
         f"{commit[:8]} ({git('log', '-1', '--format=%s', commit)})" for commit in (before, after)
     )
     before_label, after_label = labels
-    text = markdown(compared, factors, before=before_label, after=after_label, about=about)
+    text = markdown(compared, noise, before=before_label, after=after_label, about=about)
     print("\n" + text, end="")
     if output:
         Path(output).write_text(text)
-    verdicts = {change.verdict(factors) for change in compared}
+    verdicts = {change.verdict(noise) for change in compared}
     status = 2 if "failed" in verdicts else 1 if "worsened" in verdicts else 0
     print(("nothing worsened", "something worsened", "something failed to run")[status])
     return status
@@ -87,7 +83,7 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.compare", description=__doc__)
-    parser.add_argument("what", choices=["pull-request", "noise", "detect"])
+    parser.add_argument("what", choices=["pull-request", "detect"])
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--times", type=int, help="comparisons of identical commits")
@@ -104,8 +100,6 @@ def main():
         if args.what != "pull-request":  # they record what this machine is like
             check_suite()
         record_machine(machine)
-        if args.what == "noise":
-            return noise(args.times or 2, args.rounds, **where)
         if args.what == "detect":
             return detect(args.times or 20, args.rounds, **where)
         return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)

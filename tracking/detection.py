@@ -12,7 +12,7 @@ from tracking.repository import commit_of, git
 from tracking.results import RESULTS
 from tracking.tables import write_csv
 
-DETECTION = ("overhead.Auto.",)
+DETECTION = "overhead.Auto.ratio_vs_contiguous"
 SLOWDOWNS = (5, 10, 20)  # percent
 DETECTION_HEADER = [
     "slower by",
@@ -65,10 +65,10 @@ def detect(times, rounds, *, machine, backend):
 
     Rows of another number of rounds stay in the record.
     """
-    factors, usual, known = recorded_noise(machine)
-    if not known:
+    noise = recorded_noise(machine)
+    if not noise.threshold(DETECTION).recorded:
         raise UserError(f"the noise of machine {machine} is not recorded: run `make noise`")
-    rounds = rounds or usual
+    rounds = rounds or noise.rounds
     where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "quick"}
     file = RESULTS / machine / "detection.csv"
     rows = []
@@ -81,10 +81,11 @@ def detect(times, rounds, *, machine, backend):
         verdicts = []
         for _ in range(count):
             compared = measure(base, other, rounds=rounds, **where)
-            verdicts += [change.verdict(factors) for change in compared]
+            verdicts += [change.verdict(noise) for change in compared]
         if {"failed", "repaired"} & set(verdicts):
             raise UserError("a benchmark failed, see above")
         said = (verdicts.count("worsened"), verdicts.count("improved"))
-        rows.append([f"{percent}%", str(rounds), factors["ratio"], len(verdicts), *said])
+        factor = max(noise.threshold(change.name).factor for change in compared)
+        rows.append([f"{percent}%", str(rounds), f"{factor:.2f}", len(verdicts), *said])
         write_csv(file, DETECTION_HEADER, rows)
     return 0

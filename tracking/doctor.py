@@ -24,7 +24,7 @@ from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import asv_settings, machine_name
 from tracking.repository import ROOT, check_history, git
-from tracking.results import RESULTS
+from tracking.results import ATTENTION, RESULTS
 
 GOOD, NOTE, BAD = "ok", "note", "BAD"
 BUSY = 0.25  # runnable processes a core, beside the one that asks
@@ -214,10 +214,11 @@ def check_lock(machine):
 
 def check_noise(machine):
     """Check that the noise of the machine is known."""
-    factors, rounds, known = recorded_noise(machine)
-    if not known:
+    noise = recorded_noise(machine)
+    threshold = noise.threshold(ATTENTION)
+    if not threshold.recorded:
         return Finding(NOTE, "not recorded, `make compare` has to guess", "`make noise`, idle")
-    return Finding(GOOD, f"factor {factors['ratio']} for ratios with {rounds} rounds")
+    return Finding(GOOD, f"attention alone {threshold.show()}")
 
 
 CHECKS = {

@@ -16,6 +16,7 @@ from asv.util import UserError
 
 from benchmarks.common import PARAM_NAMES
 from tracking.files import write_text
+from tracking.noise import thresholds
 from tracking.project import machine_name
 from tracking.repository import ROOT, commit_label
 from tracking.results import (
@@ -112,8 +113,13 @@ def mark_watermark(machine, commit):
     return as_markdown(header, rows)
 
 
+def mark_noise(machine):
+    """Write the thresholds of a machine's series."""
+    return as_markdown(*thresholds(machine))
+
+
 def mark_csv(name, machine):
-    """Write what `make noise` or `make detect` recorded."""
+    """Write what `make detect` recorded."""
     with (RESULTS / machine / name).open() as file:
         header, *rows = csv.reader(file)
     return as_markdown(header, rows)
@@ -126,7 +132,7 @@ MARKS = {
     "layouts": mark_layouts,
     "pattern": mark_pattern,
     "watermark": mark_watermark,
-    "noise": functools.partial(mark_csv, "noise.csv"),
+    "noise": mark_noise,
     "detection": functools.partial(mark_csv, "detection.csv"),
 }
 

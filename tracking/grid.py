@@ -29,6 +29,11 @@ def cells(benchmark):
     return list(itertools.product(*benchmark["params"]))
 
 
+def series_name(name, cell):
+    """Return what asv calls a cell of a benchmark."""
+    return f"{name}({', '.join(cell)})" if cell else name
+
+
 def belongs(cell, benchmark, grid):
     """Whether a cell, as asv names it, is measured in a grid; all are off the big grid."""
     if grid == "full" or benchmark["param_names"] != PARAM_NAMES:

@@ -71,7 +71,7 @@ def again(machine, config, environment, head, grid):
     """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
     measured = measured_commits(machine, environment=environment)
     previous = [commit for commit in measured if commit != head][-1]
-    factors, _, _ = recorded_noise(machine)
+    noise = recorded_noise(machine)
     listed = discover(machine, config)
     asked = {name: selection(listed[name], grid) for name in in_run(listed, grid)}
 
@@ -80,7 +80,7 @@ def again(machine, config, environment, head, grid):
         for change in changes(RESULTS, machine, previous, head, environment, listed):
             patterns = asked.get(change.name.split("(")[0], [])[1:]
             if any(re.search(pattern, change.name) for pattern in patterns):
-                verdict = change.verdict(factors)
+                verdict = change.verdict(noise)
                 if verdict in ("worsened", "failed"):
                     found[change] = verdict
         return found

@@ -1,78 +1,316 @@
-"""What a machine calls changed between identical commits: `make noise`."""
+"""What each series does between runs of identical code, and so what is a change: `make noise`.
 
+results/MACHINE/noise.csv has a row for each series and run. Runs are of identical code if pagedkv/
+and benchmarks/ are the same in git; recorded results of such commits are runs, too. What comes of
+them is a threshold by series, as rustc-perf has it: the third quartile of the relative changes
+between runs, and three times their interquartile range above it.
+"""
+
+import argparse
 import csv
+import datetime
+import itertools
 import math
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 from asv.util import UserError
 
-from tracking.changes import measure
-from tracking.repository import commit_of, resolve
-from tracking.results import RESULTS
-from tracking.tables import write_csv
+from tracking.files import write_text
+from tracking.grid import in_run, selection, series_name
+from tracking.lock import acquire
+from tracking.project import (
+    asv,
+    backend_settings,
+    derive_config,
+    discover,
+    machine_name,
+    record_machine,
+)
+from tracking.repository import ROOT, check_history, check_suite, git, resolve
+from tracking.results import RENAMED, RESULTS, measured
+from tracking.tables import as_csv
 
-NOISE = ("overhead.Auto.", "overhead.GatherRows.", "decode.Auto.", "decode.Contiguous.")
-LEAST_FACTOR = 1.03
+HEADER = ["time", "commit", "code", "environment", "rounds", "samples", "series", "value"]
 
+LATEST = 20  # runs of a series that count
+# With fewer runs a threshold of its own is too low too often: in a simulation of normal noise, of
+# pairs of runs 2% were beyond that of 5 runs, 0.5% beyond that of 10.
+OWN = 10  # runs
+POOLED = 10  # changes between runs that make a threshold of several series
+
+LEAST = {"count": 1.01, "ratio": 1.03, "time": 1.03}  # less is no change, however quiet a series
+GUESSED = {"count": 1.01, "ratio": 1.05, "time": 1.5}
+
+NIGHT = 2  # rounds of a night's run, and of a run for the noise
 # Of each commit, for asv's test (p < 0.002) to see a tenth where samples scatter by a twentieth.
 # What a round of few long steps does not give, more rounds do.
 SAMPLES = 20
 MOST_ROUNDS = 4
-UNKNOWN_NOISE = {"ratio": 1.05, "time": 1.5}
-NOISE_HEADER = ["benchmarks", "rounds", "comparisons", "cells compared", "largest change", "factor"]
 
 
-def recorded_noise(machine, results=RESULTS):
-    """Return ({kind: factor}, rounds, whether they were measured) of a machine."""
-    file = results / machine / "noise.csv"
-    rows = []
-    if file.exists():
-        with file.open() as lines:
-            reader = csv.DictReader(lines)
-            rows = list(reader) if reader.fieldnames == NOISE_HEADER else []
-    if not rows:
-        return UNKNOWN_NOISE, 2, False
-    factors = {row["benchmarks"]: float(row["factor"]) for row in rows}
-    return factors, int(rows[0]["rounds"]), True
+def kind(series):
+    """Return "count" of what is counted, "ratio", or "time" of everything else."""
+    name = series.split("(")[0].rsplit(".", 1)[-1]
+    if name in ("track_instructions", "track_allocated", "track_retired"):
+        return "count"
+    return "ratio" if name.startswith("ratio_") else "time"
 
 
-def noise(times, rounds, *, machine, backend):
-    """Compare HEAD with identical commits and record the rounds and factors this machine needs."""
-    head = resolve("HEAD")
-    twin = commit_of("HEAD^{tree}", "HEAD again, to measure noise")
-    where = {"machine": machine, "backend": backend, "benchmarks": NOISE, "grid": "quick"}
-    rounds = rounds or rounds_needed(measure(head, twin, rounds=1, **where))
-    runs = [measure(head, twin, rounds=rounds, **where) for _ in range(times)]
-    write_csv(RESULTS / machine / "noise.csv", NOISE_HEADER, noise_rows(runs, rounds))
-    return 0
+@dataclass(frozen=True)
+class Threshold:
+    """How far a series may move, up by a factor or down by as much, and still be unchanged.
+
+    Attributes
+    ----------
+    factor : float
+        Above 1.
+    source : str
+        Whose runs say so: "series", "benchmark" (all of its cells), "machine" (all of its series
+        of the kind), "exact" of what is counted, or "guess" where nothing is recorded.
+    changes : tuple of float
+        The changes between runs of identical code that it comes from, as factors of at least 1.
+    """
+
+    factor: float
+    source: str
+    changes: tuple = ()
+
+    @property
+    def recorded(self):
+        """Whether the series itself, or another cell of its benchmark, was run again."""
+        return self.source in ("series", "benchmark", "exact")
+
+    @property
+    def largest(self):
+        """The factor, or the largest change between runs of identical code if that is more.
+
+        A series that is in another mode now and then is so too seldom for its quartiles to show.
+        """
+        return max((self.factor, *self.changes))
+
+    def show(self):
+        """Return it in words, like "±4.1%, from 45 changes of its own"."""
+        of = {"series": "its own", "benchmark": "its benchmark", "machine": "the machine"}
+        said = f"±{100 * (self.factor - 1):.1f}%"
+        if self.source in of:
+            return f"{said}, from {len(self.changes)} changes of {of[self.source]}"
+        return f"{said}, counted" if self.source == "exact" else f"{said}, a guess"
 
 
-def rounds_needed(compared):
-    """Return how many rounds give each ratio enough samples, from a comparison of one round."""
-    samples = [c.samples for c in compared if c.kind == "ratio" and c.after.known]
-    if not samples:
-        raise UserError("no ratio was measured, see above")
-    return min(MOST_ROUNDS, -(-SAMPLES // max(1, min(samples))))
+class Noise:
+    """The thresholds of a machine's series.
+
+    Parameters
+    ----------
+    runs : iterable of (str, object, float)
+        Series, what ran (equal for identical code), and value, the oldest first.
+    rounds : int
+        Rounds that give each ratio `SAMPLES` samples.
+    """
+
+    def __init__(self, runs=(), rounds=NIGHT):
+        self.rounds = rounds
+        values = {}
+        for series, code, value in runs:
+            if value > 0 and math.isfinite(value):
+                values.setdefault((series, code), []).append(math.log(value))
+        self._runs, self._changes, self._made = {}, {}, {}
+        for (series, _), found in values.items():
+            self._runs[series] = max(len(found), self._runs.get(series, 0))
+            pairs = itertools.combinations(found[-LATEST:], 2)
+            changes = [math.exp(abs(one - other)) for one, other in pairs]
+            for pool in (series, series.split("(")[0], kind(series)):
+                self._changes.setdefault(pool, []).extend(changes)
+
+    def runs(self, series):
+        """Return how many runs of one code a series has, of the code that has most."""
+        return self._runs.get(series, 0)
+
+    def threshold(self, series):
+        """Return the Threshold of a series, named like ``"overhead.Auto.ratio_x(1, 1024, 32)"``."""
+        of_kind = kind(series)
+        if of_kind == "count":
+            return Threshold(LEAST[of_kind], "exact")
+        own = self._of(series, "series", of_kind)
+        if self.runs(series) >= OWN:
+            return own
+        for source, pool in (("benchmark", series.split("(")[0]), ("machine", of_kind)):
+            if len(self._changes.get(pool, ())) >= POOLED:
+                pooled = self._of(pool, source, of_kind)
+                return pooled if pooled.factor >= own.factor else replace(own, source=source)
+        return Threshold(GUESSED[of_kind], "guess")
+
+    def _of(self, pool, source, of_kind):
+        """Return what the changes of a pool say, made once."""
+        if (pool, of_kind) not in self._made:
+            changes, factor = tuple(self._changes.get(pool, ())), 1.0
+            if changes:
+                first, third = np.quantile(np.log(changes), [0.25, 0.75])
+                factor = math.exp(third + 3 * (third - first))
+            self._made[pool, of_kind] = Threshold(max(factor, LEAST[of_kind]), source, changes)
+        return self._made[pool, of_kind]
 
 
-def noise_rows(runs, rounds):
-    """Return the rows of noise.csv from comparisons of identical commits.
+def _file(machine, results):
+    return Path(results, machine, "noise.csv")
 
-    The factor is the largest significant change, rounded up to the next percent.
+
+def read(file):
+    """Return the rows of a noise.csv as dictionaries, none without a file.
 
     Raises
     ------
     UserError
-        If a cell failed: what is not there makes no noise.
+        If it is broken, with its name and the line.
     """
-    if any(None in (c.before.value, c.after.value) for run in runs for c in run):
-        raise UserError("a benchmark failed, see above")
-    rows = []
-    for kind in ("ratio", "time"):
-        cells = [
-            c for run in runs for c in run if c.kind == kind and c.after.known and c.before.known
-        ]
-        apart = [max(c.ratio.value, 1 / c.ratio.value) for c in cells if c.significant]
-        largest = max(apart, default=1.0)
-        factor = max(LEAST_FACTOR, math.ceil(100 * largest) / 100)
-        rows.append([kind, rounds, len(runs), len(cells), f"{largest:.3f}", f"{factor:.2f}"])
+    if not file.exists():
+        return []
+    try:
+        with file.open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows = list(reader)
+            if reader.fieldnames != HEADER:
+                raise ValueError(f"expected columns {','.join(HEADER)}")
+            for number, row in enumerate(rows, start=2):
+                if None in row or None in row.values():
+                    raise ValueError(f"expected {len(HEADER)} entries in line {number}")
+                if not math.isfinite(float(row["value"])) or float(row["samples"]) < 1:
+                    raise ValueError(f"expected numbers in line {number}")
+                datetime.datetime.fromisoformat(row["time"])
+                row["rounds"], row["samples"] = int(row["rounds"]), int(row["samples"])
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file}: {error}. Remove it, and run `make noise`") from error
     return rows
+
+
+def write(file, rows):
+    """Write a noise.csv, whole or not at all, by time and each row once."""
+    unique = {tuple(str(row[column]) for column in HEADER) for row in rows}
+    write_text(file, as_csv(HEADER, sorted(unique)))
+
+
+def codes(commits):
+    """Return {commit: what of it decides what is measured} of the commits that this clone has."""
+    folders = [f"{commit}:{folder}" for commit in commits for folder in ("pagedkv", "benchmarks")]
+    said = git("cat-file", "--batch-check=%(objectname)", text="\n".join(folders)).splitlines()
+    pairs = zip(commits, said[::2], said[1::2], strict=True)
+    return {
+        commit: package[:8] + suite[:8]
+        for commit, package, suite in pairs
+        if not any(name.endswith(" missing") for name in (package, suite))
+    }
+
+
+def rows_of(one, code, rounds):
+    """Return a `results.Measured` as rows of noise.csv."""
+    when = datetime.datetime.fromtimestamp(one.started_at / 1000, datetime.timezone.utc)
+    about = [when.isoformat(timespec="seconds"), one.commit[:8], code, one.environment, rounds]
+    return [
+        dict(zip(HEADER, [*about, samples, series_name(name, cell), value.value], strict=True))
+        for name, values in one.table.items()
+        for cell, value in values.items()
+        if value.known
+        for samples in [(value.stats or {}).get("repeat", 1)]
+    ]
+
+
+def record(machine, rows, results=RESULTS):
+    """Add rows to a machine's noise.csv."""
+    file = _file(machine, results)
+    write(file, [*read(file), *rows])
+
+
+def recorded_noise(machine, results=RESULTS):
+    """Return the Noise of a machine: what its noise.csv has, and what its results have besides.
+
+    What a benchmark was called is what it is called today.
+    """
+    rows, stored = read(_file(machine, results)), measured(machine, results)
+    rounds, same = rounds_needed(rows), codes([one.commit for one in stored])
+    for one in stored:
+        if one.commit in same:
+            rows += rows_of(one, same[one.commit], NIGHT)
+    runs = []
+    for row in sorted(rows, key=lambda row: row["time"]):
+        name, *cell = row["series"].partition("(")
+        series = "".join([RENAMED.get(name, name), *cell])
+        runs.append((series, (row["code"], row["environment"]), float(row["value"])))
+    return Noise(runs, rounds)
+
+
+def rounds_needed(rows):
+    """Return how many rounds give each ratio enough samples, from the rows of noise.csv."""
+    samples = [r["samples"] / r["rounds"] for r in rows if kind(r["series"]) == "ratio"]
+    return min(MOST_ROUNDS, math.ceil(SAMPLES / min(samples))) if samples else NIGHT
+
+
+def thresholds(machine):
+    """Return (header, rows): a machine's thresholds by benchmark, of the series in noise.csv."""
+    noise, cells = recorded_noise(machine), {}
+    for series in sorted({row["series"] for row in read(_file(machine, RESULTS))}):
+        if kind(series) != "count":
+            cells.setdefault(series.split("(")[0], []).append(series)
+    rows = []
+    for name, found in cells.items():
+        runs = [noise.runs(series) for series in found]
+        factors = sorted(noise.threshold(series).factor for series in found)
+        ends = [f"{100 * (factor - 1):.1f}%" for factor in (factors[0], factors[-1])]
+        rows.append([f"`{name}`", str(len(found)), str(min(runs)), *ends])
+    return ["benchmark", "cells", "runs", "least threshold", "largest"], rows
+
+
+def noise(times, pause, benchmarks, *, machine, backend):
+    """Measure HEAD `times` times as a night does, `pause` seconds apart, and record each run."""
+    folder, head = ROOT / ".asv/noise", resolve("HEAD")
+    for number in range(times):
+        if number:
+            time.sleep(pause)
+        shutil.rmtree(folder, ignore_errors=True)
+        config = derive_config("noise", **backend_settings(backend), results_dir=str(folder))
+        try:
+            listed = discover(machine, config)
+            options = ["--machine", machine, "--attribute", f"rounds={NIGHT}", "--show-stderr"]
+            for name in in_run(listed, "quick"):
+                if name.startswith(benchmarks):
+                    options += selection(listed[name], "quick")
+            status = asv("run", *options, f"{head}^!", config=config)
+        finally:
+            (ROOT / config).unlink()
+        found = measured(machine, folder)
+        if status not in (0, 2) or not found:
+            raise UserError(f"asv measured nothing (exit status {status}), see above")
+        rows = [row for one in found for row in rows_of(one, codes([head])[head], NIGHT)]
+        record(machine, rows)
+        print(f"run {number + 1} of {times}: {len(rows)} series in results/{machine}/noise.csv")
+    return 0
+
+
+def main():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tracking.noise", description=__doc__)
+    parser.add_argument("--times", type=int, default=1, help="runs")
+    parser.add_argument("--pause", type=float, default=0, help="seconds between runs")
+    parser.add_argument("--benchmarks", nargs="*", default=[""], help="prefixes (default: all)")
+    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
+    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    args = parser.parse_args()
+    try:
+        acquire()
+        machine = args.machine or machine_name(args.backend)
+        check_history()
+        check_suite()
+        record_machine(machine)
+        where = {"machine": machine, "backend": args.backend}
+        return noise(args.times, args.pause, tuple(args.benchmarks), **where)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

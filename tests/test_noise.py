@@ -1,0 +1,263 @@
+"""What identical code does between runs, and what follows for each series."""
+
+import itertools
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+from asv.util import UserError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracking import noise
+from tracking.noise import Noise
+
+RATIO = "overhead.Auto.ratio_vs_contiguous({}, 1024, 32)"
+
+
+ONE = RATIO.format(1)
+
+
+def runs(values, series=ONE, code="code"):
+    return [(series, code, value) for value in values]
+
+
+def test_a_threshold_is_the_third_quartile_and_three_interquartile_ranges():
+    values = [1.0, 1.01, 1.02, 1.04, 1.0, 1.03, 1.05, 1.0, 0.98, 1.1]
+    changes = [abs(math.log(a / b)) for a, b in itertools.combinations(values, 2)]
+    first, third = np.percentile(changes, [25, 75])
+    threshold = Noise(runs(values)).threshold(ONE)
+    assert threshold.factor == pytest.approx(math.exp(third + 3 * (third - first)))
+    assert threshold.source == "series"
+    assert threshold.recorded
+    assert threshold.largest == pytest.approx(max(threshold.factor, 1.1 / 0.98))
+    assert threshold.show().endswith("from 45 changes of its own")
+
+
+def test_what_is_not_recorded_is_a_guess():
+    for values in ([], [1.0], [1.0, 1.0], [1.0, 1.3, 1.1]):
+        threshold = Noise(runs(values)).threshold(ONE)
+        assert (threshold.source, threshold.recorded) == ("guess", False)
+        assert threshold.factor == noise.GUESSED["ratio"]
+
+
+def test_few_runs_are_held_to_those_of_the_benchmarks_other_cells_and_to_their_own():
+    loud, quiet = [1.0, 1.2, 0.9, 1.3, 1.05], [1.0, 1.001, 1.0, 1.001, 1.0]
+    both = Noise(runs(loud) + runs(quiet, RATIO.format(4)))
+    for cell in (1, 4):
+        threshold = both.threshold(RATIO.format(cell))
+        assert threshold.source == "benchmark"
+        assert threshold.factor > 1.2
+    never_run = both.threshold(RATIO.format(16))
+    assert (never_run.source, never_run.recorded) == ("benchmark", True)
+    other = both.threshold("step.Auto.ratio_step_vs_contiguous(1, 1024, 32)")
+    assert (other.source, other.recorded) == ("machine", False)
+    assert other.factor > 1.2
+    enough = Noise(runs(loud) + runs(2 * quiet, RATIO.format(4)))
+    assert enough.threshold(RATIO.format(4)).source == "series"
+    assert enough.threshold(RATIO.format(4)).factor == noise.LEAST["ratio"]
+
+
+def test_only_identical_code_is_compared():
+    values = [1.0, 1.001] * 5
+    mixed = runs(values, code="old") + runs([2 * x for x in values], code="new")
+    assert Noise(mixed).threshold(ONE).factor == noise.LEAST["ratio"]
+
+
+def test_what_is_counted_has_no_noise():
+    for name in ("instructions", "allocated", "retired"):
+        threshold = Noise().threshold(f"scheduler.Work.track_{name}(16, 0)")
+        assert (threshold.factor, threshold.source) == (1.01, "exact")
+    assert Noise().threshold("step.Host.track_host(1)").source == "guess"
+
+
+def test_an_old_outlier_is_forgotten():
+    values = [9.0] + [1.0, 1.001] * noise.LATEST
+    assert Noise(runs(values)).threshold(ONE).largest == noise.LEAST["ratio"]
+
+
+@given(st.lists(st.floats(1e-6, 1e6), max_size=25), st.randoms(use_true_random=False))
+def test_a_threshold_is_a_finite_factor_that_the_order_of_runs_does_not_change(values, random):
+    values = values[-noise.LATEST :]
+    factor = Noise(runs(values)).threshold(ONE).factor
+    assert noise.LEAST["ratio"] <= factor < math.inf
+    random.shuffle(values)
+    assert Noise(runs(values)).threshold(ONE).factor == pytest.approx(factor)
+
+
+def test_values_that_no_ratio_has_are_no_runs():
+    odd = [0.0, -1.0, math.nan, math.inf]
+    assert Noise(runs(odd)).threshold(ONE).source == "guess"
+
+
+def false_alarms(draw, number, rng):
+    """The share of pairs of runs that a threshold of so many earlier runs calls changed."""
+    called = []
+    for _ in range(2000):
+        values = np.exp(draw(rng, number + 2))
+        threshold = Noise(runs(values[:-2])).threshold(ONE)
+        called.append(abs(math.log(values[-1] / values[-2])) > math.log(threshold.factor))
+    return np.mean(called)
+
+
+@pytest.mark.parametrize(("number", "most"), [(noise.OWN, 0.015), (noise.LATEST, 0.006)])
+def test_identical_runs_are_seldom_called_changed(number, most):
+    """With normal noise of 3%; of a threshold of 3 runs (from which none is made) 5% are."""
+    rng = np.random.default_rng(0)
+    assert false_alarms(lambda rng, size: rng.normal(0, 0.03, size), number, rng) <= most
+
+
+@pytest.fixture
+def folder(versions):
+    """A results folder whose machine measured one commit in two environments."""
+    results, machine, _, environments = versions
+    return results, machine, environments
+
+
+def test_runs_are_kept_and_read_again(folder):
+    results, machine, (environment, _) = folder
+    [one] = [x for x in noise.measured(machine, results) if x.environment == environment]
+    series = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
+    value = one.table["overhead.Auto.ratio_vs_contiguous"]["1", "1024", "32"].value
+    code = noise.codes([one.commit])[one.commit]
+    [row] = [row for row in noise.rows_of(one, code, 2) if row["series"] == series]
+    for number in range(1, noise.OWN):
+        again = {**row, "time": f"2026-12-{number + 10}T00:00:00+00:00"}
+        noise.record(machine, [{**again, "value": value * (1 + number / 100)}] * 2, results)
+    rows = noise.read(results / machine / "noise.csv")
+    assert [float(row["value"]) / value for row in rows] == pytest.approx(
+        [1 + number / 100 for number in range(1, noise.OWN)]
+    )
+    # And what the results have.
+    found = noise.recorded_noise(machine, results)
+    assert found.runs(series) == noise.OWN
+    assert found.threshold(series).source == "series"
+    assert max(found.threshold(series).changes) == pytest.approx(1 + (noise.OWN - 1) / 100)
+
+
+def test_recorded_results_of_identical_code_are_runs(folder, monkeypatch):
+    results, machine, environments = folder
+    series = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
+    for environment, (first, second) in itertools.product(environments, [("0b9e8013", "ffffffff")]):
+        file = results / machine / f"{first}-{environment}.json"
+        text = file.read_text()
+        long = noise.measured(machine, results)[0].commit
+        file.with_name(f"{second}-{environment}.json").write_text(text.replace(long, second * 5))
+    monkeypatch.setattr(noise, "codes", lambda commits: dict.fromkeys(commits, "same"))
+    assert noise.recorded_noise(machine, results).runs(series) == 2
+    monkeypatch.setattr(noise, "codes", lambda commits: {c: c for c in commits})
+    assert noise.recorded_noise(machine, results).runs(series) == 1
+
+
+def test_codes_tell_commits_of_the_same_package_and_suite(tmp_path, monkeypatch):
+    def git(*args, text=None):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *args]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, input=text)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(noise, "git", git)
+    git("init", "--quiet")
+    commits = []
+    for file in ("pagedkv/a", "benchmarks/a", "README.md", "pagedkv/b", "benchmarks/b"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(file)
+        git("add", ".")
+        git("commit", "--quiet", "-m", file)
+        commits.append(git("rev-parse", "HEAD"))
+    _, whole, readme, package, suite = commits
+    codes = noise.codes([*commits, "f" * 40])
+    assert set(codes) == {whole, readme, package, suite}  # the first has no suite
+    assert codes[whole] == codes[readme]
+    assert len({codes[commit] for commit in (readme, package, suite)}) == 3
+    assert noise.codes([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("benchmarks,rounds\nratio,4\n", "expected columns time,commit"),
+        ("{header}\n1,2\n", "expected 8 entries in line 2"),
+        ("{header}\n2026-12-01,a,b,c,2,10,s(1),fast\n", "could not convert"),
+        ("{header}\n2026-12-01,a,b,c,2,10,s(1),nan\n", "expected numbers in line 2"),
+        ("{header}\n2026-12-01,a,b,c,2,0,s(1),1.0\n", "expected numbers in line 2"),
+        ("{header}\nyesterday,a,b,c,2,10,s(1),1.0\n", "yesterday"),
+        ("{header}\n2026-12-01,a,b,c,2,10,s(1),1.0,9\n", "expected 8 entries in line 2"),
+        ("\udcff", "decode"),
+    ],
+)
+def test_a_broken_record_is_named_and_stays(text, said, tmp_path):
+    file = tmp_path / "box/noise.csv"
+    file.parent.mkdir()
+    content = text.format(header=",".join(noise.HEADER)).encode(errors="surrogateescape")
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"noise\.csv: .*{said}.*make noise"):
+        noise.record("box", [], tmp_path)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("samples", "rounds"), [(50, 1), (40, 1), (20, 2), (14, 3), (10, 4), (2, 4)]
+)
+def test_rounds_give_every_ratio_enough_samples(samples, rounds):
+    def row(samples, series):
+        return {"series": series, "rounds": 2, "samples": samples}
+
+    rows = [row(50, RATIO), row(samples, RATIO), row(2, "decode.Auto.time_decode(1)")]
+    assert noise.rounds_needed(rows) == rounds
+    assert noise.rounds_needed(rows[2:]) == noise.NIGHT
+
+
+def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path, versions):
+    results, machine, commit, (environment, _) = versions
+    monkeypatch.setattr(noise, "RESULTS", tmp_path / "recorded")
+    monkeypatch.setattr(noise.record, "__defaults__", (tmp_path / "recorded",))
+    monkeypatch.setattr(noise, "ROOT", tmp_path)
+    monkeypatch.setattr(noise, "resolve", lambda name: commit)
+    monkeypatch.setattr(noise, "codes", lambda commits: dict.fromkeys(commits, "code"))
+    slept, asked = [], []
+    monkeypatch.setattr(noise.time, "sleep", slept.append)
+
+    def derive(name, **settings):
+        (tmp_path / name).touch()
+        return name
+
+    monkeypatch.setattr(noise, "derive_config", derive)
+    names = ("overhead.Auto.ratio_vs_contiguous", "host.Plan.time_plan", "settled.B.ratio_b")
+    listed = {name: {"name": name, "params": []} for name in names}
+    monkeypatch.setattr(noise, "discover", lambda *args: listed)
+
+    def asv(*args, config):
+        asked.append(args)
+        source = results / machine / f"{commit[:8]}-{environment}.json"
+        target = tmp_path / ".asv/noise/box" / source.name
+        target.parent.mkdir(parents=True)
+        result = json.loads(source.read_text())
+        started = result["result_columns"].index("started_at")
+        for row in result["results"].values():
+            row[started] = 1000 * len(asked)
+        result["params"]["machine"] = "box"
+        target.write_text(json.dumps(result))
+        return asv.status
+
+    asv.status = 2  # what failed is not recorded, the rest is
+    monkeypatch.setattr(noise, "asv", asv)
+    where = {"machine": "box", "backend": "cpu"}
+    assert noise.noise(3, 60, ("overhead.", "settled."), **where) == 0
+    assert slept == [60, 60]
+    rows = noise.read(tmp_path / "recorded/box/noise.csv")
+    assert len({row["time"] for row in rows}) == 3
+    assert len({row["series"] for row in rows}) == len(rows) / 3
+    assert len(asked) == 3
+    assert f"{commit}^!" in asked[0]
+    assert "rounds=2" in asked[0]
+    assert "overhead" in " ".join(asked[0])
+    assert "host" not in " ".join(asked[0])
+    assert "settled" not in " ".join(asked[0])
+    assert not (tmp_path / "noise").exists()
+    asv.status = 1
+    before = (tmp_path / "recorded/box/noise.csv").read_text()
+    with pytest.raises(UserError, match=r"asv measured nothing \(exit status 1\)"):
+        noise.noise(1, 0, ("",), **where)
+    assert (tmp_path / "recorded/box/noise.csv").read_text() == before
