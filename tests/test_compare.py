@@ -126,6 +126,7 @@ def test_the_table_shows_what_changed_and_counts_the_rest():
     text = compare.markdown(cells, GUESSED, before="aaa", after="bbb", about="Machine box.")
     assert "1 failed, 1 worsened, 1 improved, 1 repaired, 1 unchanged, 1 n/a" in text
     rows = [line for line in text.splitlines() if "`" in line]
+    assert text.startswith("**1 failed; mixed: ")
     assert [row.split(" | ")[0] for row in rows] == [
         f"| {verdict}" for verdict in ("failed", "worsened", "improved", "repaired")
     ]

@@ -4,6 +4,7 @@ A cell has changed if its samples differ significantly, its median by more than 
 series (`tracking.noise`), and each of the two medians lies outside of the other's middle half.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 
@@ -135,3 +136,126 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
     if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
         raise UserError(f"a benchmark failed in one of {rounds} rounds, see above")
     return compared
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The cells of a comparison that worsened, or that improved: by how much, and how many.
+
+    `mean` is the geometric mean of the factors, `least` and `most` are their range; 1.1 is worse or
+    better by 10%.
+    """
+
+    cells: int
+    mean: float
+    least: float
+    most: float
+
+    def __str__(self):
+        least, mean, most = (f"{100 * (x - 1):.1f}%" for x in (self.least, self.mean, self.most))
+        if self.cells == 1:
+            return f"1 cell by {mean}"
+        return f"{self.cells} cells by {mean} ({least} to {most})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison says; its text is one line.
+
+    Attributes
+    ----------
+    word : str
+        "improved", "worsened", "mixed" or "unchanged".
+    worsened, improved : Moved or None
+    compared : int
+        Cells with a number at both commits.
+    failed : int
+        Cells that had a number or should have one, and have none.
+    sure : str
+        How sure that is: how many changes between runs of identical code were as large as that of
+        the cell that is farthest beyond its threshold.
+    """
+
+    word: str
+    worsened: Moved | None
+    improved: Moved | None
+    compared: int
+    failed: int
+    sure: str
+
+    def __str__(self):
+        moved = [
+            f"{word} {side}"
+            for word, side in (("worsened", self.worsened), ("improved", self.improved))
+            if side
+        ]
+        if self.word != "mixed" and moved:
+            moved = [moved[0].removeprefix(f"{self.word} ")]
+        parts = [
+            f"{self.word}: {', '.join(moved)} of {self.compared}"
+            if moved
+            else f"{self.word}: {self.compared} cells",
+            self.sure,
+        ]
+        if self.failed:
+            parts.insert(0, f"{self.failed} failed")
+        return "; ".join(parts)
+
+
+def _moved(factors):
+    if not factors:
+        return None
+    mean = math.exp(sum(map(math.log, factors)) / len(factors))
+    return Moved(len(factors), mean, min(factors), max(factors))
+
+
+def verdict(compared, noise):
+    """Return the one Verdict of a comparison.
+
+    Parameters
+    ----------
+    compared : list of Change
+        From `changes` or `measure`.
+    noise : tracking.noise.Noise
+        The machine's, from `tracking.noise.recorded_noise`.
+    """
+    by_word = {}
+    for change in compared:
+        by_word.setdefault(change.verdict(noise), []).append(change)
+    worsened, improved = by_word.get("worsened", []), by_word.get("improved", [])
+    word = "mixed" if worsened and improved else None
+    word = word or ("worsened" if worsened else "improved" if improved else "unchanged")
+    return Verdict(
+        word,
+        _moved([change.worse for change in worsened]),
+        _moved([1 / change.worse for change in improved]),
+        sum(change.before.known and change.after.known for change in compared),
+        len(by_word.get("failed", [])),
+        _sure([*worsened, *improved], compared, noise),
+    )
+
+
+def _sure(changed, compared, noise):
+    """Return in words how sure it is that cells changed, or that none did."""
+    if not changed:
+        known = [noise.threshold(c.name) for c in compared if c.before.known and c.after.known]
+        guessed = sum(threshold.source == "guess" for threshold in known)
+        if guessed:
+            return f"thresholds of {guessed} cells are a guess"
+        if not known:
+            return "nothing was compared"
+        worst = max(threshold.factor for threshold in known)
+        return f"changes of up to {100 * (worst - 1):.1f}% are within the noise"
+
+    def beyond(change):
+        return abs(math.log(change.worse)) / math.log(noise.threshold(change.name).factor)
+
+    surest = max(changed, key=beyond)
+    threshold = noise.threshold(surest.name)
+    if any(noise.threshold(change.name).source == "exact" for change in changed):
+        return "certain, what is counted has no noise"
+    if threshold.source == "guess":
+        return "how sure is not known, the noise is not recorded"
+    size = max(surest.worse, 1 / surest.worse)
+    as_large = sum(change >= size for change in threshold.changes)
+    return f"{as_large} of {len(threshold.changes)} changes of identical code were as large"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from asv.util import UserError
 
-from tracking.changes import measure
+from tracking.changes import measure, verdict
 from tracking.detection import detect
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
@@ -23,11 +23,11 @@ ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
 
 
 def markdown(compared, noise, *, before, after, about):
-    """Return the comparison as Markdown: what failed and changed, and how many did not."""
+    """Return the comparison as Markdown: the verdict, and what failed or changed."""
     verdicts = [(change.verdict(noise), change) for change in compared]
     count = {v: sum(said == v for said, _ in verdicts) for v in ORDER}
     counts = ", ".join(f"{number} {said}" for said, number in count.items())
-    lines = [f"### {after} against {before}", "", f"**{counts}**", ""]
+    lines = [f"**{verdict(compared, noise)}**", "", f"{after} against {before}: {counts}", ""]
     shown = [(v, change) for v, change in verdicts if v not in ("unchanged", "n/a")]
     shown.sort(key=lambda item: ORDER.index(item[0]))
     rows = []
