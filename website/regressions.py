@@ -1,10 +1,18 @@
-"""asv publish plugin: a regression of a benchmark whose larger values are better is a fall.
+"""asv publish plugins: what a machine's recorded noise lets one call a regression.
 
-asv takes every step up for a regression. This writes its list anew, by what the suite says of each
-benchmark (`benchmarks/kinds.py`).
+asv takes every step up of any series for one, above a threshold of asv.conf.json. Here the steps of
+a series come from its own threshold (`tracking.levels`), a series without recorded noise has none,
+and a benchmark whose larger values are better regresses when it falls (`benchmarks/kinds.py`).
 """
 
+import math
+import sys
+from pathlib import Path
+
+from asv.console import log
 from asv.plugins.regressions import Regressions
+from asv.publishing import OutputPublisher
+from asv.util import UserError
 
 LEAST = 1e-100  # what stands for nothing, whose reciprocal would be infinite
 
@@ -14,10 +22,72 @@ def _turned(value):
     return 1 / max(value, LEAST)
 
 
-class DirectedRegressions(Regressions):
+def _back(turned):
+    """Return the value that `_turned` was given."""
+    return 0.0 if turned >= 1 / LEAST else 1 / turned
+
+
+def _import(name):
+    # asv has this on its path only while it loads plugins, and measuring needs none of it.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    return __import__(name, fromlist=["_"])
+
+
+def steps(points, threshold):
+    """Return the steps of a series as asv has them: (left, right, value, least, error).
+
+    `points` are (revision, value), None or NaN where there is no number.
+    """
+    points = [(at, value) for at, value in points if value is not None and not math.isnan(value)]
+    values = [max(value, LEAST) for _, value in points]
+    if not threshold.recorded:  # whatever it did, nobody can tell
+        found = [(0, len(values), values[-1])] if values else []
+    else:
+        found = _import("tracking.levels").levels(values, threshold)
+    return [
+        (points[first][0], points[end - 1][0] + 1, level, min(values[first:end]), 0.0)
+        for first, end, level in found
+    ]
+
+
+class Levels(OutputPublisher):
+    """Gives asv's list and regressions the steps of each series."""
+
+    name = "levels"
+    order = 0  # before both
+
+    @classmethod
+    def publish(cls, conf, repo, benchmarks, graphs, revisions):
+        """Replace what `graphs` say of steps."""
+        noise, grid = _import("tracking.noise"), _import("tracking.grid")
+        machines = {}
+        for _, graph in graphs:
+            benchmark = benchmarks.get(graph.benchmark_name)
+            machine = graph.params.get("machine")
+            if not benchmark or not machine:
+                continue  # a summary of several
+            if machine not in machines:
+                try:
+                    machines[machine] = noise.recorded_noise(machine, conf.results_dir)
+                except UserError as error:
+                    log.warning(f"no regressions of {machine}: {error}")
+                    machines[machine] = noise.Noise()
+            names = [grid.series_name(benchmark["name"], cell) for cell in grid.cells(benchmark)]
+            graph.thresholds = {name: machines[machine].threshold(name) for name in names}
+            data = graph.get_data()
+            made = [
+                steps([(at, v if graph.scalar_series else v[i]) for at, v, _ in data], threshold)
+                for i, threshold in enumerate(graph.thresholds.values())
+                if i < graph.n_series
+            ]
+            found = made[0] if graph.scalar_series else made
+            graph.get_steps = lambda found=found: found
+
+
+class SeriesRegressions(Regressions):
     """Replaces asv's own regressions, which it writes before."""
 
-    name = "directed-regressions"
+    name = "series-regressions"
     order = Regressions.order + 1
 
     @classmethod
@@ -30,24 +100,22 @@ class DirectedRegressions(Regressions):
     def _process_regression(
         cls, regressions, revision_to_hash, repo, all_params, graph_data, graph
     ):
-        index, name, steps, threshold = graph_data
-        if name.split("(")[0] in cls._larger:
+        index, name, steps, _ = graph_data
+        # Neighbours differ by half a threshold at least; so must the last level and the best.
+        threshold = math.sqrt(graph.thresholds[name].factor) - 1
+        larger = name.split("(")[0] in cls._larger
+        if larger:
             steps = [
-                (left, right, now := _turned(value), _turned(least), min(error * now, 1) * now)
-                for left, right, value, least, error in steps
+                (left, right, _turned(value), _turned(value), 0.0)
+                for left, right, value, *_ in steps
             ]
         count = len(regressions)
         graph_data = index, name, steps, threshold
         super()._process_regression(
             regressions, revision_to_hash, repo, all_params, graph_data, graph
         )
-        if name.split("(")[0] in cls._larger:
+        if larger:
             for regression in regressions[count:]:
                 *about, last, best, jumps = regression
                 jumps = [(a, b, _back(before), _back(after)) for a, b, before, after in jumps]
                 regression[:] = [*about, _back(last), _back(best), jumps]
-
-
-def _back(turned):
-    """Return the value that `_turned` was given."""
-    return 0.0 if turned >= 1 / LEAST else 1 / turned

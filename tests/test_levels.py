@@ -1,0 +1,105 @@
+"""Steps of a series by its own threshold: simulated nights of every kind of noise, seeded."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracking.levels import levels
+from tracking.noise import Noise, Threshold
+
+SERIES = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
+TENTH = Threshold(1.1, "series")
+
+
+@pytest.mark.parametrize(
+    ("nights", "expected"),
+    [
+        ([], []),
+        ([1.0], [(0, 1, 1.0)]),
+        ([1.0, 1.09], [(0, 2, 1.044)]),
+        ([1.0, 1.11], [(0, 1, 1.0), (1, 2, 1.11)]),
+        ([1.0] * 6 + [1.07] * 3, [(0, 6, 1.0), (6, 9, 1.07)]),
+        ([1.0] * 6 + [1.07], [(0, 7, 1.0)]),
+        ([1.0] * 50 + [1.04] * 50, [(0, 100, 1.02)]),  # less than half of the threshold
+        ([1.0] * 4 + [1.2] + [1.0] * 4, [(0, 9, 1.0)]),  # it went away
+        ([2.0, 2.0, 1.0, 1.0, 3.0, 3.0], [(0, 2, 2.0), (2, 4, 1.0), (4, 6, 3.0)]),
+        ([1.0, 1.15, 1.0, 1.15, 1.0, 1.15], [(0, 6, 1.072)]),  # two modes
+    ],
+)
+def test_levels(nights, expected):
+    found = levels(nights, TENTH)
+    assert [level[:2] for level in found] == [level[:2] for level in expected]
+    values = [level[2] for level in found]
+    assert values == pytest.approx([level[2] for level in expected], abs=1e-3)
+
+
+def test_a_night_alone_has_to_differ_by_more_than_identical_code_ever_did():
+    seldom = Threshold(1.1, "series", (1.01, 1.3))
+    assert len(levels([1.0] * 5 + [1.25], seldom)) == 1
+    assert len(levels([1.0] * 5 + [1.35], seldom)) == 2
+    assert len(levels([1.0] * 5 + [1.25] * 2, seldom)) == 2
+
+
+@given(st.lists(st.floats(0.01, 100), max_size=30), st.floats(1.01, 2))
+def test_levels_are_of_all_nights_in_order_and_turn_with_the_series(nights, factor):
+    threshold = Threshold(factor, "series")
+    found = levels(nights, threshold)
+    bounds = [0, *(end for _, end, _ in found)]
+    assert [start for start, _, _ in found] == bounds[:-1]
+    assert bounds[-1] == len(nights)
+    for start, end, value in found:
+        assert min(nights[start:end]) * 0.999 <= value <= max(nights[start:end]) * 1.001
+    turned = levels([1 / night for night in nights], threshold)
+    assert [level[:2] for level in turned] == [level[:2] for level in found]
+
+
+def normal(rng, size):
+    return rng.normal(0, 0.01, size)
+
+
+def heavy(rng, size):
+    return 0.006 * rng.standard_t(3, size)
+
+
+def seldom_slow(rng, size):
+    return rng.normal(0, 0.01, size) + 0.1 * (rng.random(size) < 0.1)
+
+
+def drifting(rng, size):
+    steps, nights = rng.normal(0, 0.005, size), np.zeros(size)
+    for night in range(1, size):
+        nights[night] = 0.9 * nights[night - 1] + steps[night]
+    return nights
+
+
+def worse(nights, threshold):
+    """Whether the last level is above an earlier one."""
+    values = [value for _, _, value in levels(np.exp(nights), threshold)]
+    return values[-1] > min(values)
+
+
+@pytest.mark.parametrize(
+    ("draw", "alarms", "tenth", "twentieth"),
+    [
+        (normal, 0.01, 0.98, 0.97),
+        (heavy, 0.03, 0.95, 0.95),
+        (seldom_slow, 0.06, 0.25, 0.4),
+        (drifting, 0.02, 0.98, 0.97),
+    ],
+)
+def test_weeks_of_nights(draw, alarms, tenth, twentieth):
+    """A week of identical code; 10% on the next night; 5% for three nights. Noise of 20 runs."""
+    rng = np.random.default_rng(0)
+    called = []
+    for _ in range(400):
+        runs = np.exp(draw(rng, 20))
+        threshold = Noise((SERIES, "code", run) for run in runs).threshold(SERIES)
+        week, next_night, three = draw(rng, 7), draw(rng, 8), draw(rng, 10)
+        next_night[-1:] += np.log(1.1)
+        three[-3:] += np.log(1.05)
+        called.append([worse(nights, threshold) for nights in (week, next_night, three)])
+    said = np.mean(called, axis=0)
+    assert said[0] <= alarms
+    assert said[1] >= tenth
+    assert said[2] >= twentieth
