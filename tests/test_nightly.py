@@ -99,6 +99,9 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
         ]
     )
     monkeypatch.setattr(nightly, "changes", lambda *args: next(rounds))
+    kept = []
+    monkeypatch.setattr(nightly, "rows_of_results", lambda *args: [(len(night.ran), args)])
+    monkeypatch.setattr(nightly, "record", lambda machine, rows: kept.extend(rows))
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
     names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c", "scheduler.E.track_e")
     names = (*names, "settled.F.ratio_f")  # the quick grid does not ask for it
@@ -115,6 +118,9 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     assert "settled" not in asked
     assert f"rounds={nightly.AGAIN}" in asked
     assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"
+    # Before they were measured again.
+    asked = ["decode.B.time_x", "overhead.A.ratio_x", "scheduler.E.track_e"]
+    assert kept == [(0, ("box", ("old", "head"), "env", asked))]
 
 
 def test_nothing_looks_worse(night, monkeypatch, capsys):

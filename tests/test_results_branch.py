@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from asv.util import UserError
 
-from tracking import results_branch
+from tracking import noise, results_branch
 from tracking.results import RENAMED
 
 
@@ -85,7 +85,7 @@ def test_results_travel_by_a_branch_and_leave_main_alone(clones, capsys):
     assert "no new results" in capsys.readouterr().out
     head = git(first, "rev-parse", "HEAD")
     put(first, result(a=1))
-    (first / "results/mac/noise.csv").write_text("main has this")
+    (first / "results/mac/detection.csv").write_text("main has this")
     (first / "results/benchmarks.json").write_text('{"version": 2}')
     results_branch.push_results(root=first)
     results_branch.fetch_results(root=second)
@@ -354,3 +354,37 @@ def test_a_remote_that_is_not_there(clones):
     put(clones[0], result(a=1))
     with pytest.raises(UserError, match=r"ls-remote: .*nowhere"):
         results_branch.push_results("nowhere", root=clones[0])
+
+
+def noise_rows(*values):
+    about = ["c", "code", "env", 2, 10, "overhead.A.ratio_x"]
+    rows = [[f"2026-12-0{day}", *about, value] for day, value in enumerate(values, start=1)]
+    return [dict(zip(noise.HEADER, row, strict=True)) for row in rows]
+
+
+def test_noise_travels_and_is_added(clones):
+    first, second = clones
+    for clone, numbers in ((first, (1.0, 2.0)), (second, (1.0, 3.0, 4.0))):
+        noise.write(clone / "results/mac/noise.csv", noise_rows(*numbers))
+        results_branch.push_results(root=clone)
+    results_branch.fetch_results(root=first)
+    for clone in clones:
+        rows = noise.read(clone / "results/mac/noise.csv")
+        assert [float(row["value"]) for row in rows] == [1.0, 2.0, 3.0, 4.0]
+        assert git(clone, "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_broken_noise_stops_nothing_and_stays(broken, clones, capsys):
+    file = "results/mac/noise.csv"
+    noise.write(clones[1 - broken] / file, noise_rows(1.0))
+    (clones[broken] / file).parent.mkdir(exist_ok=True)
+    (clones[broken] / file).write_text("x")
+    for clone in clones:
+        results_branch.push_results(root=clone)
+    results_branch.fetch_results(root=clones[0])
+    assert "noise.csv: expected columns" in capsys.readouterr().out
+    assert (clones[broken] / file).read_text() == "x"
+    assert len(noise.read(clones[1 - broken] / file)) == 1
+    pushed = git(clones[0], "show", f"FETCH_HEAD:{file}")
+    assert len(pushed.splitlines()) == 2  # the good one

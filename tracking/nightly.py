@@ -13,7 +13,7 @@ from tracking.changes import changes
 from tracking.compare import COMPARED
 from tracking.grid import in_run, selection
 from tracking.lock import acquire
-from tracking.noise import recorded_noise
+from tracking.noise import record, recorded_noise, rows_of_results
 from tracking.project import (
     asv,
     asv_settings,
@@ -68,7 +68,10 @@ def run_commits(commits, machine, config, grid):
 
 
 def again(machine, config, environment, head, grid):
-    """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
+    """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
+
+    What the two had before are runs of their code, for the noise.
+    """
     measured = measured_commits(machine, environment=environment)
     previous = [commit for commit in measured if commit != head][-1]
     noise = recorded_noise(machine)
@@ -93,7 +96,9 @@ def again(machine, config, environment, head, grid):
     options = ["--machine", machine, "--attribute", f"rounds={AGAIN}", "--show-stderr"]
     for name in names:
         options += asked[name]
+    runs = rows_of_results(machine, (previous, head), environment, names)
     status = max(asv("run", *options, f"{commit}^!", config=config) for commit in (previous, head))
+    record(machine, runs)
     for change, verdict in worse().items():
         known = change.before.known and change.after.known
         print(f"{verdict}: {change.name} {change.ratio.show(interval=True) if known else ''}")

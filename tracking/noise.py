@@ -225,6 +225,34 @@ def record(machine, rows, results=RESULTS):
     write(file, [*read(file), *rows])
 
 
+def rows_of_results(machine, commits, environment, benchmarks, results=RESULTS):
+    """Return what results say of some benchmarks as rows of noise.csv, to keep if they go."""
+    same = codes(commits)
+    return [
+        row
+        for one in measured(machine, results)
+        if one.environment == environment and one.commit in commits and one.commit in same
+        for row in rows_of(one, same[one.commit], NIGHT)
+        if row["series"].split("(")[0] in benchmarks
+    ]
+
+
+def is_noise(file):
+    """Whether a noise.csv can be read; say why, if not."""
+    try:
+        read(file)
+    except UserError as error:
+        print(error)
+        return False
+    return True
+
+
+def merge_noise(file, other):
+    """Add to a noise.csv the rows of another; if one is broken, say so and leave both alone."""
+    if is_noise(file) and is_noise(other):
+        write(file, [*read(file), *read(other)])
+
+
 def recorded_noise(machine, results=RESULTS):
     """Return the Noise of a machine: what its noise.csv has, and what its results have besides.
 

@@ -13,6 +13,7 @@ from asv.util import UserError
 
 from tracking import valid
 from tracking.files import write_text
+from tracking.noise import is_noise, merge_noise
 from tracking.repository import ROOT, git
 from tracking.results import rename
 
@@ -87,16 +88,19 @@ def fetch_results(remote="origin", root=ROOT):
             elif file.name != "machine.json":
                 rename(here)
                 merge(here, file, _rows(SYNCED, path, root))
+        for file in sorted(Path(scratch).glob("results/*/noise.csv")):
+            merge_noise(Path(root, file.relative_to(scratch)), file)
     git("update-ref", SYNCED, tip, root=root)
     return tip
 
 
 def unrecorded(root):
-    """Return the files of results that HEAD does not have like this."""
-    pattern = ("--", ":(glob)results/*/*.json")
+    """Return the files of results that HEAD does not have like this, but for broken noise."""
+    pattern = ("--", ":(glob)results/*/*.json", ":(glob)results/*/noise.csv")
     new = git("ls-files", "--others", "-z", *pattern, root=root)
     changed = git("diff", "--name-only", "-z", "--diff-filter=d", "HEAD", *pattern, root=root)
-    return sorted({*new.split("\0"), *changed.split("\0")} - {""})
+    found = sorted({*new.split("\0"), *changed.split("\0")} - {""})
+    return [file for file in found if file.endswith(".json") or is_noise(Path(root, file))]
 
 
 def push_results(remote="origin", root=ROOT):
