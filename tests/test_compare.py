@@ -11,7 +11,7 @@ import pytest
 from asv.util import UserError
 from markdown_it import MarkdownIt
 
-from tracking import changes, compare, detection, noise, repository, tables
+from tracking import changes, compare, detection, noise, repository, tables, triage
 from tracking.results import Value
 
 GUESSED = noise.Noise()  # 1.05 for a ratio, 1.5 for a time, 1.01 for what is counted
@@ -162,6 +162,7 @@ def measured(monkeypatch):
 def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "git", lambda *args: "a" * 40 if args[0] != "log" else "a title")
     monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
+    monkeypatch.setattr(compare.triage, "between", lambda before, after: ["b" * 40])
     measured.found = cells
     output = tmp_path / "table.md"
     where = {"machine": "box", "backend": "cpu", "grid": "quick"}
@@ -171,6 +172,26 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
     assert (before, after) == ("a" * 40, "b" * 40)
     assert options["benchmarks"] == compare.COMPARED
     assert options["rounds"] == 3
+
+
+def test_what_was_accepted_is_said_and_not_called_slower(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "git", lambda *args: "a" * 40 if args[0] != "log" else "a title")
+    monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
+    monkeypatch.setattr(compare.triage, "between", lambda before, after: ["c" * 40, "b" * 40])
+    entry = triage.Accepted("c" * 8, "overhead.*", "correct now", "https://x/1")
+    monkeypatch.setattr(compare.triage, "read", lambda: [entry])
+    where = {"machine": "box", "backend": "cpu", "grid": "quick", "output": tmp_path / "table.md"}
+    for slower, status in ((RATIO, 0), ("decode.Auto.ratio_y(1)", 1)):
+        measured.found = [change(1.0, 1.2, name=slower), change(1.0, 1.0)]
+        assert compare.pull_request("main", 1, **where) == status
+    measured.found = [change(1.0, 1.2)]
+    compare.pull_request("main", 1, **where)
+    text = where["output"].read_text()
+    assert text.startswith("**unchanged")
+    said = f"`{RATIO}` worsened, 1.20 [1.18, 1.22], and was accepted: correct now, https://x/1"
+    assert said in text
+    measured.found = [change(1.0, None)]  # broken is not slower
+    assert compare.pull_request("main", 1, **where) == 2
 
 
 def test_nothing_to_compare(monkeypatch):

@@ -89,12 +89,14 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
                 change("scheduler.E.track_e", 0.5, "larger"),
                 change("gone.D.time_d", None),
                 change("settled.F.ratio_f", None),
+                change("host.G.ratio_g", 1.4),
             ],
             [
                 change("overhead.A.ratio_x", 1.01),
                 change("decode.B.time_x", None),
                 change("memory.C.track_c", 3.0, "larger"),
                 change("gone.D.time_d", None),
+                change("host.G.ratio_g", 1.4),
             ],
         ]
     )
@@ -103,8 +105,11 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     monkeypatch.setattr(nightly, "rows_of_results", lambda *args: [(len(night.ran), args)])
     monkeypatch.setattr(nightly, "record", lambda machine, rows: kept.extend(rows))
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
+    monkeypatch.setattr(nightly.triage, "between", lambda before, after: ["c" * 40, "head"])
+    entry = nightly.triage.Accepted("c" * 8, "host.G.*", "correct now", "https://x/1")
+    monkeypatch.setattr(nightly.triage, "read", lambda: [entry])
     names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c", "scheduler.E.track_e")
-    names = (*names, "settled.F.ratio_f")  # the quick grid does not ask for it
+    names = (*names, "host.G.ratio_g", "settled.F.ratio_f")  # the quick grid does not ask for it
     listed = {name: {"name": name, "params": []} for name in names}
     monkeypatch.setattr(nightly, "discover", lambda *args: listed)
     assert nightly.again("box", "config", "env", "head", "quick") == 0
@@ -117,9 +122,10 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     assert "gone" not in asked
     assert "settled" not in asked
     assert f"rounds={nightly.AGAIN}" in asked
-    assert capsys.readouterr().out == "failed: decode.B.time_x(1) \n"
+    said = "accepted (correct now, https://x/1): host.G.ratio_g(1) 1.40 [1.39, 1.41]"
+    assert capsys.readouterr().out == f"failed: decode.B.time_x(1) \n{said}\n"
     # Before they were measured again.
-    asked = ["decode.B.time_x", "overhead.A.ratio_x", "scheduler.E.track_e"]
+    asked = ["decode.B.time_x", "host.G.ratio_g", "overhead.A.ratio_x", "scheduler.E.track_e"]
     assert kept == [(0, ("box", ("old", "head"), "env", asked))]
 
 

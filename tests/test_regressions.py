@@ -7,8 +7,9 @@ import pytest
 from asv.graph import Graph
 from asv.plugins.summarylist import SummaryList
 
-from tracking import noise
+from tracking import noise, triage
 from tracking.project import asv_settings
+from website import regressions
 from website.regressions import Levels, SeriesRegressions
 
 SERIES = "a.B.ratio_c"
@@ -79,11 +80,11 @@ def test_a_regression_is_a_step_away_from_what_is_better(
     nights, better, last_and_best, tmp_path, monkeypatch
 ):
     nights = [nights[0]] * 3 + [nights[1]] * 3
-    regressions, _ = publish(tmp_path, monkeypatch, nights, QUIET, better=better)
+    found, _ = publish(tmp_path, monkeypatch, nights, QUIET, better=better)
     if last_and_best is None:
-        assert regressions == []
+        assert found == []
         return
-    [[name, _, params, _, last, best, jumps]] = regressions
+    [[name, _, params, _, last, best, jumps]] = found
     assert (name, params) == (SERIES, {"machine": "box"})
     assert (last, best) == pytest.approx(last_and_best)
     [[before, after, *values]] = jumps
@@ -108,10 +109,38 @@ def test_a_regression_is_a_step_away_from_what_is_better(
     ],
 )
 def test_the_noise_of_the_series_decides(nights, runs, found, tmp_path, monkeypatch):
-    regressions, [row] = publish(tmp_path, monkeypatch, nights, runs)
-    assert bool(regressions) is found
+    published, [row] = publish(tmp_path, monkeypatch, nights, runs)
+    assert bool(published) is found
     # Nor does asv's list have anything in red.
     assert (row["prev_value"] is not None and row["last_value"] > row["prev_value"]) is found
+
+
+def test_what_was_accepted_is_published_as_such(tmp_path, monkeypatch):
+    nights = [1.0] * 4 + [1.1] * 4 + [1.3] * 4
+    monkeypatch.setattr(triage, "between", lambda before, after: [f"{before}..{after}"])
+    warned = []
+    monkeypatch.setattr(regressions.log, "warning", warned.append)
+
+    def published(*entries):
+        entries = [triage.Accepted(*entry, "why", "https://x/1") for entry in entries]
+        monkeypatch.setattr(triage, "read", lambda: entries)
+        found, _ = publish(tmp_path, monkeypatch, nights, QUIET)
+        return found, json.loads((tmp_path / "regressions.json").read_text())["accepted"]
+
+    [[*_, both]], accepted = published()
+    assert [jump[:2] for jump in both] == [[3, 4], [7, 8]]
+    assert accepted == []
+    [[*_, left]], [known] = published(("3..4", "a.*"))
+    assert left == both[1:]
+    assert (known["reason"], known["link"], known["commit"]) == ("why", "https://x/1", "3..4")
+    assert known["regression"][0] == SERIES
+    assert known["regression"][-1] == both[:1]
+    assert warned == []
+    found, accepted = published(("3..4", "a.*"), ("7..8", SERIES), ("7..8", "b.*"))
+    assert found == []
+    assert len(accepted) == 2
+    [sentence] = warned
+    assert "b.* at 7..8 is stale" in sentence
 
 
 def test_noise_is_a_machines(tmp_path, monkeypatch):
@@ -121,11 +150,11 @@ def test_noise_is_a_machines(tmp_path, monkeypatch):
 
 
 def test_what_is_counted_needs_no_noise(tmp_path, monkeypatch):
-    for nights, found in (([1000.0] * 7 + [1030.0], True), ([1000.0] * 7 + [1005.0], False)):
-        regressions, _ = publish(
+    for nights, expected in (([1000.0] * 7 + [1030.0], True), ([1000.0] * 7 + [1005.0], False)):
+        found, _ = publish(
             tmp_path, monkeypatch, nights, [], name="a.B.track_instructions", machine="other"
         )
-        assert bool(regressions) is found
+        assert bool(found) is expected
 
 
 def test_cells_have_thresholds_of_their_own(tmp_path, monkeypatch):
@@ -147,8 +176,8 @@ def test_cells_have_thresholds_of_their_own(tmp_path, monkeypatch):
     write = noise.write
     monkeypatch.setattr(noise, "write", lambda *args: None)
     write(results, rows)
-    regressions, _ = publish(tmp_path, monkeypatch, nights, [], **cells)
-    assert [regression[0] for regression in regressions] == [f"{SERIES}(4)"]
+    found, _ = publish(tmp_path, monkeypatch, nights, [], **cells)
+    assert [regression[0] for regression in found] == [f"{SERIES}(4)"]
     turned = [[b, a] for a, b in nights]
     assert publish(tmp_path, monkeypatch, turned, [], **cells)[0] == []
 

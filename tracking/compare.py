@@ -10,6 +10,7 @@ from pathlib import Path
 
 from asv.util import UserError
 
+from tracking import triage
 from tracking.changes import measure, verdict
 from tracking.detection import detect
 from tracking.lock import acquire
@@ -66,6 +67,14 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
         f"Machine {machine}, {grid} grid, {rounds} rounds. Changed means significantly, by more "
         "than the threshold of the series, and each median outside of the other's middle half."
     )
+    entries, commits = triage.read(), triage.between(before, after)
+    for change in list(compared):
+        entry = triage.acceptance(entries, change.name, machine, commits)
+        if entry and change.verdict(noise) == "worsened":
+            compared.remove(change)
+            by = change.ratio.show(interval=True)
+            said = f"{code(change.name)} worsened, {by}, and was accepted"
+            about += f"\n\n{said}: {entry.reason}, {entry.link}"
     labels = (
         f"{commit[:8]} ({git('log', '-1', '--format=%s', commit)})" for commit in (before, after)
     )

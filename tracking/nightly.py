@@ -8,7 +8,7 @@ import tempfile
 
 from asv.util import UserError
 
-from tracking import history, requirements
+from tracking import history, requirements, triage
 from tracking.changes import changes
 from tracking.compare import COMPARED
 from tracking.grid import in_run, selection
@@ -99,9 +99,12 @@ def again(machine, config, environment, head, grid):
     runs = rows_of_results(machine, (previous, head), environment, names)
     status = max(asv("run", *options, f"{commit}^!", config=config) for commit in (previous, head))
     record(machine, runs)
+    entries, commits = triage.read(), triage.between(previous, head)
     for change, verdict in worse().items():
         known = change.before.known and change.after.known
-        print(f"{verdict}: {change.name} {change.ratio.show(interval=True) if known else ''}")
+        entry = known and triage.acceptance(entries, change.name, machine, commits)
+        said = f"accepted ({entry.reason}, {entry.link})" if entry else verdict
+        print(f"{said}: {change.name} {change.ratio.show(interval=True) if known else ''}")
     return status
 
 

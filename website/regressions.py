@@ -92,9 +92,20 @@ class SeriesRegressions(Regressions):
 
     @classmethod
     def publish(cls, conf, repo, benchmarks, graphs, revisions):
-        """Write regressions.json and its feed into `conf.html_dir`."""
+        """Write regressions.json and its feed into `conf.html_dir`.
+
+        The file has what was accepted beside the regressions, with its reason and link.
+        """
+        triage = _import("tracking.triage")
         cls._larger = {name for name, b in benchmarks.items() if b.get("better") == "larger"}
+        cls._entries, cls._accepted, cls._used = triage.read(), [], set()
         super().publish(conf, repo, benchmarks, graphs, revisions)
+        for sentence in triage.stale(cls._entries, cls._used):
+            log.warning(sentence)
+
+    @classmethod
+    def _save(cls, conf, data):
+        super()._save(conf, data | {"accepted": cls._accepted})
 
     @classmethod
     def _process_regression(
@@ -119,3 +130,25 @@ class SeriesRegressions(Regressions):
                 *about, last, best, jumps = regression
                 jumps = [(a, b, _back(before), _back(after)) for a, b, before, after in jumps]
                 regression[:] = [*about, _back(last), _back(best), jumps]
+        for regression in regressions[count:]:
+            cls._triage(regression, revision_to_hash, graph.params["machine"])
+            if not regression[-1]:
+                regressions.remove(regression)
+
+    @classmethod
+    def _triage(cls, regression, revision_to_hash, machine):
+        """Take the accepted jumps out of a regression."""
+        triage = _import("tracking.triage")
+        name, *about, jumps = regression
+        left = []
+        for jump in jumps:
+            before, after = (revision_to_hash.get(revision) for revision in jump[:2])
+            commits = triage.between(before, after) if before and cls._entries else [after]
+            entry = triage.acceptance(cls._entries, name, machine, commits)
+            if entry:
+                cls._used.add(entry)
+                why = {"commit": entry.commit, "reason": entry.reason, "link": entry.link}
+                cls._accepted.append(why | {"regression": [name, *about, [jump]]})
+            else:
+                left.append(jump)
+        regression[-1] = left
