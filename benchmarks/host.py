@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from .common import KV_HEADS, PARAM_NAMES, SCALE, block_tables, feature, require_cell, workload
+from .counted import _Allocated, _Instructions, _Retired
 
 
 class NumPy:
@@ -27,12 +28,7 @@ class NumPy:
         return 10_000 * major + 100 * minor + patch
 
 
-class Plan:
-    """`DecodeBatch.from_tables`: what a step of 64 sequences pays on the host, once for all layers.
-
-    From lists of block ids, as every commit takes them. The goal is under 1 ms.
-    """
-
+class _Plan:
     version = "1"
     params = [[64], [4096], [32]]
     param_names = PARAM_NAMES
@@ -50,8 +46,29 @@ class Plan:
             self.tables, self.lens, block_size=self.params[2][0], num_blocks=self.num_blocks
         )
 
+    work = plan
+
+
+class Plan(_Plan):
+    """`DecodeBatch.from_tables`: what a step of 64 sequences pays on the host, once for all layers.
+
+    From lists of block ids, as every commit takes them. The goal is under 1 ms.
+    """
+
     def time_plan(self, batch, context, block_size):
         self.plan()
+
+
+class PlanInstructions(_Instructions, _Plan):
+    """Bytecode of the same plan."""
+
+
+class PlanAllocated(_Allocated, _Plan):
+    """Bytes of Python's and NumPy's memory that the same plan holds at once."""
+
+
+class PlanRetired(_Retired, _Plan):
+    """Instructions that the processor executes for the same plan."""
 
 
 class PlanRows(Plan):

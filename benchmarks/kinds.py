@@ -6,8 +6,9 @@ from asv_runner.benchmarks import time, track
 from asv_runner.benchmarks._base import _get_first_attr
 
 # asv stores a NaN for a cell that has no number, and beside it how many calls a sample took; these
-# tell why: the commit or the device lacks what is measured, or this machine is not enough for it.
-WHY = {-1: "lacks", -2: "too slow", -3: "too large"}
+# tell why: the commit or the device lacks what is measured, this machine is not enough for it, or
+# its system does not count it.
+WHY = {-1: "lacks", -2: "too slow", -3: "too large", -4: "not counted"}
 
 
 class NotApplicableError(NotImplementedError):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .common import feature
+from .counted import _Allocated, _Instructions, _Retired
 
 BLOCK_SIZE = 32
 
@@ -18,26 +19,13 @@ def _step(scheduler):
     return step
 
 
-class Decode:
-    """`schedule` and `update` of a decode step of all running sequences, with others queued.
-
-    Contexts of about 1000 tokens. The goal at 256 sequences is 1 ms.
-    """
-
+class _Decode:
     version = "1"
     params = [[16, 256], [0, 10_000]]
     param_names = ["running", "queued"]
     timeout = 600
-    # A call moves every sequence on by a token: many calls would end them.
-    number = 1
-    warmup_time = 0
-    repeat = (20, 200, 2.0)
 
     def setup(self, running, queued):
-        if hasattr(self, "scheduler") and self.left > 0:
-            self.left -= 1
-            return
-        self.left = 400
         scheduler = _scheduler(64 * running, max_tokens=8192, max_running=running)
         rng = np.random.default_rng(0)
         for number in range(running):
@@ -48,8 +36,42 @@ class Decode:
             scheduler.add(number, rng.integers(0, 32000, 10), 500)
         self.scheduler = scheduler
 
-    def time_step(self, running, queued):
+    def work(self):
         _step(self.scheduler)
+
+
+class Decode(_Decode):
+    """`schedule` and `update` of a decode step of all running sequences, with others queued.
+
+    Contexts of about 1000 tokens. The goal at 256 sequences is 1 ms.
+    """
+
+    # A call moves every sequence on by a token: many calls would end them.
+    number = 1
+    warmup_time = 0
+    repeat = (20, 200, 2.0)
+
+    def setup(self, running, queued):
+        if hasattr(self, "scheduler") and self.left > 0:
+            self.left -= 1
+            return
+        self.left = 400
+        super().setup(running, queued)
+
+    def time_step(self, running, queued):
+        self.work()
+
+
+class Instructions(_Instructions, _Decode):
+    """Bytecode of the same step, the mean of 16 in a row, half a block of each sequence."""
+
+
+class Allocated(_Allocated, _Decode):
+    """Bytes of Python's and NumPy's memory that the same step holds at once."""
+
+
+class Retired(_Retired, _Decode):
+    """Instructions that the processor executes in the same step."""
 
 
 class Pressure:

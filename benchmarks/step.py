@@ -4,15 +4,10 @@ The queries of a step follow from the output of the one before, as a sampled tok
 step is in flight while the next is built, as in mlx-lm's `generate_step`.
 """
 
-import inspect
-import os
 import statistics
-import sys
 import time
 
 import mlx.core as mx
-
-import pagedkv
 
 from .caches import Bound as BoundCache
 from .caches import Contiguous, paged
@@ -33,6 +28,7 @@ from .common import (
     require_gpu,
     require_memory,
 )
+from .counted import allocated, instructions, require_retired, retired
 
 
 def num_steps():
@@ -278,34 +274,31 @@ class Instructions(_OnTheHost):
         return self.mean(instructions)
 
 
+class Allocated(_OnTheHost):
+    """Bytes of Python's and NumPy's memory that the same step holds at once, see `counted`."""
+
+    unit = "bytes"
+
+    def track_allocated(self, sequences):
+        self.mean(allocated)
+        return self.mean(allocated)
+
+
+class Retired(_OnTheHost):
+    """Instructions that the processor executes in the same step, see `counted`."""
+
+    unit = "instructions"
+
+    def setup(self, sequences):
+        require_retired()
+        super().setup(sequences)
+
+    def track_retired(self, sequences):
+        self.mean(retired)
+        return self.mean(retired)
+
+
 def _seconds(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def instructions(call):
-    """Return how many bytecode instructions of the package's files `call` runs."""
-    folder = os.path.dirname(inspect.getfile(pagedkv)) + os.sep
-    count = 0
-
-    def in_frame(frame, event, _):
-        nonlocal count
-        count += event == "opcode"
-        return in_frame
-
-    def on_call(frame, event, _):
-        if not frame.f_code.co_filename.startswith(folder):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return in_frame
-
-    # Python 3.12 traces instructions only where a frame had asked for it before.
-    sys._getframe().f_trace_opcodes = True
-    before = sys.gettrace()
-    sys.settrace(on_call)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return count

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 from engine import engine
 
-from benchmarks.step import instructions
+from benchmarks.counted import instructions
 
 
 def test_cold_prefixes_go_before_anyone_is_preempted():

@@ -1,13 +1,11 @@
 """What `benchmarks/step.py` measures is a whole step: planned, written, attended and right."""
 
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import pagedkv
-from benchmarks import caches, common, step
+from benchmarks import caches, common, counted, step
 from benchmarks.caches import Attended, Bound, Contiguous, Copied, Extended, Written
 from pagedkv.cache.donated import Donated
 from pagedkv.cache.in_place import InPlace
@@ -197,14 +195,6 @@ def test_one_step_is_in_flight_while_the_next_is_built(ahead, order, monkeypatch
     ]
 
 
-def test_instructions_of_the_package_are_counted_and_no_others():
-    assert step.instructions(lambda: sorted(range(100), key=lambda x: -x)) == 0
-    once = step.instructions(lambda: pagedkv.blocks_needed(5, 2))
-    assert once > 0
-    assert step.instructions(lambda: [pagedkv.blocks_needed(5, 2) for _ in "abc"]) == 3 * once
-    assert sys.gettrace() is None
-
-
 def test_instructions_of_a_step_are_the_same_each_time():
     counts = []
     for _ in range(2):
@@ -220,7 +210,7 @@ def test_three_percent_more_instructions_are_seen(monkeypatch):
     benchmark.setup(1)
     before = benchmark.track_instructions(1)
     extend = pagedkv.PagedKVCache.extend
-    more = step.instructions(lambda: pagedkv.blocks_needed(1, 2))
+    more = counted.instructions(lambda: pagedkv.blocks_needed(1, 2))
     times = -int(-0.03 * before // more)
 
     def slower(self, tables, counts):

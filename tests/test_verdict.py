@@ -51,7 +51,7 @@ def test_how_sure_it_is():
         "changes of up to 4.1% are within the noise",
     ]
     assert verdict([WORSE], GUESSED).sure == "how sure is not known, the noise is not recorded"
-    counted = cell(100, 103, name="scheduler.Work.track_instructions(1)", significant=False)
+    counted = cell(100, 103, name="scheduler.Instructions.track_instructions(1)", significant=False)
     assert verdict([counted, SAME], GUESSED).sure == "certain, what is counted has no noise"
 
 

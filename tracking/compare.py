@@ -19,7 +19,18 @@ from tracking.project import machine_name, record_machine
 from tracking.repository import check_history, check_suite, git, resolve
 from tracking.tables import as_markdown, code
 
-COMPARED = ("overhead.", "decode.", "host.", "step.Auto.", "step.Instructions.")
+COMPARED = (
+    "overhead.",
+    "decode.",
+    "host.",
+    "scheduler.Instructions.",
+    "scheduler.Allocated.",
+    "scheduler.Retired.",
+    "step.Auto.",
+    "step.Instructions.",
+    "step.Allocated.",
+    "step.Retired.",
+)
 ORDER = ("failed", "worsened", "improved", "repaired", "unchanged", "n/a")
 
 

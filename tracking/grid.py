@@ -13,14 +13,22 @@ from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 # A quick run measures old commits by these alone; every path of today is measured at HEAD.
 HISTORY = (
     "host.NumPy.",
+    "host.PlanAllocated.",
+    "host.PlanInstructions.",
+    "host.PlanRetired.",
     "overhead.Auto.",
     "append.Auto.",
     "prefill.Write.",
     "prefix_cache.Match.",
     "scheduler.Decode.",
+    "scheduler.Instructions.",
+    "scheduler.Allocated.",
+    "scheduler.Retired.",
     "step.Auto.",
     "step.Host.",
     "step.Instructions.",
+    "step.Allocated.",
+    "step.Retired.",
 )
 
 

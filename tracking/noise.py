@@ -43,8 +43,9 @@ LATEST = 20  # runs of a series that count
 OWN = 10  # runs
 POOLED = 10  # changes between runs that make a threshold of several series
 
-LEAST = {"count": 1.01, "ratio": 1.03, "time": 1.03}  # less is no change, however quiet a series
-GUESSED = {"count": 1.01, "ratio": 1.05, "time": 1.5}
+# Less is no change, however quiet a series.
+LEAST = {"count": 1.01, "retired": 1.01, "ratio": 1.03, "time": 1.03}
+GUESSED = {"retired": 1.05, "ratio": 1.05, "time": 1.5}
 
 NIGHT = 2  # rounds of a night's run, and of a run for the noise
 # Of each commit, for asv's test (p < 0.002) to see a tenth where samples scatter by a twentieth.
@@ -54,10 +55,12 @@ MOST_ROUNDS = 4
 
 
 def kind(series):
-    """Return "count" of what is counted, "ratio", or "time" of everything else."""
+    """Return "count" of what is counted, "retired", "ratio", or "time" of everything else."""
     name = series.split("(")[0].rsplit(".", 1)[-1]
-    if name in ("track_instructions", "track_allocated", "track_retired"):
+    if name in ("track_instructions", "track_allocated"):
         return "count"
+    if name == "track_retired":
+        return "retired"
     return "ratio" if name.startswith("ratio_") else "time"
 
 
