@@ -5,6 +5,7 @@ series (`tracking.noise`), and each of the two medians lies outside of the other
 """
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -104,13 +105,21 @@ def changes(results, machine, before, after, environment, benchmarks):
     return compared
 
 
-def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
+class NothingMeasuredError(UserError):
+    """asv has no result of a commit: it cannot be built, or the series is not known there."""
+
+
+def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="quick", series=None):
     """Run `asv continuous` on two commits into an empty folder and return the changes.
+
+    Of `benchmarks`, prefixes of their names, in a grid; or of one `series`, by its name.
 
     Raises
     ------
+    NothingMeasuredError
+        If asv could not measure one of them at all.
     UserError
-        If asv could not measure one of them at all, or a cell failed in some rounds only.
+        If a cell failed in some rounds only.
     """
     folder = ROOT / ".asv/compare"
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,12 +133,14 @@ def measure(before, after, *, machine, backend, benchmarks, grid, rounds):
         for name, benchmark in listed.items():
             if name.startswith(benchmarks):
                 options += selection(benchmark, grid)
+        if series:
+            options += ["--bench", f"^{re.escape(series)}$"]
         status = asv("continuous", *options, before, after, config=config)
     finally:
         (ROOT / config).unlink()
     for commit in (before, after):
         if not _cells(folder, machine, commit, environment):
-            raise UserError(
+            raise NothingMeasuredError(
                 f"asv measured nothing at {commit[:8]} (exit status {status}), see above"
             )
     compared = changes(folder, machine, before, after, environment, listed)
