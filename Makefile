@@ -27,7 +27,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish serve table adr compare noise detect bisect doctor tune record screenshot
+.PHONY: help bench prove publish serve table adr compare noise detect week bisect doctor tune record screenshot
 .PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example trace format lock clean
 
@@ -42,6 +42,7 @@ help:
 	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
+	@echo "make week        the same for published regressions: 11 simulated nights, 10 to 20 minutes"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
@@ -103,8 +104,8 @@ noise: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.noise $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(PAUSE),--pause $(PAUSE)) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
 
-detect: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.compare detect $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
+detect week: $(READY)
+	$(AWAKE) $(BIN)/python -m tracking.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(ROUNDS),--rounds $(ROUNDS))
 
 # GOOD and BAD are commits, GOOD the earlier; seven commits between take three comparisons.

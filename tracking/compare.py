@@ -1,4 +1,4 @@
-"""Compare two commits: for a pull request, and with a slowed copy (detection).
+"""Compare two commits: for a pull request, or with a slowed copy, at once or over simulated nights.
 
 Each comparison is `asv continuous` into a results folder of its own.
 """
@@ -18,6 +18,7 @@ from tracking.noise import recorded_noise
 from tracking.project import machine_name, record_machine
 from tracking.repository import check_history, check_suite, git, resolve
 from tracking.tables import as_markdown, code
+from tracking.week import week
 
 COMPARED = (
     "overhead.",
@@ -103,7 +104,7 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.compare", description=__doc__)
-    parser.add_argument("what", choices=["pull-request", "detect"])
+    parser.add_argument("what", choices=["pull-request", "detect", "week"])
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--times", type=int, help="comparisons of identical commits")
@@ -122,6 +123,8 @@ def main():
         record_machine(machine)
         if args.what == "detect":
             return detect(args.times or 20, args.rounds, **where)
+        if args.what == "week":
+            return week(**where)
         return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)

@@ -119,7 +119,7 @@ def mark_noise(machine):
 
 
 def mark_csv(name, machine):
-    """Write what `make detect` recorded."""
+    """Write what `make detect` or `make week` recorded."""
     with (RESULTS / machine / name).open() as file:
         header, *rows = csv.reader(file)
     return as_markdown(header, rows)
@@ -134,6 +134,7 @@ MARKS = {
     "watermark": mark_watermark,
     "noise": mark_noise,
     "detection": functools.partial(mark_csv, "detection.csv"),
+    "week": functools.partial(mark_csv, "week.csv"),
 }
 
 

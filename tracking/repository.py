@@ -100,7 +100,7 @@ def resolve(name):
         raise UserError(f"expected a commit, got {name!r}: is it fetched?") from None
 
 
-def commit_of(tree, message):
-    """Return the hash of a commit of a tree, on no branch, child of HEAD."""
+def commit_of(tree, message, parent="HEAD"):
+    """Return the hash of a commit of a tree, on no branch, child of HEAD or of another commit."""
     identity = ["-c", "user.name=compare", "-c", "user.email=compare@localhost"]
-    return git(*identity, "commit-tree", tree, "-p", "HEAD", "-m", message)
+    return git(*identity, "commit-tree", tree, "-p", parent, "-m", message)
