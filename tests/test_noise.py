@@ -78,6 +78,10 @@ def test_what_is_counted_has_no_noise():
 def test_an_old_outlier_is_forgotten():
     values = [9.0] + [1.0, 1.001] * noise.LATEST
     assert Noise(runs(values)).threshold(ONE).largest == noise.LEAST["ratio"]
+    old = runs([1.0, 2.0] * 5, code="old")
+    new = [run for code in range(5) for run in runs([1.0, 1.001] * 5, code=code)]
+    assert Noise(old + new).threshold(ONE).largest == noise.LEAST["ratio"]
+    assert Noise(new + old).threshold(ONE).largest == pytest.approx(2)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), max_size=25), st.randoms(use_true_random=False))

@@ -195,22 +195,13 @@ class Verdict:
     sure: str
 
     def __str__(self):
-        moved = [
-            f"{word} {side}"
-            for word, side in (("worsened", self.worsened), ("improved", self.improved))
-            if side
+        sides = (("worsened", self.worsened), ("improved", self.improved))
+        said = [
+            f"{word} {side}" if self.word == "mixed" else str(side) for word, side in sides if side
         ]
-        if self.word != "mixed" and moved:
-            moved = [moved[0].removeprefix(f"{self.word} ")]
-        parts = [
-            f"{self.word}: {', '.join(moved)} of {self.compared}"
-            if moved
-            else f"{self.word}: {self.compared} cells",
-            self.sure,
-        ]
-        if self.failed:
-            parts.insert(0, f"{self.failed} failed")
-        return "; ".join(parts)
+        cells = f"{', '.join(said)} of {self.compared}" if said else f"{self.compared} cells"
+        failed = f"{self.failed} failed; " if self.failed else ""
+        return f"{failed}{self.word}: {cells}; {self.sure}"
 
 
 def _moved(factors):
@@ -234,10 +225,14 @@ def verdict(compared, noise):
     for change in compared:
         by_word.setdefault(change.verdict(noise), []).append(change)
     worsened, improved = by_word.get("worsened", []), by_word.get("improved", [])
-    word = "mixed" if worsened and improved else None
-    word = word or ("worsened" if worsened else "improved" if improved else "unchanged")
+    words = {
+        (True, True): "mixed",
+        (True, False): "worsened",
+        (False, True): "improved",
+        (False, False): "unchanged",
+    }
     return Verdict(
-        word,
+        words[bool(worsened), bool(improved)],
         _moved([change.worse for change in worsened]),
         _moved([1 / change.worse for change in improved]),
         sum(change.before.known and change.after.known for change in compared),

@@ -38,7 +38,8 @@ from tracking.tables import as_csv
 
 HEADER = ["time", "commit", "code", "environment", "rounds", "samples", "series", "value"]
 
-LATEST = 20  # runs of a series that count
+LATEST = 20  # runs of a series and code that count
+MOST = 200  # changes of a series that count, those of the latest code
 # With fewer runs a threshold of its own is too low too often: in a simulation of normal noise, of
 # pairs of runs 2% were beyond that of 5 runs, 0.5% beyond that of 10.
 OWN = 10  # runs
@@ -119,17 +120,19 @@ class Noise:
 
     def __init__(self, runs=(), rounds=NIGHT):
         self.rounds = rounds
-        values = {}
+        values, self._runs, self._changes, self._made = {}, {}, {}, {}
         for series, code, value in runs:
             if value > 0 and math.isfinite(value):
-                values.setdefault((series, code), []).append(math.log(value))
-        self._runs, self._changes, self._made = {}, {}, {}
-        for (series, _), found in values.items():
-            self._runs[series] = max(len(found), self._runs.get(series, 0))
-            pairs = itertools.combinations(found[-LATEST:], 2)
-            changes = [math.exp(abs(one - other)) for one, other in pairs]
+                values.setdefault(series, {}).setdefault(code, []).append(math.log(value))
+        for series, by_code in values.items():
+            self._runs[series] = max(map(len, by_code.values()))
+            changes = [
+                math.exp(abs(one - other))
+                for found in by_code.values()
+                for one, other in itertools.combinations(found[-LATEST:], 2)
+            ]
             for pool in (series, series.split("(")[0], kind(series)):
-                self._changes.setdefault(pool, []).extend(changes)
+                self._changes.setdefault(pool, []).extend(changes[-MOST:])
 
     def runs(self, series):
         """Return how many runs of one code a series has, of the code that has most."""
