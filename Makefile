@@ -42,7 +42,7 @@ help:
 	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
-	@echo "make week        the same for published regressions: 11 simulated nights, 10 to 20 minutes"
+	@echo "make week        the same for published regressions: 11 simulated nights, 10 minutes"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
