@@ -71,8 +71,8 @@ def four_commits(monkeypatch):
 def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(four_commits):
     header, rows = tables.headline("m", four_commits, results.STEP)
     assert header == ["commit", "batch 1, 1k"]
-    assert rows == [["phase 0 (a)", "1.50"], ["c", "1.25"]]
-    assert tables.headline("m", four_commits, results.ATTENTION)[1] == [["phase 0 (a)", "0.50"]]
+    assert rows == [["0 · gather (a)", "1.50"], ["c", "1.25"]]
+    assert tables.headline("m", four_commits, results.ATTENTION)[1] == [["0 · gather (a)", "0.50"]]
     assert tables.headline("m", four_commits, results.BOUND) == (["commit"], [])
 
 
@@ -83,12 +83,12 @@ def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatc
         ["tokens", "a", "second", "over", "mlx-lm's", "was", "not", "measured", "on", "box"],
         ["step", "over", "mlx-lm's", "cache,", "machine", "box,", "blocks", "of", "32", "tokens"],
         ["commit", "batch", "1,", "1k"],
-        ["phase", "0", "(a)", "1.50"],
+        ["0", "·", "gather", "(a)", "1.50"],
         ["c", "1.25"],
         ["step", "over", "the", "bound", "was", "not", "measured", "on", "box"],
         ["attention", "alone,", "machine", "box,", "blocks", "of", "32", "tokens"],
         ["commit", "batch", "1,", "1k"],
-        ["phase", "0", "(a)", "0.50"],
+        ["0", "·", "gather", "(a)", "0.50"],
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_headline_of_tokens_has_no_block_size(four_commits, monkeypatch):
     monkeypatch.setattr(tables, "load", lambda *where, **more: {results.TOKENS: cells})
     header, rows = tables.headline("m", ["a"], results.TOKENS)
     assert header == ["commit", "batch 1, 4k", "batch 8, 512"]
-    assert rows == [["phase 0 (a)", "1.25", "1.50"]]
+    assert rows == [["0 · gather (a)", "1.25", "1.50"]]
 
 
 def test_a_series_is_written_by_cell_and_commit(monkeypatch):
@@ -116,7 +116,7 @@ def test_a_series_is_written_by_cell_and_commit(monkeypatch):
     monkeypatch.setattr(repository, "phase_commits", lambda: {"b" * 40: "1"})
     text = documents.mark_series("m", "append.Auto.time_append", ",".join(found), "batch,size")
     assert text.splitlines() == [
-        "| batch | size | aaaaaaaa | phase 1 (bbbbbbbb) |",
+        "| batch | size | aaaaaaaa | 1 · in place (bbbbbbbb) |",
         "| --: | --: | --: | --: |",
         "| 1 | 64 | not asked | 2.00 |",
         "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",

@@ -163,3 +163,23 @@ def test_numpy_is_pinned_for_every_python(python):
     [pin] = chosen.specifier
     assert pin.operator == "=="
     assert "numpy" not in str(project.asv_settings()["matrix"])
+
+
+@pytest.mark.parametrize(
+    ("commit", "label"),
+    [
+        ("a" * 40, "0 · gather (aaaaaaaa)"),
+        ("a" * 8, "0 · gather (aaaaaaaa)"),
+        ("b" * 40, "phase 99 (bbbbbbbb)"),
+        ("c" * 40, "cccccccc"),
+    ],
+)
+def test_a_phase_is_called_by_its_number_and_name(commit, label, monkeypatch):
+    monkeypatch.setattr(repository, "phase_commits", lambda: {"a" * 40: "0", "b" * 40: "99"})
+    assert repository.commit_label(commit) == label
+
+
+def test_every_phase_has_a_name():
+    assert {int(phase) for phase in repository.phase_commits().values()} <= {
+        number for number, _ in enumerate(repository.PHASES)
+    }

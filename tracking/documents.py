@@ -18,7 +18,7 @@ from benchmarks.common import PARAM_NAMES
 from tracking.files import write_text
 from tracking.noise import thresholds
 from tracking.project import machine_name
-from tracking.repository import ROOT, commit_label
+from tracking.repository import ROOT, commit_labels
 from tracking.results import (
     MISSING,
     NAMES,
@@ -63,7 +63,7 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
         for cell in sorted({*itertools.chain(*tables.values())}, key=lambda c: [int(x) for x in c])
         if any(table.get(cell, MISSING).known for table in tables.values())
     ]
-    return as_markdown([*params, *map(commit_label, tables)], rows)
+    return as_markdown([*params, *commit_labels(tables).values()], rows)
 
 
 def mark_layouts(machine, commit):

@@ -10,6 +10,19 @@ from tracking.files import shown
 
 ROOT = Path(__file__).parents[1]
 
+PHASES = (
+    "gather",
+    "in place",
+    "rows",
+    "copy-on-write",
+    "radix",
+    "scheduler",
+    "fused",
+    "step",
+    "mlx-lm",
+)
+"""What the phases are called, by number."""
+
 
 def git(*args, root=None, text=None, env=None):
     """Return what a git command prints, without white space around it.
@@ -86,10 +99,24 @@ def check_suite():
         )
 
 
+def phase_name(phase):
+    """Return what tables call a phase: its number and its name, if it has one yet."""
+    number = int(phase)
+    return f"{number} · {PHASES[number]}" if number < len(PHASES) else f"phase {number}"
+
+
+def commit_labels(commits):
+    """Return what tables call commits: {commit: its phase, if it has one, and its hash}."""
+    phases, labels = phase_commits(), {}
+    for commit in commits:
+        phase = next((p for full, p in phases.items() if full.startswith(commit)), None)
+        labels[commit] = f"{phase_name(phase)} ({commit[:8]})" if phase else commit[:8]
+    return labels
+
+
 def commit_label(commit):
-    """Return what a table calls a commit: its phase, if it has one, and its hash."""
-    phases = {hash[: len(commit)]: phase for hash, phase in phase_commits().items()}
-    return f"phase {phases[commit]} ({commit[:8]})" if commit in phases else commit[:8]
+    """Return what a table calls a commit."""
+    return commit_labels([commit])[commit]
 
 
 def resolve(name):

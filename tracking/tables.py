@@ -5,7 +5,7 @@ import io
 import re
 
 from pagedkv import blocks_needed
-from tracking.repository import commit_label, phase_commits
+from tracking.repository import commit_labels, phase_commits
 from tracking.results import MISSING, Value, load
 
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
@@ -93,8 +93,9 @@ def headline(machine, commits, benchmark, environment=None):
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
     cells = sorted((c for c in cells if c[2:] in ((), ("32",))), key=lambda c: [int(x) for x in c])
     header = ["commit", *(f"batch {b}, {_short(int(context))}" for b, context, *_ in cells)]
+    labels = commit_labels(tables)
     rows = [
-        [commit_label(commit)] + [table.get(cell, MISSING).show(interval=True) for cell in cells]
+        [labels[commit]] + [table.get(cell, MISSING).show(interval=True) for cell in cells]
         for commit, table in tables.items()
     ]
     return header, rows

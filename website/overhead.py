@@ -169,7 +169,7 @@ def headline(rows, measure, labels):
         "worst": (min if measure in LARGER else max)(now.values(), key=lambda row: row["value"]),
         "change": None,
     }
-    before = [n for n in autos if n < latest and labels[n].startswith("phase")]
+    before = [n for n in autos if n < latest and " · " in labels[n]]
     common = [cell for cell in now if before and cell in autos[max(before)]]
     if common:
         old = autos[max(before)]
@@ -278,7 +278,7 @@ FIGURES = {
     "phases-h200": ("phases", "h200", _FOUR | {"path": "auto"}),
     "phases-linux-2core-xeon": ("phases", "linux-2core-xeon", _FOUR | {"measure": "step"}),
     "phases-h100": ("phases", "h100", _FOUR | {"measure": "step"}),
-    "contexts-h200": ("contexts", "h200", _FOUR | {"commit": "phase 6"}),
+    "contexts-h200": ("contexts", "h200", _FOUR | {"commit": "6 · fused"}),
 }
 """Pictures in the documents: chart, machine and which rows."""
 
