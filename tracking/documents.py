@@ -18,7 +18,7 @@ from benchmarks.common import PARAM_NAMES
 from tracking.files import write_text
 from tracking.noise import thresholds
 from tracking.project import machine_name
-from tracking.repository import ROOT, commit_labels
+from tracking.repository import ROOT, commit_label, commit_labels
 from tracking.results import (
     MISSING,
     NAMES,
@@ -29,7 +29,7 @@ from tracking.results import (
     recorded_commits,
     recorded_environment,
 )
-from tracking.tables import ADR_COLUMNS, FORMATS, LAYOUTS, adr_rows, as_markdown, headline, percent
+from tracking.tables import ADR, COLUMNS, FORMATS, LAYOUTS, as_markdown, by_cell, headline, percent
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKER = re.compile(
@@ -39,7 +39,7 @@ MARKER = re.compile(
 
 def mark_adr_table(machine, commit):
     """Write the ADR's table of one machine at one commit."""
-    return as_markdown(ADR_COLUMNS, adr_rows(recorded(machine, commit)))
+    return as_markdown(*by_cell(recorded(machine, commit), ADR))
 
 
 def mark_headline(machine, benchmark):
@@ -154,7 +154,10 @@ def main():
     parser.add_argument("what", choices=["table", "headline", "documents"])
     parser.add_argument("--machine", help="name in results/ (default: this host's)")
     parser.add_argument("--backend", default="cpu", help="part of this host's name")
-    parser.add_argument("--commit", help="(default: the newest measured)")
+    parser.add_argument("--commit", help="(default: the newest that has a number in the table)")
+    parser.add_argument(
+        "--columns", choices=COLUMNS, default="users", help="(default: %(default)s)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text")
     args = parser.parse_args()
     try:
@@ -186,12 +189,22 @@ def show(args):
             else:
                 print(f"{name} was not measured on {machine}\n")
     else:
-        commit = args.commit or commits[-1]
-        rows = adr_rows(load(machine, commit))
-        if not rows:
-            sys.exit(f"nothing of the table was measured on machine {machine} at {commit[:8]}")
-        print(table_of(ADR_COLUMNS, rows), end="")
+        print_table(machine, commits, args.commit, args.columns, table_of)
     return 0
+
+
+def print_table(machine, commits, chosen, columns, table_of):
+    """Print the table by cell of a commit, of the newest with a number in it if none is chosen."""
+    for commit in [chosen] if chosen else reversed(commits):
+        header, rows = by_cell(load(machine, commit), COLUMNS[columns])
+        if rows:
+            print(f"machine {machine}, {commit_label(commit)}", file=sys.stderr)
+            print(table_of(header, rows), end="")
+            return
+    titles = ", ".join(column.title for column in COLUMNS[columns] if column.benchmarks)
+    where = commit_label(chosen) if chosen else "any commit"
+    other = " or ".join(f"--columns {name}" for name in COLUMNS if name != columns)
+    sys.exit(f"machine {machine} has no number at {where} of {titles}; there is {other}")
 
 
 if __name__ == "__main__":

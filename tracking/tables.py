@@ -3,10 +3,12 @@
 import csv
 import io
 import re
+from dataclasses import dataclass
 
+from benchmarks.generate import BLOCK_SIZE
 from pagedkv import blocks_needed
 from tracking.repository import commit_labels, phase_commits
-from tracking.results import MISSING, Value, load
+from tracking.results import ATTENTION, BOUND, MISSING, NAMES, STEP, TOKENS, Value, load
 
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
@@ -29,52 +31,89 @@ def percent(ratio):
     return f"{100 * (ratio - 1):+.0f}%"
 
 
-ADR_COLUMNS = [
-    "batch",
-    "ctx",
-    "block",
-    "frag %",
-    "contiguous ms",
-    *(f"gather {layout} ms" for layout in LAYOUTS),
-    *(f"gather+SDPA {layout} ms" for layout in LAYOUTS),
-    *(f"append {layout} ms" for layout in LAYOUTS),
-    *(f"overhead {layout} %" for layout in LAYOUTS),
-]
+@dataclass(frozen=True)
+class Column:
+    """A column of a table by cell: what one of some benchmarks says of the cell.
 
-
-def adr_entries(table):
-    """Return the rows under ADR_COLUMNS of every cell with at least one number.
-
-    A row is (cell, entries), an entry (text, name of the benchmark or None).
+    Parameters
+    ----------
+    title : str
+        Its header.
+    benchmarks : tuple of str
+        The first of these that has the cell gives the number; none: what the cell itself says.
+    unit : str
+        How numbers are shown: "ratio", "ms", "percent" above 1, or "fragmentation" of the cell.
     """
-    rows = []
-    contiguous = table.get("decode.Contiguous.time_decode", {})
-    for cell in sorted(contiguous, key=lambda cell: [int(x) for x in cell]):
-        context, block_size = int(cell[1]), int(cell[2])
 
-        def column(pattern, cell=cell):
-            names = [pattern.format(layout) for layout in LAYOUTS.values()]
-            return [(name, table.get(name, {}).get(cell, MISSING)) for name in names]
+    title: str
+    benchmarks: tuple
+    unit: str = "ratio"
 
-        times = [
-            ("decode.Contiguous.time_decode", contiguous[cell]),
-            *column("decode.GatherOnly{}.time_gather"),
-            *column("decode.Gather{}.time_decode"),
-            *column("append.Naive{}.time_append"),
-        ]
-        overheads = column("overhead.Gather{}.ratio_vs_contiguous")
-        if any(value.known for _, value in [*times, *overheads]):
-            entries = [(text, None) for text in cell]
-            entries.append((f"{fragmentation(context, block_size):.1f}", None))
-            entries += [(value.show(1000), name) for name, value in times]
-            entries += [(percent_over(value).show(digits=0), name) for name, value in overheads]
-            rows.append((cell, entries))
-    return rows
+    def value(self, table, cell):
+        """Return the Value of a cell, MISSING if no benchmark has it."""
+        found = (cells_of(table, name).get(cell) for name in self.benchmarks)
+        return next(filter(None, found), MISSING)
+
+    def show(self, table, cell):
+        """Return the text of a cell."""
+        if self.unit == "fragmentation":
+            return f"{fragmentation(*map(int, cell[1:])):.1f}"
+        value = self.value(table, cell)
+        if self.unit == "percent":
+            return percent_over(value).show(digits=0)
+        return value.show(1000 if self.unit == "ms" else 1)
 
 
-def adr_rows(table):
-    """Return the rows of `adr_entries` as text."""
-    return [[text for text, _ in entries] for _, entries in adr_entries(table)]
+def cells_of(table, benchmark):
+    """Return {(batch, context, block size): Value} of a benchmark.
+
+    Whole models, whose parameters are sequences and context, have blocks of one size.
+    """
+    return {(*cell, str(BLOCK_SIZE))[:3]: x for cell, x in table.get(benchmark, {}).items()}
+
+
+def _of_layouts(pattern):
+    return {layout: (pattern.format(name),) for layout, name in LAYOUTS.items()}
+
+
+USERS = [
+    Column(NAMES[TOKENS], (TOKENS,)),
+    Column(NAMES[STEP], (STEP, "step.Batch16.ratio_step_vs_contiguous")),
+    Column(NAMES[BOUND], (BOUND, "step.BoundBatch16.ratio_step_vs_bound")),
+    Column(NAMES[ATTENTION], (ATTENTION, "overhead.Batch16.ratio_vs_contiguous")),
+]
+"""What users get, first what they pay first."""
+
+ADR = [
+    Column("frag %", (), "fragmentation"),
+    Column("contiguous ms", ("decode.Contiguous.time_decode",), "ms"),
+    *(
+        Column(f"{title} {layout}{unit}", benchmarks, kind)
+        for title, unit, kind, pattern in (
+            ("gather", " ms", "ms", "decode.GatherOnly{}.time_gather"),
+            ("gather+SDPA", " ms", "ms", "decode.Gather{}.time_decode"),
+            ("append", " ms", "ms", "append.Naive{}.time_append"),
+            ("overhead", " %", "percent", "overhead.Gather{}.ratio_vs_contiguous"),
+        )
+        for layout, benchmarks in _of_layouts(pattern).items()
+    ),
+]
+"""What ADR 0001 decided on: the paths of phase 0."""
+
+COLUMNS = {"users": USERS, "adr": ADR}
+
+
+def by_cell(table, columns):
+    """Return (header, rows): every cell of some columns that has a number in at least one."""
+    cells = {
+        cell for column in columns for name in column.benchmarks for cell in cells_of(table, name)
+    }
+    rows = [
+        [*cell, *(column.show(table, cell) for column in columns)]
+        for cell in sorted(cells, key=lambda cell: [int(x) for x in cell])
+        if any(column.value(table, cell).known for column in columns)
+    ]
+    return ["batch", "context", "block", *(column.title for column in columns)], rows
 
 
 def headline(machine, commits, benchmark, environment=None):

@@ -30,7 +30,7 @@ from tracking.results import (
     recorded_commits,
     recorded_environment,
 )
-from tracking.tables import ADR_COLUMNS, adr_entries
+from tracking.tables import USERS, by_cell
 from website.charts import CHARTS
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
@@ -224,11 +224,7 @@ def series_of(machine, environment, results=RESULTS, commits=None):
         "bandwidths": bandwidth_rows(machine, tables),
         "copy": _copy_bandwidth(tables),
         "tables": [
-            [
-                [(text, name and _link(machine, name, cell)) for text, name in entries]
-                for cell, entries in adr_entries(table)
-            ]
-            for table in tables
+            [[(text, None) for text in row] for row in by_cell(table, USERS)[1]] for table in tables
         ],
     }
 
@@ -268,7 +264,7 @@ def gather(results, regressions=()):
                 print(f"{machine} in {environment} is left out: {error}", file=sys.stderr)
     return {
         "series": [one for one in series if one["ratios"]],
-        "columns": ADR_COLUMNS,
+        "columns": by_cell({}, USERS)[0],
         "regressions": list(regressions),
     }
 
