@@ -95,6 +95,7 @@ def browse(html_dir, **options):
         raise RuntimeError(f"{html_dir}: {'; '.join([*problems, str(error)])}") from error
     finally:
         server.shutdown()
+        server.server_close()
     if problems:
         raise RuntimeError(f"{html_dir}: " + "; ".join(problems))
 
@@ -126,20 +127,27 @@ class OverheadPage:
         """Go to the page with choices in its address."""
         self.page.goto("about:blank")
         self.page.goto(f"{url}#{urlencode(choices)}")
-        self._await_shown(choices)
+        self.await_shown(choices)
 
     def choose(self, name, value):
         """Choose from one of the page's menus."""
         self.page.select_option(f"#{name}", value)
-        self._await_shown({name: value})
+        self.await_shown({name: value})
 
-    def _await_shown(self, choices):
+    def await_shown(self, choices):
+        """Wait until the page shows some choices."""
         wanted = list(map(str, choices.values()))
         self.page.wait_for_function(
             "wanted => { const shown = document.body.dataset.shown;"
             " return shown && wanted.every(w => ` ${shown} `.includes(` ${w} `)); }",
             arg=wanted,
             timeout=20000,
+        )
+
+    def chosen(self):
+        """Return what every menu shows, by the menu's name."""
+        return self.page.eval_on_selector_all(
+            "select", "all => Object.fromEntries(all.map(one => [one.id, one.value]))"
         )
 
     def options(self, name):

@@ -119,6 +119,14 @@ def commit_label(commit):
     return commit_labels([commit])[commit]
 
 
+def subjects(commits):
+    """Return the first lines of commits' messages: {commit: subject}."""
+    if not commits:
+        return {}
+    log = git("log", "--no-walk=unsorted", "--format=%H %s", "--stdin", text="\n".join(commits))
+    return dict(line.partition(" ")[::2] for line in log.splitlines())
+
+
 def resolve(name):
     """Return the hash of a commit."""
     try:

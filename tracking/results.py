@@ -87,6 +87,7 @@ class Measured:
     commit: str
     environment: str
     mlx: str | None
+    params: dict  # of the environment and the machine, as asv has them
     started_at: int  # of the last benchmark, milliseconds
     versions: dict  # {benchmark: version}
     table: dict  # {benchmark: {parameters: Value}}
@@ -134,6 +135,7 @@ def _parse(path, *_):
         result.commit_hash,
         result.env_name,
         result.params.get("mlx"),
+        result.params,
         max((started for started in result.started_at.values() if started), default=0),
         _today(result.benchmark_version),
         table,

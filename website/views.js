@@ -1,0 +1,147 @@
+// What the page draws: numbers, tables and charts of rows.
+const CHARTS = JSON.parse(document.getElementById("charts").textContent);
+const DATA = await unpacked(document.getElementById("data").textContent);
+const CROSSOVER = 1.15;
+const THRESHOLD = 1.05; // a change of less is none; as in overhead.html
+const $ = id => document.getElementById(id);
+
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text.trim()), letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
+}
+
+function element(tag, text, attributes = {}) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  Object.assign(made, attributes);
+  return made;
+}
+const unique = values => [...new Set(values)];
+const numbers = values => unique(values).sort((a, b) => a - b);
+const ratio = value => value.toFixed(2);
+// Three digits, and no power of ten.
+const digits = value => value >= 100 ? value.toFixed(0) : value.toPrecision(3);
+const interval = (row, show) => row.low === null ? "" : `[${show(row.low)}, ${show(row.high)}]`;
+const percent = change => `${change < 1 ? "−" : "+"}${Math.abs(100 * (change - 1)).toFixed(0)}%`;
+
+const WHY = {
+  "not asked": "no run asked for it",
+  "n/a": "no run asked for it, or it is older than the recording of reasons",
+  "lacks": "the commit or the device lacks it",
+  "too slow": "this machine is too slow for it",
+  "too large": "it needs more memory than this machine has",
+  "failed": "it was asked for and broke",
+};
+const why = rows => unique(rows.map(row => row.state)).map(state => WHY[state] ?? state).join("; ") || WHY["not asked"];
+
+// The cells of a machine: a benchmark at a batch, context and block size, over its commits.
+function cellsOf(one) {
+  one.flat ??= one.benchmarks.filter(b => b.measure !== "facts").flatMap(benchmark =>
+    benchmark.cells.map(([batch, context, block], i) => ({
+      benchmark, batch, context, block, measure: benchmark.measure, path: benchmark.path,
+      bytes: benchmark.bytes?.[i], values: benchmark.values[i],
+    })));
+  return one.flat;
+}
+
+// A value as a row: its state and numbers.
+function read(said) {
+  if (!Array.isArray(said)) return { state: said ?? "not asked", value: null, low: null, high: null };
+  const [value, low = null, high = null] = said;
+  return { state: "ok", value, low, high };
+}
+const at = (cell, commit) => ({ ...cell, commit, ...read(cell.values[commit]), link: linkOf(cell.benchmark, cell) });
+const known = row => row.state === "ok";
+// Whether a row says something: a number, that it failed, or why it cannot be measured here.
+const told = row => !["n/a", "not asked"].includes(row.state);
+
+// Where asv's pages show one series alone: this machine, environment and parameters.
+function linkOf(benchmark, cell) {
+  const one = series();
+  const sizes = cell.sizes ?? [cell.batch, cell.context, cell.block];
+  const state = { machine: one.machine, ...one.asv };
+  benchmark.params.forEach((name, i) => { state[`p-${name}`] = sizes[i]; });
+  const said = Object.entries(state).map(pair => pair.map(encodeURIComponent).join("="));
+  return `index.html#${benchmark.name}?${said.join("&")}`;
+}
+
+function numberCell(row, show, picked) {
+  const cell = element("td");
+  if (!row) return cell;
+  if (picked) cell.className = "picked";
+  if (!known(row)) return Object.assign(cell, { textContent: row.state, title: WHY[row.state] ?? "",
+                                               className: row.state === "failed" ? "bad" : "na" });
+  cell.append(element("a", show(row.value), { href: row.link }), " ", element("small", interval(row, show)));
+  return cell;
+}
+
+// A table of rows: `down` and `across` are {title, values, of, text}, `chosen` the line that is marked.
+function pivot(id, rows, down, across, show, { chosen, picked } = {}) {
+  const found = new Map(rows.map(row => [`${down.of(row)} ${across.of(row)}`, row]));
+  const head = element("tr");
+  head.append(element("th", down.title), ...across.values.map(value => element("th", across.text(value))));
+  $(id).replaceChildren(head, ...down.values.map(value => {
+    const line = element("tr", undefined, { className: value === chosen ? "chosen" : "" });
+    line.append(element("th", down.text(value), { scope: "row" }), ...across.values.map(column => {
+      const row = found.get(`${value} ${column}`);
+      return numberCell(row, show, row && picked?.(row));
+    }));
+    return line;
+  }));
+}
+
+// Draws the rows that make lines, a line for each value of `by`, and says what was left out.
+function draw(chart, rows, id, by) {
+  const lines = Object.values(Object.groupBy(rows.filter(known), row => row[by]));
+  const drawn = lines.filter(line => line.length > 1).flat();
+  const lone = lines.filter(line => line.length === 1).map(([row]) =>
+    `${row[by]}${by === "context" ? " tokens" : ""} (${ratio(row.value)} at ${by === "context" ? row.label : `${row.context} tokens`})`);
+  say(`${id}-lone`, lone.length ? `Measured once and so no line: ${lone.join(", ")}.` : "");
+  $(id).hidden = !drawn.length;
+  if (!drawn.length) return $(id).replaceChildren();
+  const spec = structuredClone(CHARTS[chart]);
+  const shown = numbers(drawn.map(row => row[by]));
+  if (by === "path") shown.sort();
+  for (const { encoding: { color } } of spec.layer)
+    if (color) color.scale = { domain: shown, range: shown.map(value => DATA.colours[value]) };
+  const plain = drawn.map(({ benchmark, values, ...row }) => row);
+  return vegaEmbed($(id), { ...spec, datasets: { rows: plain } }, {
+    renderer: "svg", actions: { export: true, source: false, compiled: false, editor: false },
+  });
+}
+
+function say(id, text) {
+  $(id).textContent = text;
+  $(id).hidden = !text;
+}
+
+// "0.41–0.54", or the number if there is one.
+function rangeOf(rows) {
+  const values = rows.map(row => row.value);
+  const [least, most] = [Math.min(...values), Math.max(...values)].map(ratio);
+  return least === most ? least : `${least}–${most}`;
+}
+
+// Whether a number changed from one commit to another: "improved", "worsened", "unchanged" or why that is not known.
+function verdict(before, after, threshold, larger) {
+  if (!known(before) || !known(after)) return "not comparable";
+  const change = after.value / before.value;
+  if (before.low === null || after.low === null) return "not judged";
+  const apart = after.high < before.low || before.high < after.low;
+  if (!apart || Math.max(change, 1 / change) <= threshold) return "unchanged";
+  return (change > 1) === larger ? "improved" : "worsened";
+}
+
+// One sentence over all verdicts of a comparison.
+function sentence(judged) {
+  const of = name => judged.filter(row => row.verdict === name);
+  const span = rows => {
+    const changes = rows.map(row => row.change).sort((a, b) => Math.abs(Math.log(a)) - Math.abs(Math.log(b)));
+    return rows.length ? ` by ${unique([changes[0], changes.at(-1)].map(percent)).join(" to ")}` : "";
+  };
+  const [better, worse, same, open] = ["improved", "worsened", "unchanged", "not judged"].map(of);
+  const word = better.length && worse.length ? "Mixed" : better.length ? "Improved" : worse.length ? "Worsened" : "Unchanged";
+  return `${word}: ${better.length} numbers improved${span(better)}, ${worse.length} worsened${span(worse)}, ` +
+    `${same.length} unchanged` + (open.length ? `, ${open.length} without an interval.` : ".");
+}
