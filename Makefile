@@ -48,7 +48,7 @@ help:
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results and figures into README and docs"
-	@echo "make screenshot  take the README's picture of the site"
+	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=4"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
 	@echo "make trace       replay a request trace, plot block usage"
@@ -62,11 +62,12 @@ bench: $(READY) website/node_modules
 	test $$status = 0 -o $$status = 2 || exit $$status; \
 	$(MAKE) --no-print-directory publish && \
 	$(BIN)/python -m tracking.documents headline $(OPTIONS) && \
-	echo "page: $(CURDIR)/.asv/html/index.html (asv's pages need a server: make serve)" && \
+	echo "page: file://$(CURDIR)/.asv/html/overhead.html (asv's own pages need a server: make serve)" && \
 	exit $$status
 
-# What CI does after the tests: asv on two commits, published, opened in a browser.
+# What CI does after the tests: the page used in a browser; asv on two commits, published and looked at.
 prove: $(READY) $(BROWSER) website/node_modules
+	$(BIN)/pytest tests/test_page.py
 	$(BIN)/python .ci/prove.py
 
 publish: $(READY) website/node_modules
@@ -136,8 +137,11 @@ record:
 	@test -n "$(MACHINE)" || { echo "say which: make record MACHINE=name"; exit 1; }
 	git add --force results/$(MACHINE)
 
+# Which machine and batch the picture shows.
+SHOWN ?= linux-2core-xeon
+BATCH ?= 4
 screenshot: $(BROWSER) publish
-	$(BIN)/python .ci/browser.py docs/images/overhead.png --machine linux-2core-xeon --batch 4
+	$(BIN)/python .ci/browser.py docs/images/overhead.png --machine $(SHOWN) --batch $(BATCH)
 
 # Without npm the page loads its scripts from the network; publishing says so.
 website/node_modules: website/package-lock.json
