@@ -55,10 +55,12 @@ function before(number) {
     if (there.some(hasNumber(earlier))) return earlier;
 }
 
-function offerAll() {
-  const refused = [];
+function offerMachines(refused) {
   offer("machine", DATA.series.map(named), named(DATA.series[0]),
         name => name + (DATA.series.find(one => named(one) === name).retired ? " (retired)" : ""), refused);
+}
+
+function offerCells(refused) {
   const { commits } = series();
   const all = cellsOf(series());
   const first = MEASURES.find(measure => cells(measure).length);

@@ -86,8 +86,7 @@ function showMeasure(measure, number) {
         context(rows), ratio, { chosen: number });
 
   const facts = measure !== "tokens" ? [] : benchmarks.filter(b => b.measure === "facts").flatMap(benchmark =>
-    benchmark.what.map((what, i) => ({ what, ...read(benchmark.values[i][number]),
-                                       link: linkOf(benchmark, { sizes: benchmark.cells[i] }) }))).filter(known);
+    benchmark.what.map((what, i) => ({ what, benchmark, sizes: benchmark.cells[i], ...read(benchmark.values[i][number]) }))).filter(known);
   say(`${measure}-facts-title`, facts.length ? `With mlx-lm besides, at ${label}` : "");
   part("facts").hidden = !facts.length;
   part("facts").replaceChildren(...facts.map(fact => {
@@ -166,7 +165,7 @@ function linesByCell(columns, number) {
       }
       const cell = here.find(cell => benchmarks.includes(cell.benchmark.name));
       const row = cell ? at(cell, number) : { state: "not asked" };
-      return known(row) ? { text: show[unit](row.value), href: row.link, number: true } : { text: row.state };
+      return known(row) ? { text: show[unit](row.value), href: linkOf(row), number: true } : { text: row.state };
     });
     return [{ text: batch }, { text: context }, { text: block }, ...rows];
   }).filter(line => line.some(entry => entry.number))
@@ -253,8 +252,11 @@ function showNavigation() {
 
 let shows = 0;
 async function show() {
-  const turn = ++shows;
-  offerAll();
+  const turn = ++shows, refused = [];
+  offerMachines(refused);
+  await unpack(series());
+  if (turn !== shows) return;
+  offerCells(refused);
   history.replaceState(null, "", "#" + new URLSearchParams(CHOICES.map(name => [name, chosen[name]])));
   const { about, environment, retired, commits, copy } = series();
   const number = numberOf(chosen.commit);

@@ -1,14 +1,16 @@
 // What the page draws: numbers, tables and charts of rows.
 const CHARTS = JSON.parse(document.getElementById("charts").textContent);
-const DATA = await unpacked(document.getElementById("data").textContent);
+const DATA = JSON.parse(document.getElementById("data").textContent);
 const CROSSOVER = 1.15;
 const THRESHOLD = 1.05; // a change of less is none; as in overhead.html
 const $ = id => document.getElementById(id);
 
-function unpacked(text) {
-  const bytes = Uint8Array.from(atob(text.trim()), letter => letter.charCodeAt(0));
+// What was measured in a series is unpacked when it is looked at first.
+async function unpack(one) {
+  if (!one.packed) return;
+  const bytes = Uint8Array.from(atob(one.packed), letter => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Response(stream).json();
+  Object.assign(one, await new Response(stream).json(), { packed: "" });
 }
 
 function element(tag, text, attributes = {}) {
@@ -51,15 +53,15 @@ function read(said) {
   const [value, low = null, high = null] = said;
   return { state: "ok", value, low, high };
 }
-const at = (cell, commit) => ({ ...cell, commit, ...read(cell.values[commit]), link: linkOf(cell.benchmark, cell) });
+const at = (cell, commit) => ({ ...cell, commit, ...read(cell.values[commit]) });
 const known = row => row.state === "ok";
 // Whether a row says something: a number, that it failed, or why it cannot be measured here.
 const told = row => !["n/a", "not asked"].includes(row.state);
 
 // Where asv's pages show one series alone: this machine, environment and parameters.
-function linkOf(benchmark, cell) {
+function linkOf({ benchmark, sizes, batch, context, block }) {
   const one = series();
-  const sizes = cell.sizes ?? [cell.batch, cell.context, cell.block];
+  sizes ??= [batch, context, block];
   const state = { machine: one.machine, ...one.asv };
   benchmark.params.forEach((name, i) => { state[`p-${name}`] = sizes[i]; });
   const said = Object.entries(state).map(pair => pair.map(encodeURIComponent).join("="));
@@ -72,7 +74,7 @@ function numberCell(row, show, picked) {
   if (picked) cell.className = "picked";
   if (!known(row)) return Object.assign(cell, { textContent: row.state, title: WHY[row.state] ?? "",
                                                className: row.state === "failed" ? "bad" : "na" });
-  cell.append(element("a", show(row.value), { href: row.link }), " ", element("small", interval(row, show)));
+  cell.append(element("a", show(row.value), { href: linkOf(row) }), " ", element("small", interval(row, show)));
   return cell;
 }
 
@@ -105,7 +107,7 @@ function draw(chart, rows, id, by) {
   if (by === "path") shown.sort();
   for (const { encoding: { color } } of spec.layer)
     if (color) color.scale = { domain: shown, range: shown.map(value => DATA.colours[value]) };
-  const plain = drawn.map(({ benchmark, values, ...row }) => row);
+  const plain = drawn.map(({ benchmark, values, ...row }) => ({ ...row, link: linkOf({ benchmark, ...row }) }));
   return vegaEmbed($(id), { ...spec, datasets: { rows: plain } }, {
     renderer: "svg", actions: { export: true, source: false, compiled: false, editor: false },
   });
