@@ -108,7 +108,7 @@ def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
     }
     requests, forks = series.benchmarks_of([table])
     assert requests["what"] == [
-        "requests a second over mlx_lm.server, 32 clients that share a system prompt"
+        "requests a second over mlx_lm.server, clients that share a system prompt: 32"
     ]
     assert forks["what"] == [
         "memory of 8 forks over that of one, 512 tokens, each grown by 0",

@@ -125,7 +125,7 @@ function showComparison(number) {
 }
 
 // What was measured of each path, at the chosen commit, batch and block size.
-function showPaths(id, rows, tail, show) {
+function showPaths(id, rows, tail, show, share) {
   rows.sort((a, b) => a.path.localeCompare(b.path) || a.context - b.context);
   const where = `At ${series().commits[numberOf(chosen.commit)].label}, batch ${chosen.batch}, blocks of ${chosen.block} tokens`;
   const any = rows.some(told);
@@ -133,7 +133,7 @@ function showPaths(id, rows, tail, show) {
   $(`${id}-table`).hidden = !any;
   const paths = unique(rows.filter(told).map(row => row.path));
   pivot(`${id}-table`, rows, { title: "tokens", values: numbers(rows.map(row => row.context)), of: row => row.context, text: String },
-        { values: paths, of: row => row.path, text: String }, show);
+        { values: paths, of: row => row.path, text: String }, show, { share });
   return draw(id, rows, id, "path");
 }
 
@@ -286,7 +286,7 @@ async function show() {
     ": bytes of K and V over the time of one call of one layer. " +
     (copy ? `This machine's memory copies at ${digits(copy)} GB/s; in brackets the share of that.`
           : "What this machine's memory copies at was not recorded."),
-    value => digits(value) + (copy ? ` (${(100 * value / copy).toFixed(0)}%)` : "")));
+    digits, value => copy ? ` (${(100 * value / copy).toFixed(0)}%)` : ""));
   showRegressions();
   await Promise.all(drawn);
   if (turn !== shows) return;

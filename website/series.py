@@ -34,7 +34,7 @@ WITH_MLX_LM = {
     ),
     "server.Requests.ratio_requests_per_second": (
         ["clients"],
-        "requests a second over mlx_lm.server, {} clients that share a system prompt",
+        "requests a second over mlx_lm.server, clients that share a system prompt: {}",
     ),
     "generate.FirstToken.ratio_first_token": (
         ["cached"],

@@ -68,27 +68,24 @@ function linkOf({ benchmark, sizes, batch, context, block }) {
   return `index.html#${benchmark.name}?${said.join("&")}`;
 }
 
-function numberCell(row, show, picked) {
+function numberCell(row, show, share = () => "") {
   const cell = element("td");
   if (!row) return cell;
-  if (picked) cell.className = "picked";
   if (!known(row)) return Object.assign(cell, { textContent: row.state, title: WHY[row.state] ?? "",
                                                className: row.state === "failed" ? "bad" : "na" });
-  cell.append(element("a", show(row.value), { href: linkOf(row) }), " ", element("small", interval(row, show)));
+  cell.append(element("a", show(row.value), { href: linkOf(row) }), share(row.value), " ", element("small", interval(row, show)));
   return cell;
 }
 
 // A table of rows: `down` and `across` are {title, values, of, text}, `chosen` the line that is marked.
-function pivot(id, rows, down, across, show, { chosen, picked } = {}) {
+function pivot(id, rows, down, across, show, { chosen, share } = {}) {
   const found = new Map(rows.map(row => [`${down.of(row)} ${across.of(row)}`, row]));
   const head = element("tr");
   head.append(element("th", down.title), ...across.values.map(value => element("th", across.text(value))));
   $(id).replaceChildren(head, ...down.values.map(value => {
     const line = element("tr", undefined, { className: value === chosen ? "chosen" : "" });
-    line.append(element("th", down.text(value), { scope: "row" }), ...across.values.map(column => {
-      const row = found.get(`${value} ${column}`);
-      return numberCell(row, show, row && picked?.(row));
-    }));
+    line.append(element("th", down.text(value), { scope: "row" }),
+                ...across.values.map(column => numberCell(found.get(`${value} ${column}`), show, share)));
     return line;
   }));
 }
