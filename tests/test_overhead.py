@@ -34,7 +34,7 @@ def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
         ["a(2)", "", {"machine": "box"}, 1, 3.0, 1.0, [jump]],
     ]
     (tmp_path / "regressions.json").write_text(json.dumps({"regressions": found}))
-    listed = {"a": {"better": "smaller"}, "b": {"better": "larger"}}
+    listed = {"a": {"param_names": ["size"]}, "b": {"better": "larger", "param_names": ["size"]}}
     groups = overhead.causes(tmp_path, {"one": 1, "two": 2, "three": 3}, listed)
     assert [(g["from"], g["to"], len(g["cells"])) for g in groups] == [
         (None, "two", 2),
@@ -46,7 +46,8 @@ def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
     ]
     assert groups[0]["subject"] == "subject of two"
     assert groups[1]["cells"][0]["factor"] == 2.0
-    assert groups[0]["cells"][0] == {"name": "a(2)", "machine": "box", "factor": 3.0}
+    worst = {"name": "a(2)", "machine": "box", "factor": 3.0}
+    assert groups[0]["cells"][0] == {**worst, "benchmark": "a", "params": {"size": "2"}}
 
 
 @pytest.mark.parametrize(

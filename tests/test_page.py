@@ -38,6 +38,10 @@ def site(recorded, tmp_path_factory):
         {"name": f"{STEP}(4, 1024, 32)", "machine": "h100", "factor": 1.25},
         {"name": f"{STEP}(4, 4096, 32)", "machine": "linux-2core", "factor": 1.2},
     ]
+    for cell in cells:
+        name, _, values = cell["name"].partition("(")
+        sizes = dict(zip(("batch", "context", "block_size"), values[:-1].split(", "), strict=True))
+        cell |= {"benchmark": name, "params": sizes}
     before, after = measured_commits(CPU)[-2:]
     cause = {"from": before, "to": after, "after": commit_label(before)}
     cause |= {"commit": commit_label(after), "subject": "Slow it down", "cells": cells}
@@ -315,12 +319,13 @@ def test_regressions_are_of_the_machine_and_lead_to_the_diff(at):
     overhead = at(machine=CPU)
     overhead.page.click("#regressions summary")
     text = overhead.text("#regressions")
-    assert "Slow it down. 1 cells, worst 1.50" in text
+    assert "Slow it down. 1 cell, worst 1.50" in text
     assert "1.25" not in text
     before, after = measured_commits(CPU)[-2:]
     assert f"git diff {before[:8]} {after[:8]} -- pagedkv" in text
     links = overhead.page.eval_on_selector_all("#regressions a", "all => all.map(a => a.href)")
     assert links[0] == f"https://x/compare/{before}...{after}"
+    assert parse_qs(urlsplit(links[1]).fragment.partition("?")[2])["p-context"] == ["1024"]
     overhead.page.click("#regressions button")
     overhead.await_shown({"commit": after[:8], "against": before[:8]})
     assert "1.25" in at(machine="h100").text("#regressions")
@@ -360,7 +365,7 @@ def test_two_commits_are_compared(recorded, site):
         "16384 tokens": ["+50%", "not judged"],
     }
     assert overhead.text("#compare-title").endswith(
-        "Mixed: 1 numbers improved by \u221250%, 1 worsened by +30%, 2 unchanged, "
+        "Mixed: 1 number improved by \u221250%, 1 worsened by +30%, 2 unchanged, "
         "1 without an interval."
     )
     assert "differ by more than 5%." in overhead.text("#compare")

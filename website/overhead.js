@@ -222,7 +222,7 @@ function showRegressions() {
       const made = element("details");
       const between = cause.after ? `between ${cause.after} and ${cause.commit}` : cause.commit;
       const worst = cause.cells[0];
-      made.append(element("summary", `${between}: ${cause.subject}. ${cause.cells.length} cells, worst ${ratio(worst.factor)} × (${worst.name})`));
+      made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, worst ${ratio(worst.factor)} × (${worst.name})`));
       const ways = element("p");
       if (measured(cause.from) && measured(cause.to))
         ways.append(button("side by side", { commit: short(cause.to), against: short(cause.from) },
@@ -232,9 +232,10 @@ function showRegressions() {
         ways.append(element("a", "diff", { href: cause.from ? `${DATA.repository}/compare/${cause.from}...${cause.to}`
                                                             : `${DATA.repository}/commit/${cause.to}` }), " · ");
       ways.append(element("code", `git diff ${range} -- pagedkv`));
-      made.append(ways, ...cause.cells.map(({ name, factor }) => {
+      made.append(ways, ...cause.cells.map(({ name, factor, benchmark, params }) => {
         const line = element("div", `${ratio(factor)} × `);
-        line.append(element("a", name, { href: `index.html#${name.split("(")[0]}?machine=${encodeURIComponent(machine)}` }));
+        const href = linkOf({ benchmark: { name: benchmark, params: Object.keys(params) }, sizes: Object.values(params) });
+        line.append(element("a", name, { href }));
         return line;
       }));
       return made;

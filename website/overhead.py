@@ -36,9 +36,14 @@ def causes(html_dir, revisions, benchmarks):
         first, last, *_ = jumps[-1]
         key = hashes.get(first), hashes[last]
         cells = groups.setdefault(key, [])
-        larger = benchmarks.get(name.split("(")[0], {}).get("better") == "larger"
+        # As asv has it: the benchmark, and in brackets the values of its parameters.
+        benchmark, _, said = name.partition("(")
+        about = benchmarks[benchmark]
+        sizes = dict(zip(about["param_names"], said[:-1].split(", "), strict=False))
+        larger = about.get("better") == "larger"
         factor = best / max(now, 1e-9 * best) if larger else now / best
-        cells.append({"name": name, "machine": params.get("machine"), "factor": factor})
+        cell = {"name": name, "machine": params.get("machine"), "factor": factor}
+        cells.append({**cell, "benchmark": benchmark, "params": sizes})
     return [
         {
             "from": before,

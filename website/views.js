@@ -25,6 +25,7 @@ const ratio = value => value.toFixed(2);
 // Three digits, and no power of ten.
 const digits = value => value >= 100 ? value.toFixed(0) : value.toPrecision(3);
 const interval = (row, show) => row.low === null ? "" : `[${show(row.low)}, ${show(row.high)}]`;
+const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const percent = change => `${change < 1 ? "−" : "+"}${Math.abs(100 * (change - 1)).toFixed(0)}%`;
 
 const WHY = {
@@ -141,6 +142,6 @@ function sentence(judged) {
   };
   const [better, worse, same, open] = ["improved", "worsened", "unchanged", "not judged"].map(of);
   const word = better.length && worse.length ? "Mixed" : better.length ? "Improved" : worse.length ? "Worsened" : "Unchanged";
-  return `${word}: ${better.length} numbers improved${span(better)}, ${worse.length} worsened${span(worse)}, ` +
+  return `${word}: ${many(better.length, "number")} improved${span(better)}, ${worse.length} worsened${span(worse)}, ` +
     `${same.length} unchanged` + (open.length ? `, ${open.length} without an interval.` : ".");
 }
