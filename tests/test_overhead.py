@@ -33,16 +33,27 @@ def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
         ["b(1)", "", {}, 0, 0.5, 1.0, [[1, 3, 1.0, 0.5]]],
         ["a(2)", "", {"machine": "box"}, 1, 3.0, 1.0, [jump]],
     ]
-    (tmp_path / "regressions.json").write_text(json.dumps({"regressions": found}))
-    listed = {"a": {"param_names": ["size"]}, "b": {"better": "larger", "param_names": ["size"]}}
+    reason = {"commit": "two", "reason": "worth it", "link": "https://x"}
+    accepted = {**reason, "regression": ["c(1)", "", {"machine": "box"}, 0, 2.0, 1.0, [jump]]}
+    written = {"regressions": found, "accepted": [accepted]}
+    (tmp_path / "regressions.json").write_text(json.dumps(written))
+    about = {"param_names": ["size"]}
+    listed = {"a": about, "b": {"better": "larger", **about}, "c": about}
     groups = overhead.causes(tmp_path, {"one": 1, "two": 2, "three": 3}, listed)
     assert [(g["from"], g["to"], len(g["cells"])) for g in groups] == [
         (None, "two", 2),
         ("one", "three", 1),
+        (None, "two", 1),
+    ]
+    assert [g["accepted"] for g in groups] == [
+        None,
+        None,
+        {"reason": "worth it", "link": "https://x"},
     ]
     assert [(g["after"], g["commit"]) for g in groups] == [
         (None, "label of two"),
         ("label of one", "label of three"),
+        (None, "label of two"),
     ]
     assert groups[0]["subject"] == "subject of two"
     assert groups[1]["cells"][0]["factor"] == 2.0

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from benchmarks.common import kv_bytes
+from tracking.noise import Noise
 from tracking.results import ATTENTION, BOUND, MISSING, NAMES, RESULTS, STEP, TOKENS, Value
 from website import overhead, series
 
@@ -49,11 +50,30 @@ def test_missing_failed_and_known_are_told_apart():
             ROWS: {CELL: Value(math.nan, why="too slow")},
         },
     ]
-    [one] = series.benchmarks_of(tables)  # no cell of ROWS has a number, nor has BIG
+    [one] = series.benchmarks_of(tables, Noise())  # no cell of ROWS has a number, nor has BIG
     assert (one["name"], one["measure"], one["path"]) == (ATTENTION, "attention", "auto")
     assert one["params"] == ["batch", "context", "block_size"]
     assert one["cells"] == [[1, 1024, 32]]
     assert one["values"] == [[[2.0, 1.9, 2.1], "failed"]]
+
+
+def test_a_ratio_has_the_threshold_of_its_series():
+    noise = Noise((f"{STEP}(1, 1024, 32)", "code", 1 + 0.001 * (i % 3)) for i in range(12))
+    [one] = series.benchmarks_of([{STEP: {CELL: value(1.0), BIG: value(2.0)}}], noise)
+    quiet, big = (noise.threshold(f"{STEP}({', '.join(cell)})") for cell in (CELL, BIG))
+    assert one["thresholds"] == [[quiet.factor, quiet.show()], [big.factor, big.show()]]
+    assert quiet.source == "series"
+
+
+def test_broken_noise_is_said_and_thresholds_are_guesses(tmp_path, monkeypatch, recorded):
+    said = []
+    monkeypatch.setattr(series.log, "warning", said.append)
+    shutil.copytree(RESULTS / "h200", tmp_path / "h200")
+    (tmp_path / "h200/noise.csv").write_text("broken\n")
+    [one] = overhead.gather(tmp_path)["series"]
+    [step] = [b for b in one["benchmarks"] if b["name"] == STEP]
+    assert step["thresholds"][0] == [1.05, "±5.0%, a guess"]
+    assert "h200/noise.csv" in said[0]
 
 
 @pytest.mark.parametrize(("measure", "name"), list(zip(series.RATIOS, NAMES, strict=True)))
@@ -80,13 +100,13 @@ def test_a_benchmark_has_a_measure_and_a_path(name, measure):
 
 
 def test_whole_models_have_blocks_of_one_size():
-    [one] = series.benchmarks_of([{TOKENS: {("8", "512"): value(1.5)}}])
+    [one] = series.benchmarks_of([{TOKENS: {("8", "512"): value(1.5)}}], Noise())
     assert (one["params"], one["cells"]) == (["sequences", "context"], [[8, 512, 32]])
 
 
 def test_a_call_has_the_bytes_that_it_reads():
     table = {"decode.Auto.time_decode": {CELL: value(1e-3), BIG: value(1e-2)}}
-    [one] = series.benchmarks_of([table])
+    [one] = series.benchmarks_of([table], Noise())
     assert one["bytes"] == [2 * 1024 * 8 * 128 * 2, kv_bytes(4, 32768, 32)]
 
 
@@ -97,7 +117,7 @@ def test_a_measure_without_a_number_has_reasons():
         TOKENS: {},
     }
     tables = [table, {BOUND: {CELL: Value(math.nan, why="too slow")}}]
-    found = series.reasons(tables, series.benchmarks_of(tables))
+    found = series.reasons(tables, series.benchmarks_of(tables, Noise()))
     assert found == {"tokens": [], "bound": ["failed", "lacks", "too slow"], "attention": []}
 
 
@@ -106,7 +126,7 @@ def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
         "generate.Forks.track_memory": {("4096", "1"): Value(1.06), ("512", "0"): value(1.0)},
         "server.Requests.ratio_requests_per_second": {("32",): value(1.7), ("1",): MISSING},
     }
-    requests, forks = series.benchmarks_of([table])
+    requests, forks = series.benchmarks_of([table], Noise())
     assert requests["what"] == [
         "requests a second over mlx_lm.server, clients that share a system prompt: 32"
     ]

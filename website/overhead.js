@@ -84,6 +84,11 @@ function showMeasure(measure, number) {
   part("phases-table").hidden = !several;
   pivot(`${measure}-phases-table`, rows, { title: "commit", values: span.toReversed(), of: row => row.commit, text: c => commits[c].label },
         context(rows), ratio, { chosen: number });
+  const heads = [...part("phases-table").rows[0].cells].slice(1);
+  numbers(rows.map(row => row.context)).forEach((size, i) => {
+    const cell = ofBatch.find(cell => cell.context === size);
+    heads[i].append(" ", element("small", moves(cell), { title: cell.threshold[1] }));
+  });
 
   const facts = measure !== "tokens" ? [] : benchmarks.filter(b => b.measure === "facts").flatMap(benchmark =>
     benchmark.what.map((what, i) => ({ what, benchmark, sizes: benchmark.cells[i], ...read(benchmark.values[i][number]) }))).filter(known);
@@ -97,13 +102,17 @@ function showMeasure(measure, number) {
   return draw(measure === "tokens" ? "tokens" : "phases", several ? rows : [], `${measure}-phases`, "context");
 }
 
+// How far a series moves between runs of identical code.
+const moves = ({ threshold: [factor, words] }) => `±${(100 * (factor - 1)).toFixed(0)}%` + (words.endsWith("guess") ? "?" : "");
+const thresholdCell = cell => element("td", moves(cell), { title: cell.threshold[1] });
+
 function showComparison(number) {
   const { commits } = series();
   const other = numberOf(chosen.against);
   const pairs = other < 0 ? [] : cellsOf(series()).filter(cell => MEASURES.includes(cell.measure) && hasNumber(number)(cell) && hasNumber(other)(cell));
   const judged = pairs.map(cell => {
     const [was, is] = [at(cell, other), at(cell, number)];
-    return { cell, was, is, change: is.value / was.value, verdict: verdict(was, is, THRESHOLD, larger(cell.measure)) };
+    return { cell, was, is, change: is.value / was.value, verdict: verdict(was, is, cell.threshold[0], larger(cell.measure)) };
   });
   const labels = other < 0 ? [] : [commits[other].label, commits[number].label];
   say("compare-title", judged.length ? `${labels[0]} → ${labels[1]}. ${sentence(judged)}`
@@ -112,13 +121,13 @@ function showComparison(number) {
   shown.sort((a, b) => MEASURES.indexOf(a.cell.measure) - MEASURES.indexOf(b.cell.measure) || Math.abs(Math.log(b.change)) - Math.abs(Math.log(a.change)));
   $("compare-table").hidden = !shown.length;
   const head = element("tr");
-  head.append(...["measure and cell", ...labels, "change", ""].map(text => element("th", text)));
+  head.append(...["measure and cell", ...labels, "change", "threshold", ""].map(text => element("th", text)));
   $("compare-table").replaceChildren(head, ...shown.map(({ cell, was, is, change, verdict }) => {
     const line = element("tr");
     const path = cell.measure === "attention" ? `, ${cell.path}` : "";
     line.append(element("th", `${title(cell.measure)}: batch ${cell.batch}, ${cell.context} tokens` +
                 (cell.measure === "tokens" ? "" : `, blocks of ${cell.block}`) + path, { scope: "row" }),
-      numberCell(was, ratio), numberCell(is, ratio), element("td", percent(change)),
+      numberCell(was, ratio), numberCell(is, ratio), element("td", percent(change)), thresholdCell(cell),
       element("td", verdict, { className: { improved: "good", worsened: "bad" }[verdict] ?? "na" }));
     return line;
   }));
@@ -217,13 +226,16 @@ function showRegressions() {
   const measured = hash => hash && commits.some(commit => commit.hash === hash);
   $("regressions").replaceChildren(
     element("p", retired ? `None is looked for on ${machine}, which is retired: ${retired}`
-      : found.length ? `On ${machine}, by the commit that caused them:` : `None on ${machine}.`),
+      : found.length ? `On ${machine}, by the commit that caused them; accepted ones raise no alarm:`
+      : `None on ${machine} in series whose noise is recorded.`),
     ...found.map(cause => {
       const made = element("details");
       const between = cause.after ? `between ${cause.after} and ${cause.commit}` : cause.commit;
-      const worst = cause.cells[0];
-      made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, worst ${ratio(worst.factor)} × (${worst.name})`));
+      const worst = cause.cells[0], accepted = cause.accepted;
+      made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, worst ${ratio(worst.factor)} × (${worst.name})` +
+        (accepted ? `. Accepted: ${accepted.reason}` : "")));
       const ways = element("p");
+      if (accepted) ways.append(element("a", "why", { href: accepted.link }), " · ");
       if (measured(cause.from) && measured(cause.to))
         ways.append(button("side by side", { commit: short(cause.to), against: short(cause.from) },
                            () => $("compare").scrollIntoView()), " · ");

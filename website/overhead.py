@@ -28,13 +28,20 @@ SCRIPTS = [Path(__file__).with_name(name) for name in ("views.js", "choices.js",
 
 
 def causes(html_dir, revisions, benchmarks):
-    """Group the published regressions by the commit, or range of commits, that caused them."""
+    """Group the published regressions by the commit, or range of commits, that caused them.
+
+    What was accepted is apart, with its reason and link.
+    """
     hashes = {revision: commit for commit, revision in revisions.items()}
-    file = Path(html_dir, "regressions.json")
+    published = load_json(str(Path(html_dir, "regressions.json")))
+    found = [(regression, None) for regression in published["regressions"]]
+    found += [
+        (one["regression"], (one["reason"], one["link"])) for one in published.get("accepted", [])
+    ]
     groups = {}
-    for name, _, params, _, now, best, jumps in load_json(str(file))["regressions"]:
+    for (name, _, params, _, now, best, jumps), accepted in found:
         first, last, *_ = jumps[-1]
-        key = hashes.get(first), hashes[last]
+        key = hashes.get(first), hashes[last], accepted
         cells = groups.setdefault(key, [])
         # As asv has it: the benchmark, and in brackets the values of its parameters.
         benchmark, _, said = name.partition("(")
@@ -51,9 +58,10 @@ def causes(html_dir, revisions, benchmarks):
             "after": before and commit_label(before),
             "commit": commit_label(commit),
             "subject": git("log", "-1", "--format=%s", commit),
+            "accepted": accepted and dict(zip(("reason", "link"), accepted, strict=True)),
             "cells": sorted(cells, key=lambda cell: -cell["factor"]),
         }
-        for (before, commit), cells in groups.items()
+        for (before, commit, accepted), cells in groups.items()
     ]
 
 

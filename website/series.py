@@ -8,10 +8,13 @@ import math
 import re
 from pathlib import Path
 
-from asv.util import load_json
+from asv.console import log
+from asv.util import UserError, load_json
 
 from benchmarks.common import PARAM_NAMES, kv_bytes
 from benchmarks.generate import BLOCK_SIZE, Decode
+from tracking.grid import series_name
+from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
 from tracking.results import MISSING, NUMPY, RESULTS, measured, measured_commits
 from tracking.tables import ADR
@@ -85,10 +88,11 @@ def _cells(tables, name):
     return sorted(known, key=lambda cell: [int(x) for x in cell])
 
 
-def benchmarks_of(tables):
+def benchmarks_of(tables, noise):
     """Return what the page shows of tables by commit: a dictionary for each benchmark.
 
     `cells` are (batch, context, block size), of facts nothing; `values` are by cell and commit.
+    `thresholds` of ratios are (factor, in words) by cell, from the machine's `noise`.
 
     Raises
     ------
@@ -112,6 +116,9 @@ def benchmarks_of(tables):
             one["what"] = [words.format(*cell) for cell in cells]
         if measure == "tokens":
             sizes = [[*size, BLOCK_SIZE] for size in sizes]
+        if measure in RATIOS:
+            found = [noise.threshold(series_name(name, cell)) for cell in cells]
+            one["thresholds"] = [[_number(t.factor, 4), t.show()] for t in found]
         if measure == "time":
             one["bytes"] = [kv_bytes(*size) for size in sizes]
         values = [[entry(t.get(name, {}).get(cell, MISSING)) for t in tables] for cell in cells]
@@ -156,6 +163,15 @@ def _numpy_versions(tables):
     return " and ".join(dict.fromkeys(said))
 
 
+def _noise(machine, results):
+    """Return the Noise of a machine, that of no runs if what was recorded is broken."""
+    try:
+        return recorded_noise(machine, results)
+    except UserError as error:
+        log.warning(f"the thresholds of {machine} are guesses: {error}")
+        return Noise()
+
+
 def series_of(machine, environment, results=RESULTS, commits=None):
     """Return what the page shows of one machine in one environment, at all commits or at some."""
     commits = measured_commits(machine, results, environment) if commits is None else commits
@@ -167,7 +183,7 @@ def series_of(machine, environment, results=RESULTS, commits=None):
     about = [str(record[key]) for key in ("cpu", "ram", "os") if record.get(key)]
     about.append(f"NumPy {_numpy_versions(tables)}")
     retired = folder / RETIRED
-    shown = benchmarks_of(tables)
+    shown = benchmarks_of(tables, _noise(machine, results))
     labels, titles = commit_labels(commits), subjects(commits)
     return {
         "machine": machine,

@@ -2,7 +2,6 @@
 const CHARTS = JSON.parse(document.getElementById("charts").textContent);
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const CROSSOVER = 1.15;
-const THRESHOLD = 1.05; // a change of less is none; as in overhead.html
 const $ = id => document.getElementById(id);
 
 // What was measured in a series is unpacked when it is looked at first.
@@ -43,7 +42,7 @@ function cellsOf(one) {
   one.flat ??= one.benchmarks.filter(b => b.measure !== "facts").flatMap(benchmark =>
     benchmark.cells.map(([batch, context, block], i) => ({
       benchmark, batch, context, block, measure: benchmark.measure, path: benchmark.path,
-      bytes: benchmark.bytes?.[i], values: benchmark.values[i],
+      bytes: benchmark.bytes?.[i], threshold: benchmark.thresholds?.[i], values: benchmark.values[i],
     })));
   return one.flat;
 }
