@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from asv.util import load_json
 
+from tracking.project import asv_settings
 from tracking.repository import ROOT
 from website import offline
 
@@ -92,6 +93,12 @@ def test_publish_refuses_a_script_it_does_not_know(page):
     with pytest.raises(offline.UserError, match=r"jquery-4\.0\.0\.min\.js"):
         publish(page)
     assert (page / "index.html").read_text() == text
+
+
+def test_make_bench_ends_with_the_page_that_opens_from_a_disk():
+    [recipe] = re.findall(r"^bench:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    folder = asv_settings()["html_dir"]
+    assert f"page: file://$(CURDIR)/{folder}/overhead.html " in recipe
 
 
 def test_workflows_run_make_targets_that_exist():
