@@ -9,7 +9,8 @@ function showCard(measure, number) {
   const now = rows.filter(known);
   const words = text => made.append(element("small", text));
   if (!now.length) {
-    words(found.length ? `Not measured at batch ${chosen.batch}${measure === "tokens" ? "" : `, blocks of ${chosen.block}`}: ${why(rows)}.` : notMeasured(measure));
+    const where = `batch ${chosen.batch}${measure === "tokens" ? "" : `, blocks of ${chosen.block}`}`;
+    words(found.length ? `Not measured at ${where}: ${why(rows)}.` : notMeasured(measure));
     const elsewhere = numbers(found.filter(cell => inBlock(cell) && hasNumber(number)(cell)).map(cell => cell.batch));
     if (elsewhere.length) words("It was at batch ");
     elsewhere.forEach((batch, i) => made.lastChild.append(...i ? [", "] : [], button(batch, { batch })));
@@ -37,7 +38,8 @@ function showCard(measure, number) {
 
 // Marks a cell in the table of a measure and goes to it.
 function pick(measure, { batch, context }) {
-  const table = $(`${measure}-now`), column = [...table.rows[0].cells].findIndex(cell => cell.textContent === `${context} tokens`);
+  const table = $(`${measure}-now`), heads = [...table.rows[0].cells];
+  const column = heads.findIndex(cell => cell.textContent === `${context} tokens`);
   const line = [...table.rows].find(row => row.cells[0].textContent === String(batch));
   line.cells[column].classList.add("picked");
   line.cells[column].scrollIntoView({ block: "center" });
@@ -68,22 +70,23 @@ function showMeasure(measure, number) {
   if (found.length && !any && latest >= 0)
     part("now-title").append(button(`It was at ${commits[latest].short}.`, { commit: short(commits[latest].hash) }));
   part("now").hidden = !any;
-  pivot(`${measure}-now`, now, { title: "batch", values: numbers(now.map(row => row.batch)), of: row => row.batch, text: String },
-        context(now), ratio, { chosen: +chosen.batch });
+  const batches = { title: "batch", values: numbers(now.map(row => row.batch)), of: row => row.batch, text: String };
+  pivot(`${measure}-now`, now, batches, context(now), ratio, { chosen: +chosen.batch });
 
   const ofBatch = inBlocks.filter(inBatch), span = spanOf(ofBatch);
   const rows = ofBatch.flatMap(cell => span.map(commit => ({ ...at(cell, commit), label: commits[commit].short })));
   rows.sort((a, b) => a.commit - b.commit || a.context - b.context);
   const over = `Over commits, batch ${chosen.batch}${where && ", " + where}`;
   const measured = commits.filter((_, other) => ofBatch.some(hasNumber(other))).length;
-  say(`${measure}-phases-title`, !inBlocks.length ? "" : !span.length ? `${over}: not measured, ${why(ofBatch.map(cell => at(cell, number)))}.`
+  say(`${measure}-phases-title`, !inBlocks.length ? ""
+    : !span.length ? `${over}: not measured, ${why(ofBatch.map(cell => at(cell, number)))}.`
     : span.length === 1 ? `${over}: measured at ${commits[span[0]].label} alone.`
     : span.length < measured ? `${over}: ${span.length} of ${measured} commits, newest first in the table`
     : `${over}, newest first in the table`);
   const several = span.length > 1;
   part("phases-table").hidden = !several;
-  pivot(`${measure}-phases-table`, rows, { title: "commit", values: span.toReversed(), of: row => row.commit, text: c => commits[c].label },
-        context(rows), ratio, { chosen: number });
+  const newestFirst = { title: "commit", values: span.toReversed(), of: row => row.commit, text: c => commits[c].label };
+  pivot(`${measure}-phases-table`, rows, newestFirst, context(rows), ratio, { chosen: number });
   const heads = [...part("phases-table").rows[0].cells].slice(1);
   numbers(rows.map(row => row.context)).forEach((size, i) => {
     const cell = ofBatch.find(cell => cell.context === size);
@@ -91,7 +94,8 @@ function showMeasure(measure, number) {
   });
 
   const facts = measure !== "tokens" ? [] : benchmarks.filter(b => b.measure === "facts").flatMap(benchmark =>
-    benchmark.what.map((what, i) => ({ what, benchmark, sizes: benchmark.cells[i], ...read(benchmark.values[i][number]) }))).filter(known);
+    benchmark.what.map((what, i) => ({ what, benchmark, sizes: benchmark.cells[i], ...read(benchmark.values[i][number]) })))
+    .filter(known);
   say(`${measure}-facts-title`, facts.length ? `With mlx-lm besides, at ${label}` : "");
   part("facts").hidden = !facts.length;
   part("facts").replaceChildren(...facts.map(fact => {
@@ -100,37 +104,6 @@ function showMeasure(measure, number) {
     return line;
   }));
   return draw(measure === "tokens" ? "tokens" : "phases", several ? rows : [], `${measure}-phases`, "context");
-}
-
-// How far a series moves between runs of identical code.
-const moves = ({ threshold: [factor, words] }) => `±${(100 * (factor - 1)).toFixed(0)}%` + (words.endsWith("guess") ? "?" : "");
-const thresholdCell = cell => element("td", moves(cell), { title: cell.threshold[1] });
-
-function showComparison(number) {
-  const { commits } = series();
-  const other = numberOf(chosen.against);
-  const pairs = other < 0 ? [] : cellsOf(series()).filter(cell => MEASURES.includes(cell.measure) && hasNumber(number)(cell) && hasNumber(other)(cell));
-  const judged = pairs.map(cell => {
-    const [was, is] = [at(cell, other), at(cell, number)];
-    return { cell, was, is, change: is.value / was.value, verdict: verdict(was, is, cell.threshold[0], larger(cell.measure)) };
-  });
-  const labels = other < 0 ? [] : [commits[other].label, commits[number].label];
-  say("compare-title", judged.length ? `${labels[0]} → ${labels[1]}. ${sentence(judged)}`
-    : "No number of these two commits is of the same cell, so nothing can be compared.");
-  const shown = judged.filter(row => chosen.changes === "all" || ["improved", "worsened"].includes(row.verdict));
-  shown.sort((a, b) => MEASURES.indexOf(a.cell.measure) - MEASURES.indexOf(b.cell.measure) || Math.abs(Math.log(b.change)) - Math.abs(Math.log(a.change)));
-  $("compare-table").hidden = !shown.length;
-  const head = element("tr");
-  head.append(...["measure and cell", ...labels, "change", "threshold", ""].map(text => element("th", text)));
-  $("compare-table").replaceChildren(head, ...shown.map(({ cell, was, is, change, verdict }) => {
-    const line = element("tr");
-    const path = cell.measure === "attention" ? `, ${cell.path}` : "";
-    line.append(element("th", `${title(cell.measure)}: batch ${cell.batch}, ${cell.context} tokens` +
-                (cell.measure === "tokens" ? "" : `, blocks of ${cell.block}`) + path, { scope: "row" }),
-      numberCell(was, ratio), numberCell(is, ratio), element("td", percent(change)), thresholdCell(cell),
-      element("td", verdict, { className: { improved: "good", worsened: "bad" }[verdict] ?? "na" }));
-    return line;
-  }));
 }
 
 // What was measured of each path, at the chosen commit, batch and block size.
@@ -232,8 +205,8 @@ function showRegressions() {
       const made = element("details");
       const between = cause.after ? `between ${cause.after} and ${cause.commit}` : cause.commit;
       const worst = cause.cells[0], accepted = cause.accepted;
-      made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, worst ${ratio(worst.factor)} × (${worst.name})` +
-        (accepted ? `. Accepted: ${accepted.reason}` : "")));
+      made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, ` +
+        `worst ${ratio(worst.factor)} × (${worst.name})` + (accepted ? `. Accepted: ${accepted.reason}` : "")));
       const ways = element("p");
       if (accepted) ways.append(element("a", "why", { href: accepted.link }), " · ");
       if (measured(cause.from) && measured(cause.to))
@@ -274,7 +247,8 @@ async function show() {
   const { about, environment, retired, commits, copy } = series();
   const number = numberOf(chosen.commit);
   say("about", `${about}; environment ${environment}` + (retired ? `. Retired: ${retired}` : ""));
-  say("printed", `${chosen.machine}, ${commits[number].label}, batch ${chosen.batch}, blocks of ${chosen.block} tokens, attention path ${chosen.path}`);
+  say("printed", `${chosen.machine}, ${commits[number].label}, batch ${chosen.batch}, blocks of ${chosen.block} tokens, ` +
+    `attention path ${chosen.path}`);
   showNavigation();
   $("headline").replaceChildren(...MEASURES.map(measure => showCard(measure, number)));
   const drawn = MEASURES.map(measure => showMeasure(measure, number));

@@ -24,7 +24,10 @@ from website.charts import CHARTS, colours, paint
 from website.series import LARGER, series_of
 
 TEMPLATE = Path(__file__).with_name("overhead.html")
-SCRIPTS = [Path(__file__).with_name(name) for name in ("views.js", "choices.js", "overhead.js")]
+SCRIPTS = [
+    Path(__file__).with_name(f"{name}.js")
+    for name in ("views", "choices", "comparison", "overhead")
+]
 
 
 def causes(html_dir, revisions, benchmarks):

@@ -94,8 +94,8 @@ function pivot(id, rows, down, across, show, { chosen, share } = {}) {
 function draw(chart, rows, id, by) {
   const lines = Object.values(Object.groupBy(rows.filter(known), row => row[by]));
   const drawn = lines.filter(line => line.length > 1).flat();
-  const lone = lines.filter(line => line.length === 1).map(([row]) =>
-    `${row[by]}${by === "context" ? " tokens" : ""} (${ratio(row.value)} at ${by === "context" ? row.label : `${row.context} tokens`})`);
+  const lone = lines.filter(line => line.length === 1).map(([row]) => by === "context"
+    ? `${row.context} tokens (${ratio(row.value)} at ${row.label})` : `${row.path} (${ratio(row.value)} at ${row.context} tokens)`);
   say(`${id}-lone`, lone.length ? `Measured once and so no line: ${lone.join(", ")}.` : "");
   $(id).hidden = !drawn.length;
   if (!drawn.length) return $(id).replaceChildren();
@@ -120,27 +120,4 @@ function rangeOf(rows) {
   const values = rows.map(row => row.value);
   const [least, most] = [Math.min(...values), Math.max(...values)].map(ratio);
   return least === most ? least : `${least}–${most}`;
-}
-
-// Whether a number changed from one commit to another: "improved", "worsened", "unchanged" or why that is not known.
-function verdict(before, after, threshold, larger) {
-  if (!known(before) || !known(after)) return "not comparable";
-  const change = after.value / before.value;
-  if (before.low === null || after.low === null) return "not judged";
-  const apart = after.high < before.low || before.high < after.low;
-  if (!apart || Math.max(change, 1 / change) <= threshold) return "unchanged";
-  return (change > 1) === larger ? "improved" : "worsened";
-}
-
-// One sentence over all verdicts of a comparison.
-function sentence(judged) {
-  const of = name => judged.filter(row => row.verdict === name);
-  const span = rows => {
-    const changes = rows.map(row => row.change).sort((a, b) => Math.abs(Math.log(a)) - Math.abs(Math.log(b)));
-    return rows.length ? ` by ${unique([changes[0], changes.at(-1)].map(percent)).join(" to ")}` : "";
-  };
-  const [better, worse, same, open] = ["improved", "worsened", "unchanged", "not judged"].map(of);
-  const word = better.length && worse.length ? "Mixed" : better.length ? "Improved" : worse.length ? "Worsened" : "Unchanged";
-  return `${word}: ${many(better.length, "number")} improved${span(better)}, ${worse.length} worsened${span(worse)}, ` +
-    `${same.length} unchanged` + (open.length ? `, ${open.length} without an interval.` : ".");
 }
