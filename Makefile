@@ -27,7 +27,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish serve table adr compare noise detect week bisect doctor tune record screenshot
+.PHONY: help bench prove publish docs serve table adr compare noise detect week bisect doctor tune record screenshot
 .PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example trace format lock clean
 
@@ -48,6 +48,7 @@ help:
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results and figures into README and docs"
+	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
 	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=4"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
@@ -73,6 +74,12 @@ prove: $(READY) $(BROWSER) website/node_modules
 publish: $(READY) website/node_modules
 	$(BIN)/python -m tracking.history prepare $(OPTIONS)
 	$(BIN)/asv publish
+	@$(MAKE) --no-print-directory docs
+
+DOCS := .asv/html/docs
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d .asv/doctrees . $(DOCS)
+	@cp $(DOCS)/README.html $(DOCS)/index.html
 
 serve: $(READY)
 	$(BIN)/asv preview

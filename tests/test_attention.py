@@ -31,7 +31,7 @@ from pagedkv import (
     paged_attention,
 )
 
-README = Path(__file__).parents[1] / "README.md"
+EXAMPLE = Path(__file__).parents[1] / "docs/package.md"
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -257,8 +257,8 @@ def test_decode_paths_is_read_only():
         DECODE_PATHS["mine"] = DECODE_PATHS["gather_block_major"]
 
 
-def test_the_readmes_example_runs():
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_example_of_the_documentation_runs():
+    examples = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(), re.DOTALL)
     [example] = [text for text in examples if "mlx_lm" not in text]
     names = {}
     exec(example, names)

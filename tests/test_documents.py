@@ -184,8 +184,8 @@ def test_documents_hold_what_results_say(path):
 
 
 def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
-    """What the README says to type for it."""
-    said = re.search(r"--bench '(.*)'", (ROOT / "README.md").read_text())[1]
+    """What the documentation says to type for it."""
+    said = re.search(r"--bench '(.*)'", (ROOT / "docs/measuring.md").read_text())[1]
     params = [[str(x) for x in values] for values in common.GRID]
     for name in (results.STEP, results.BOUND, results.ATTENTION):
         benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_is_used_or_an_error():
-    texts = [ROOT / "README.md", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+    texts = [ROOT / "docs/package.md", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
     words = set(re.findall(r"\w+", " ".join(path.read_text() for path in texts)))
     errors = {name for name in vars(pagedkv.errors) if name.endswith("Error")}
     assert set(pagedkv.__all__) - words - errors - {"__version__"} == set()

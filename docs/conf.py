@@ -1,0 +1,47 @@
+"""The documentation as a site: `make docs`.
+
+Its root is the repository's, so that links between README.md, CONTRIBUTING.md and docs/ hold in
+both. It needs no network, neither to be built nor to be read.
+"""
+
+project = "pagedkv"
+root_doc = "README"
+include_patterns = ["*.md", "docs/**.md"]
+exclude_patterns = [".*", "results", "website"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "pagedkv"
+html_copy_source = False
+html_show_copyright = False
+html_theme_options = {"top_of_page_buttons": []}
+
+autodoc_member_order = "bysource"
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": "object, BaseException, Enum, list, str, tuple",
+}
+default_role = "literal"  # of `names` in docstrings
+
+# Beside the pages; README.md says the same in words.
+CONTENTS = {
+    "Use it": ["package", "api", "api-mlx-lm", "serving", "several-machines"],
+    "Watch it": ["performance", "measuring", "runner"],
+    "Work on it": ["where-things-are", "adr/README", "/CONTRIBUTING", "/CHANGELOG"],
+}
+
+
+def add_contents(app, name, text):
+    """Add the table of contents to the first page: GitHub would show the directive."""
+    if name == root_doc:
+        for caption, pages in CONTENTS.items():
+            entries = "\n".join(page if page[0] == "/" else f"/docs/{page}" for page in pages)
+            text[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
+    elif name == "docs/adr/README":
+        text[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n0*\n```\n"
+
+
+def setup(app):
+    """Register what this file adds to Sphinx."""
+    app.connect("source-read", add_contents)

@@ -1,0 +1,84 @@
+"""The documentation as a site: it builds, no link leads nowhere, every public name is there."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import pagedkv
+from tracking.documents import DOCUMENTS
+from tracking.repository import ROOT
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+pytest.importorskip("sphinx", reason="the site group is not installed")
+import pagedkv.mlx_lm
+
+
+def build(root, site):
+    """Run what `make docs` runs."""
+    command = re.search(r"^docs:.*\n\t\$\(BIN\)/python (.*)", (ROOT / "Makefile").read_text(), re.M)
+    arguments = command[1].replace("$(DOCS)", str(site)).split()
+    command = [sys.executable, *arguments, "-d", str(site.parent / "doctrees")]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    site = tmp_path_factory.mktemp("docs") / "html"
+    done = build(ROOT, site)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [("api", pagedkv), ("api-mlx-lm", pagedkv.mlx_lm)],
+    ids=["pagedkv", "mlx_lm"],
+)
+def test_the_reference_has_every_public_name(site, page, module):
+    documented = set(re.findall(r'<dt class="sig[^>]* id="([^"]+)"', _page(site, f"docs/{page}")))
+    names = {f"{module.__name__}.{name}" for name in module.__all__ if name != "__version__"}
+    assert names <= documented
+
+
+def test_it_needs_no_network(site):
+    load = re.compile(r'<(?:script|link|img)[^>]* (?:src|href)="([^"]+)"')
+    loaded = [
+        address for page in site.rglob("*.html") for address in load.findall(page.read_text())
+    ]
+    assert len(loaded) > 100
+    assert not [address for address in loaded if "//" in address]
+    for file in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\W*https?:", file.read_text()), file
+
+
+def test_the_way_to_every_page_is_beside_the_first(site):
+    first = _page(site, "README")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f'href="{page.relative_to(ROOT).with_suffix(".html")}"' in first, page
+
+
+def test_links_that_lead_nowhere_fail(tmp_path):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/conf.py", tmp_path / "docs")
+    with (tmp_path / "docs/conf.py").open("a") as conf:
+        conf.write("CONTENTS = {}\n")
+    links = "[a](#here) [b](nowhere.md) [c](#nowhere) [d](README.md#nowhere)"
+    (tmp_path / "README.md").write_text(f"# Here\n\n{links}\n")
+    done = build(tmp_path, tmp_path / "html")
+    assert done.returncode == 1
+    assert done.stderr.count("WARNING") == 3
+
+
+def test_make_targets_that_are_named_exist():
+    rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = {target for rule in rules for target in rule.split()}
+    for document in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        named = re.findall(r"(?:^|`|&& )make (?:-k )?([a-z-]+)", document.read_text(), re.M)
+        assert set(named) <= targets, document
+
+
+def _page(site, name):
+    return (site / f"{name}.html").read_text()
