@@ -232,6 +232,11 @@ def test_what_is_measured_needs_no_second_run(size, old, new, recording, tmp_pat
     assert recording.calls == calls
 
 
+def test_a_run_of_head_leaves_phases_out(recording, tmp_path):
+    assert history.run("quick", "box", "cpu", 1, only_head=True) == 0
+    assert [one.commit for one in results.measured("box", tmp_path)] == ["a" * 40]
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(recording, tmp_path):
     """Wherever that was: with each run of asv the last one that saved nothing."""
     assert history.run("quick", "box", "cpu", 1) == 0

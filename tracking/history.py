@@ -57,7 +57,7 @@ def unmeasured(benchmarks, machine, commit, grid, environment, results=RESULTS):
     return [n for n in sorted(benchmarks) if n not in done and asked(benchmarks[n], grid)]
 
 
-def run(grid, machine, backend, rounds):
+def run(grid, machine, backend, rounds, only_head=False):
     """Measure every phase commit and HEAD; what is there already is not measured again."""
     check_history()
     check_suite()
@@ -66,7 +66,8 @@ def run(grid, machine, backend, rounds):
     benchmarks, environment = discover(machine, config), environment_name(config)
     head = git("rev-parse", "HEAD")
     failed = []
-    for commit in [*(commit for commit in phase_commits() if commit != head), head]:
+    phases = [] if only_head else [commit for commit in phase_commits() if commit != head]
+    for commit in [*phases, head]:
         title = git("log", "-1", "--format=%h %s", commit)
         part = "history" if grid == "quick" and commit != head else grid
         names = in_run(unmeasured(benchmarks, machine, commit, part, environment), part)
@@ -107,6 +108,7 @@ def main():
     parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
     parser.add_argument("--machine", help="name in results/ (default: this host's name)")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
+    parser.add_argument("--head", action="store_true", help="measure HEAD and no phase's commit")
     args = parser.parse_args()
     rounds = args.rounds or (1 if args.grid == "quick" else 2)
     try:
@@ -114,7 +116,7 @@ def main():
         if args.command == "prepare":
             return prepare(machine, args.backend)
         acquire()
-        return run(args.grid, machine, args.backend, rounds)
+        return run(args.grid, machine, args.backend, rounds, args.head)
     except (UserError, OSError) as error:
         sys.exit(str(error))
 
