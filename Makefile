@@ -28,7 +28,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 .PHONY: help bench prove publish docs serve table adr compare noise detect week bisect doctor tune record screenshot
-.PHONY: nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
+.PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example trace format lock clean
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo "make week        the same for published regressions: 11 simulated nights, 10 minutes"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
+	@echo "make report      all that a Mac can tell in 30 minutes, as a folder for a pull request"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
@@ -128,6 +129,10 @@ bisect: $(READY)
 WAIT ?= 0
 doctor: $(READY)
 	@$(BIN)/python -m tracking.doctor --wait $(WAIT) $(OPTIONS)
+
+# What somebody with a Mac can tell in half an hour; nobody here has one.
+report: $(READY)
+	$(AWAKE) $(BIN)/python -m tracking.report $(if $(MACHINE),--machine $(MACHINE))
 
 # What the benchmark machine does for main.
 nightly: $(READY)

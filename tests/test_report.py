@@ -1,0 +1,272 @@
+"""`make report`: every step is taken, whatever became of those before; it says nothing private."""
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tracking import project, report, repository
+from tracking.report import Report, Step
+
+SCRIPT = "import os, sys, time; print('said before', flush=True); "
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Another home, and folders of results and logs that are empty."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home/jane"))
+    (tmp_path / "home/jane").mkdir(parents=True)
+    monkeypatch.setattr(report, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(project, "ROOT", tmp_path)
+    project.record_machine("box")
+    return tmp_path
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Make a step of Python text; as a module, because that is what steps are."""
+
+    def make(name, text, minutes=1.0):
+        (tmp_path / f"fake_{name}.py").write_text(SCRIPT + text)
+        return Step(name, minutes, (f"fake_{name}",))
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return make
+
+
+def happened(home):
+    """Return {step: what happened} of the written report."""
+    text = (home / "results/box/report.md").read_text()
+    return dict(re.findall(r"^\| (\w+) \| (.*?) \| \d+ \|$", text, re.M))
+
+
+def test_each_step_survives_the_one_before(home, fake, capfd):
+    steps = [
+        fake("fails", "sys.exit(3)"),
+        fake("raises", "raise RuntimeError('[metal::Device] Unable to build metal library')"),
+        fake("crashes", "os.abort()"),
+        fake("hangs", "time.sleep(600)", minutes=0.02),
+        fake("works", ""),
+    ]
+    Report("box", steps).take()
+    assert happened(home) == {
+        "fails": "failed (exit status 3)",
+        "raises": "failed (exit status 1)",
+        "crashes": f"ended by signal 6 ({signal.strsignal(6)})",
+        "hangs": "stopped after 1 s",
+        "works": "ok",
+    }
+    text = (home / "results/box/report.md").read_text()
+    assert "    RuntimeError: [metal::Device] Unable to build metal library\n" in text
+    assert re.findall("^said before$", capfd.readouterr().out, re.M) == ["said before"] * len(steps)
+
+
+def test_children_end_with_a_step(home, fake):
+    child = home / "child"
+    step = fake(
+        "parent",
+        "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"open({str(child)!r}, 'w').write(str(child.pid)); time.sleep(1)",
+    )
+    Report("box", [step]).take()
+    number = child.read_text()
+    for _ in range(100):  # dead, it stays listed until somebody has taken note of it
+        listed = subprocess.run(["ps", "-o", "stat=", "-p", number], capture_output=True, text=True)
+        if listed.stdout.strip()[:1] in ("", "Z"):
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail(f"process {number} runs on")
+
+
+def test_what_is_out_of_time_is_not_begun(home, fake):
+    Report("box", [fake("late", "")]).take(minutes=0)
+    assert happened(home) == {"late": "not run, no time was left"}
+
+
+def test_what_succeeded_is_not_done_again_at_the_same_commit(home, fake, monkeypatch):
+    count = home / "count"
+    counted = fake("counted", f"open({str(count)!r}, 'a').write('.')")
+    Report("box", [counted, fake("other", "sys.exit(1)")]).take()
+    Report("box", [counted, fake("other", "")]).take()
+    assert happened(home) == {"counted": "ok", "other": "ok"}
+    assert count.read_text() == "."
+    monkeypatch.setattr(report, "git", lambda *_: "another commit")
+    Report("box", [counted]).take()
+    assert count.read_text() == ".."
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"commit": 1}', '{"steps": {}}'])
+def test_a_broken_file_of_what_was_done_is_begun_anew(home, fake, broken):
+    (home / "logs/box").mkdir(parents=True)
+    (home / "logs/box/steps.json").write_text(broken)
+    Report("box", [fake("works", "")]).take()
+    assert happened(home) == {"works": "ok"}
+
+
+MAIN = """
+import sys
+from pathlib import Path
+from tracking import report
+home = Path(sys.argv.pop(1))
+report.ROOT, report.LOGS, report.RESULTS = home, home / "logs", home / "results"
+report.steps_on = lambda machine: [
+    report.Step("first", 1, ("fake_first",)),
+    report.Step("second", 1, ("fake_second",)),
+    report.Step("third", 1, ("fake_third",)),
+]
+sys.exit(report.main())
+"""
+
+
+def start(home):
+    command = [sys.executable, "-c", MAIN, str(home), "--machine", "box"]
+    env = {**os.environ, "PYTHONPATH": f"{home}:{repository.ROOT}"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_in_the_middle_it_goes_on(home, fake, number):
+    fake("first", "")
+    fake("second", f"open({str(home / 'begun')!r}, 'w'); time.sleep(600)")
+    fake("third", "sys.exit(1)")
+    process = start(home)
+    while not (home / "begun").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = (text.decode() for text in process.communicate(timeout=60))
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert out.endswith("interrupted: `make report MACHINE=box` goes on\n")
+    assert happened(home) == {"first": "ok", "second": "interrupted", "third": "not run"}
+    fake("second", "")
+    process = start(home)
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0
+    assert "first: done before" in out
+    assert happened(home) == {"first": "ok", "second": "ok", "third": "failed (exit status 1)"}
+    commands = re.findall(r"^    (git .*)$", out, re.M)
+    assert commands == [
+        "git add --force results/box",
+        "git commit --message 'Results of box' results/box",
+        "git push origin HEAD:refs/heads/box",
+    ]
+
+
+def test_the_commands_make_a_branch_of_the_results(tmp_path):
+    def git(*args, cwd):
+        subprocess.run(["git", *args], cwd=cwd, check=True, capture_output=True)
+
+    git("init", "--bare", "fork.git", cwd=tmp_path)
+    git("clone", "fork.git", "clone", cwd=tmp_path)
+    clone = tmp_path / "clone"
+    for name in ("name", "email"):
+        git("config", f"user.{name}", "tester", cwd=clone)
+    (clone / ".gitignore").write_text("/results/\n")
+    (clone / "results/box").mkdir(parents=True)
+    (clone / "results/box/report.md").write_text("here")
+    (clone / "results/other").mkdir()
+    (clone / "results/other/report.md").write_text("not this")
+    for command in report.pull_request("box").splitlines():
+        subprocess.run(command, shell=True, cwd=clone, check=True, capture_output=True)
+    listed = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "box"],
+        cwd=tmp_path / "fork.git",
+        capture_output=True,
+        text=True,
+    )
+    assert listed.stdout == "results/box/report.md\n"
+
+
+def test_nothing_private_is_in_the_folder(home, fake, monkeypatch):
+    monkeypatch.setattr(platform, "node", lambda: "janes-mac.local")
+    where = f"{home}/home/jane/lib.py on janes-mac.local (janes-mac) by jane in {repository.ROOT}/x"
+    Report("box", [fake("tells", f"print({where!r}); print('janet')")]).take()
+    [file] = (home / "results/box").iterdir()
+    text = file.read_text()
+    assert "~/lib.py on … (…) by … in ./x" in text
+    assert "janet" in text
+    assert not re.search(r"jane\b|janes-mac", text)
+
+
+def test_recorded_results_tell_of_nobody():
+    for file in (repository.ROOT / "results").rglob("*.json"):
+        assert not re.search(r"/home/|/Users/|/root/|\.local\b", file.read_text()), file
+
+
+CHIPS = {
+    ("Apple M2 Max", 32 * 2**30): "apple-m2-max-32gb",
+    ("Intel(R) Xeon(R) CPU @ 2.20GHz", 13 * 2**30): "intel-xeon-13gb",
+    ("", 8 * 2**30 - 10**7): "arm64-8gb",
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=CHIPS.values())
+def test_a_machine_is_named_after_chip_and_memory(chip, home, monkeypatch):
+    about = {"cpu": chip[0], "ram": str(chip[1]), "arch": "arm64", "machine": "janes-mac"}
+    monkeypatch.setattr(report.Machine, "get_defaults", lambda: dict(about))
+    name, results = CHIPS[chip], home / "results"
+    assert report.default_name(results) == name
+    (results / name).mkdir(parents=True)  # of somebody else
+    assert report.default_name(results) == f"{name}-2"
+    (results / f"{name}-2").mkdir()
+    assert report.default_name(results) == f"{name}-3"
+    own = {name: {"machine": name}, "version": 1}
+    (home / "home/jane/.asv-machine.json").write_text(json.dumps(own))
+    assert report.default_name(results) == name
+
+
+def test_the_steps_are_commands_that_exist():
+    steps = report.steps_on("box")
+    assert [step.name for step in steps] == [
+        "doctor",
+        "tests",
+        "tune",
+        "headlines",
+        "noise",
+        "quick grid",
+    ]
+    for step in steps:
+        files = [word for word in step.command if word.startswith("tests/")]
+        assert all((repository.ROOT / file).exists() for file in files)
+        if step.command[0].startswith("tracking."):
+            command = [sys.executable, "-m", *step.command, "--help"]
+            assert subprocess.run(command, cwd=repository.ROOT, capture_output=True).returncode == 0
+
+
+def test_it_begins_where_mlx_cannot_be_imported():
+    """What is broken on that Mac is what it is to tell."""
+    code = "import sys; sys.modules['mlx'] = None; import tracking.report"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository.ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+BROKEN_METAL = """
+def pytest_collection_finish(session):
+    import emulator
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("[metal::Device] Unable to build metal library from source")
+
+    emulator.Emulator.kernel = kernel
+"""
+
+
+def test_kernels_that_raise_are_told(home, monkeypatch):
+    (home / "broken_metal.py").write_text(BROKEN_METAL)
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    tests = Step("tests", 1, ("pytest", "-p", "broken_metal", "--maxfail=1", "tests/test_fused.py"))
+    Report("box", [tests]).take()
+    assert happened(home) == {"tests": "failed (exit status 1)"}
+    text = (home / "results/box/report.md").read_text()
+    assert "Unable to build metal library from source" in text

@@ -1,0 +1,252 @@
+"""What a Mac that somebody else owns says of this package, in half an hour: `make report`.
+
+Each step is a command of its own with a limit on its time. One that fails, hangs or crashes stops
+none of those after it. What happened is written into results/MACHINE/report.md after every step;
+started again, the report goes on with what did not succeed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from asv.machine import Machine, MachineCollection
+from asv.util import UserError, load_json
+
+from tracking.project import record_machine
+from tracking.repository import ROOT, check_history, git
+from tracking.results import RESULTS
+
+LOGS = ROOT / ".asv/report"
+MINUTES = 28.0  # of all steps together
+SHOWN = 25  # lines of a step's output
+
+# Tests that compile and run the kernels, or hold mlx-lm's models over them to mlx-lm's tokens.
+KERNELS = (
+    "fused fused_writes attention layer_shapes order pools step kv_cache generate mlx_lm_tokens"
+)
+HEADLINES = r"^(step\.(Auto|Bound)|overhead\.Auto)\..*\((1|4), (1024|4096), 32\)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the minutes that it may take."""
+
+    name: str
+    minutes: float
+    command: tuple
+
+
+def steps_on(machine):
+    """Return the steps, the ones that say most first."""
+    here = ("--machine", machine)
+    tests = [f"tests/test_{name}.py" for name in KERNELS.split()]
+    return [
+        Step("doctor", 1, ("tracking.doctor", *here)),
+        Step("tests", 7, ("pytest", "--tb=short", "--maxfail=20", "-rf", *tests)),
+        Step("tune", 4, ("tracking.tune", "--batches", "1", "4", "--contexts", "1024", "4096")),
+        Step("headlines", 7, ("asv", "run", *here, "--bench", HEADLINES, "HEAD^!")),
+        Step("noise", 6, ("tracking.compare", "noise", "--times", "1", *here)),
+        Step("quick grid", MINUTES, ("tracking.history", "run", "--head", *here)),
+    ]
+
+
+def default_name(results=RESULTS):
+    """Return a name made of chip and memory, such as apple-m2-max-32gb: of nobody's host or user.
+
+    Another one's results of that name are left alone: then it ends in a number.
+    """
+    about = Machine.get_defaults()
+    chip = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", (about["cpu"] or about["arch"]).lower())
+    memory = round(int(about["ram"] or 0) / 2**30)
+    name = re.sub(r"\W+", "-", f"{chip} {memory}gb", flags=re.ASCII).strip("-")
+    path = Path(MachineCollection.get_machine_file_path())
+    own = load_json(str(path), Machine.api_version) if path.exists() else {}
+    names = (name, *(f"{name}-{number}" for number in range(2, 100)))
+    return next(name for name in names if name in own or not (results / name).exists())
+
+
+def run(step, seconds, log):
+    """Run a step for so many seconds at most; return what happened, "ok" if it succeeded.
+
+    What it prints goes to the terminal and into `log`.
+    """
+    log.write_bytes(b"")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *step.command],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that its children can be ended with it
+    )
+
+    def copy():
+        with log.open("ab") as file, process.stdout:
+            for line in process.stdout:
+                file.write(line)
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
+
+    copier = threading.Thread(target=copy, daemon=True)
+    copier.start()
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        end(process)
+        copier.join(10)
+    if status < 0:
+        return f"ended by signal {-status} ({signal.strsignal(-status)})"
+    return f"failed (exit status {status})" if status else "ok"
+
+
+def end(process):
+    """End a process, if it runs, and what it leaves; asv ends its own when it is interrupted."""
+    with contextlib.suppress(OSError):  # nothing is left
+        for number, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5)):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def private(text):
+    """Return text without what tells whose machine it is from."""
+    for path, name in ((ROOT, "."), (Path.home(), "~")):
+        text = text.replace(str(path), name)
+    node = platform.node()
+    for word in {node, node.split(".")[0], Path.home().name} - {""}:
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "…", text)
+    return text
+
+
+def tail(log):
+    """Return the last lines that a step printed, without what is private."""
+    lines = private(log.read_text(errors="replace")).splitlines()
+    return [line.rstrip()[:200] for line in lines[-SHOWN:]]
+
+
+class Report:
+    """What happened in each step at a commit, kept in a file so that an interrupted one goes on."""
+
+    def __init__(self, machine, steps):
+        self.machine, self.steps = machine, steps
+        self.logs, self.folder = LOGS / machine, RESULTS / machine
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._file, self.commit = self.logs / "steps.json", git("rev-parse", "HEAD")
+        self.happened = {step.name: ["not run", 0, []] for step in steps}
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or broken
+            kept = json.loads(self._file.read_text())
+            if kept["commit"] == self.commit:
+                self.happened |= {n: k for n, k in kept["steps"].items() if n in self.happened}
+
+    def take(self, minutes=MINUTES):
+        """Take the steps that did not succeed yet, until so many minutes are over."""
+        deadline = time.monotonic() + 60 * minutes
+        for number, step in enumerate(self.steps, 1):
+            title = f"\n== {number} of {len(self.steps)}, {step.name}"
+            if self.happened[step.name][0] == "ok":
+                print(f"{title}: done before")
+                continue
+            begin, log = time.monotonic(), self.logs / f"{step.name.replace(' ', '-')}.log"
+            seconds = min(60 * step.minutes, deadline - begin)
+            if seconds <= 0:
+                self.note(step, "not run, no time was left", 0, [])
+                continue
+            print(f"{title}, at most {seconds / 60:.0f} min", flush=True)
+            self.note(step, "interrupted", 0, [])
+            try:
+                what = run(step, seconds, log)
+            except KeyboardInterrupt:
+                self.note(step, "interrupted", time.monotonic() - begin, tail(log))
+                raise
+            self.note(step, what, time.monotonic() - begin, tail(log))
+            print(f"== {step.name}: {what}", flush=True)
+
+    def note(self, step, what, seconds, lines):
+        """Write down what happened in a step, and the report with it."""
+        self.happened[step.name] = [what, round(seconds), lines]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = json.dumps({"commit": self.commit, "steps": self.happened})
+        for file, text in ((self._file, state), (self.folder / "report.md", self.text())):
+            new = file.with_name(file.name + ".new")
+            new.write_text(text)
+            new.replace(file)
+
+    def text(self):
+        """Return the report as Markdown."""
+        about = MachineCollection.load(self.machine)
+        versions = {name: metadata.version(name) for name in ("pagedkv", "mlx", "numpy", "asv")}
+        lines = [
+            f"# {self.machine}\n",
+            f"{about['cpu']}, {about['num_cpu']} cores, {about['ram']}, {about['os']}, "
+            f"Python {platform.python_version()}, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + f", commit {self.commit[:8]}.\n",
+            "| step | what happened | seconds |",
+            "| --- | --- | --: |",
+            *(f"| {name} | {what} | {took} |" for name, (what, took, _) in self.happened.items()),
+            "",
+        ]
+        for name, (_, _, said) in self.happened.items():
+            if said:
+                lines += [f"## {name}\n", *("    " + line for line in said), ""]
+        return "\n".join(lines)
+
+
+def pull_request(machine):
+    """Return the commands that make a branch of a machine's results, one a line."""
+    folder, quoted = (shlex.quote(text) for text in (f"results/{machine}", f"Results of {machine}"))
+    return (
+        f"git add --force {folder}\n"
+        f"git commit --message {quoted} {folder}\n"
+        f"git push origin HEAD:refs/heads/{shlex.quote(machine)}\n"
+    )
+
+
+def main():
+    """Parse the command line; exit 130 if interrupted: a report of failures is a report, too."""
+    parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
+    parser.add_argument("--machine", help="name in results/ (default: of chip and memory)")
+    args = parser.parse_args()
+    try:
+        check_history()
+        machine = args.machine or default_name()
+        record_machine(machine)
+        report = Report(machine, steps_on(machine))
+    except UserError as error:
+        sys.exit(str(error))
+    try:
+        report.take()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: `make report MACHINE={machine}` goes on")
+        return 130
+    print("\n" + (report.folder / "report.md").read_text().split("\n## ")[0])
+    if any(what != "ok" for what, _, _ in report.happened.values()):
+        print(f"Started again, it tries what did not succeed: `make report MACHINE={machine}`\n")
+    print(
+        f"results/{machine} is the report, and all that leaves this machine. Failures are worth as "
+        "much as numbers.\nA pull request of it, from a clone of your fork:\n\n"
+        + textwrap.indent(pull_request(machine), "    ")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
