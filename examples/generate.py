@@ -8,15 +8,17 @@ steps of it, and the model attends through them. `generate_ahead` keeps one step
 """
 
 import argparse
+import sys
 
 import mlx.core as mx
 import numpy as np
 
-from pagedkv import PagedKVCache, Scheduler
+from pagedkv import PagedKVCache, Scheduler, blocks_needed
 
 VOCABULARY, WIDTH, LAYERS = 50, 32, 2
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SCALE = HEAD_DIM**-0.5
+BLOCK_SIZE, NEW = 4, 8  # tokens
 
 
 class Model:
@@ -109,22 +111,28 @@ def main():
     """Parse the command line, generate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--blocks", type=int, default=24, help="of 4 tokens")
+    parser.add_argument("--blocks", type=int, default=24, help=f"of {BLOCK_SIZE} tokens")
     parser.add_argument("--ahead", action="store_true", help="one step in flight")
     args = parser.parse_args()
 
+    rng = np.random.default_rng(22)
+    prompts = [rng.integers(0, VOCABULARY, rng.integers(1, 24)) for _ in range(args.requests)]
+    needed = max(
+        (blocks_needed(len(prompt) + NEW - 1, BLOCK_SIZE) for prompt in prompts), default=1
+    )
+    if args.blocks < needed:
+        sys.exit(f"expected --blocks of {needed} at least, got {args.blocks}")
     cache = PagedKVCache(
         num_layers=LAYERS,
         num_blocks=args.blocks,
-        block_size=4,
+        block_size=BLOCK_SIZE,
         kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         dtype=mx.float32,
     )
     scheduler = Scheduler(cache.pool, cache.block_size)
-    rng = np.random.default_rng(22)
-    for number in range(args.requests):
-        scheduler.add(number, rng.integers(0, VOCABULARY, rng.integers(1, 24)), max_new_tokens=8)
+    for number, prompt in enumerate(prompts):
+        scheduler.add(number, prompt, max_new_tokens=NEW)
     run = generate_ahead if args.ahead else generate
     generated = run(Model(), cache, scheduler, range(args.requests))
     for number, tokens in generated.items():

@@ -8,11 +8,12 @@ time is counted in steps.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from pagedkv import BlockPool, Scheduler, render_prometheus
+from pagedkv import BlockPool, Scheduler, blocks_needed, render_prometheus
 
 BLOCK_SIZE = 16
 
@@ -51,6 +52,20 @@ def replay(trace, num_blocks, seed):
     return history, sorted(finished.values())
 
 
+def count(text):
+    """Return a number of the command line, 1 at least."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text}")
+    return int(text)
+
+
+def check_blocks(blocks, block_size, lengths):
+    """Stop if a request of so many prompt and new tokens has no room."""
+    needed = max(blocks_needed(prompt + new - 1, block_size) for prompt, new in lengths)
+    if blocks < needed:
+        sys.exit(f"expected --blocks of {needed} at least, got {blocks}")
+
+
 def save_plot(history, path):
     """Save live, cached and free blocks over the steps."""
     import matplotlib.pyplot as plt
@@ -62,21 +77,27 @@ def save_plot(history, path):
     axes.stackplot(range(len(history)), blocks, labels=states, colors=colors)
     axes.set(xlabel="step", ylabel="blocks", xmargin=0, ymargin=0)
     axes.legend(loc="upper left", ncols=3)
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"the plot was not saved: {error}")
+    finally:
+        plt.close(figure)
 
 
 def main():
     """Parse the command line, replay, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--blocks", type=int, default=400, help="of 16 tokens")
+    parser.add_argument("--requests", type=count, default=500)
+    parser.add_argument("--blocks", type=count, default=400, help="of 16 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="where to save block usage over time")
     parser.add_argument("--prometheus", action="store_true", help="print the metrics as scraped")
     args = parser.parse_args()
 
-    history, latencies = replay(make_trace(args.requests, args.seed), args.blocks, args.seed)
+    trace = make_trace(args.requests, args.seed)
+    check_blocks(args.blocks, BLOCK_SIZE, [(len(prompt), new) for _, prompt, new in trace])
+    history, latencies = replay(trace, args.blocks, args.seed)
     stats = history[-1]
     print(f"{args.requests} requests in {len(history)} steps, {args.blocks} blocks")
     print(f"prompt tokens not computed: {stats.hit_rate:.1%} of {stats.prompt_tokens}")

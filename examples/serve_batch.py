@@ -20,11 +20,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models import llama
-from replay_trace import save_plot
+from replay_trace import check_blocks, count, save_plot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pagedkv import Scheduler, blocks_needed
+from pagedkv import Scheduler
 from pagedkv.mlx_lm import ScheduledModel
 
 SYSTEM = (
@@ -118,7 +118,7 @@ def make_requests(prompts, most, rng):
     gaps = rng.exponential(4.0, len(prompts))
     gaps[0] = 0
     return [
-        Request(int(arrival), prompt, int(rng.integers(most // 2, most + 1)))
+        Request(int(arrival), prompt, int(rng.integers(max(1, most // 2), most + 1)))
         for arrival, prompt in zip(np.cumsum(gaps), prompts, strict=True)
     ]
 
@@ -202,9 +202,9 @@ class Reporter:
 def main():
     """Parse the command line, serve, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=40, help="most tokens of an answer")
-    parser.add_argument("--blocks", type=int, default=20, help=f"of {BLOCK_SIZE} tokens")
+    parser.add_argument("--requests", type=count, default=12)
+    parser.add_argument("--tokens", type=count, default=40, help="most tokens of an answer")
+    parser.add_argument("--blocks", type=count, default=20, help=f"of {BLOCK_SIZE} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="where to save block usage over time")
     parser.add_argument("--random", action="store_true", help="a small model with random weights")
@@ -228,9 +228,7 @@ def main():
 
     requests = make_requests(prompts, args.tokens, rng)
     columns = BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[now]}")
-    needed = max(blocks_needed(len(one.prompt) + one.most - 1, BLOCK_SIZE) for one in requests)
-    if args.blocks < needed:
-        sys.exit(f"expected --blocks of {needed} at least, got {args.blocks}")
+    check_blocks(args.blocks, BLOCK_SIZE, [(len(one.prompt), one.most) for one in requests])
     with (
         ScheduledModel(model, num_blocks=args.blocks, block_size=BLOCK_SIZE) as scheduled,
         Progress(*columns, console=Console()) as progress,

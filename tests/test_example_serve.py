@@ -113,6 +113,18 @@ def test_a_budget_that_is_too_small_is_one_sentence(run):
         run("--random", "--blocks", "3")
 
 
+@pytest.mark.parametrize("option", ["--blocks", "--requests", "--tokens"])
+def test_numbers_are_from_one_on(run, option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--random", option, "0")
+    said = f"argument {option}: expected a number from 1 on, got 0\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_answers_of_one_token(run):
+    assert re.findall(r"^\d: \[\d+\]$", run("--random", "--requests", "2", "--tokens", "1"), re.M)
+
+
 def test_a_model_that_is_not_there_is_one_sentence(run, example, monkeypatch, tmp_path):
     import smollm
 

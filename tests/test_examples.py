@@ -44,3 +44,28 @@ def test_generate(monkeypatch, capsys):
     assert all(len(json.loads(tokens)) == 8 for _, tokens in lines)
     assert run(monkeypatch, capsys, "--requests", "5", script="generate.py") == out
     assert run(monkeypatch, capsys, "--requests", "5", "--ahead", script="generate.py") == out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("replay_trace.py --blocks 5", r"^expected --blocks of \d+ at least, got 5$"),
+        ("generate.py --blocks 5", r"^expected --blocks of \d at least, got 5$"),
+        ("replay_trace.py --requests 5 --plot nowhere/x.png", "^the plot was not saved: .*nowhere"),
+        ("replay_trace.py --requests 5 --plot x.txt", "^the plot was not saved: .*txt"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = arguments.split()
+    with pytest.raises(SystemExit, match=said):
+        run(monkeypatch, capsys, *arguments, script=script)
+
+
+@pytest.mark.parametrize("option", ["--blocks", "--requests"])
+@pytest.mark.parametrize("number", ["0", "-1", "some"])
+def test_numbers_are_from_one_on(monkeypatch, capsys, option, number):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, capsys, option, number)
+    said = f"argument {option}: expected a number from 1 on, got {number}\n"
+    assert capsys.readouterr().err.endswith(said)
