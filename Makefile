@@ -29,7 +29,7 @@ AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 .PHONY: help bench prove publish docs serve table adr compare noise detect week bisect doctor tune record screenshot
 .PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
-.PHONY: example trace format lock clean
+.PHONY: example requests trace format lock clean
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
@@ -53,6 +53,7 @@ help:
 	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=4"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
+	@echo "make requests    serve twelve requests with it in a tight budget of blocks"
 	@echo "make trace       replay a request trace, plot block usage"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make lock        renew requirements.lock: the newest of what pyproject.toml allows"
@@ -146,8 +147,9 @@ fetch-results push-results: $(READY)
 	@$(BIN)/python -m tracking.nightly $@ --remote $(REMOTE)
 
 record:
-	@test -n "$(MACHINE)" || { echo "say which: make record MACHINE=name"; exit 1; }
-	git add --force results/$(MACHINE)
+	@test -n "$(MACHINE)" -a -d "results/$(MACHINE)" || { cd results; \
+	echo "say whose results: make record MACHINE=name, a folder in results/:" */; exit 1; }
+	git add --force "results/$(MACHINE)"
 
 # Which machine and batch the picture shows.
 SHOWN ?= linux-2core-xeon
@@ -199,6 +201,10 @@ soak: $(READY)
 example: $(READY)
 	@$(BIN)/python examples/smollm.py
 	@$(BIN)/python examples/chat.py
+
+requests: $(READY)
+	@$(BIN)/python examples/smollm.py
+	@$(BIN)/python examples/serve_batch.py
 
 trace: $(READY)
 	@mkdir -p .asv
