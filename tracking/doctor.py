@@ -70,7 +70,7 @@ def check_mlx(machine):
     seen = f"MLX {mx.__version__}, measured: {', '.join(wanted)}"
     if mx.__version__ in wanted:
         return Finding(GOOD, seen)
-    return Finding(NOTE, seen, "asv installs its own; `make clean` renews .venv")
+    return Finding(NOTE, seen, "asv measures with its own; after `make clean` so does .venv")
 
 
 def check_record(machine):
@@ -82,7 +82,7 @@ def check_record(machine):
     record = known[machine]
     empty = [key for key in ("arch", "cpu", "num_cpu", "os", "ram") if not record.get(key)]
     if empty:
-        remedy = f"`asv machine --machine {machine}` with all of its options"
+        remedy = f"`.venv/bin/asv machine --machine {machine}`, with all of its options"
         return Finding(
             BAD, f"the record lacks {', '.join(empty)}: each change splits series", remedy
         )
@@ -97,7 +97,7 @@ def check_record(machine):
         apart = [key for key in record if key in stored and stored[key] != record[key]]
         if apart:
             seen = f"{', '.join(apart)} differ from results/{machine}/machine.json"
-            return Finding(BAD, seen, f"make {path} say what the results say")
+            return Finding(BAD, seen, f"give {path} the values of the results")
     return Finding(GOOD, f"{machine}: {record['cpu']}, {record['ram']}, {record['os']}")
 
 
@@ -125,7 +125,7 @@ def check_load(machine):
     load, cores = os.getloadavg()[0], os.cpu_count()
     seen = f"load {load:.2f} on {cores} cores"
     if load > BUSY * cores:
-        return Finding(BAD, seen, "stop what runs beside it, or wait (--wait)")
+        return Finding(BAD, seen, "stop what runs beside it, or wait: `make doctor WAIT=600`")
     return Finding(GOOD, seen)
 
 
@@ -140,7 +140,9 @@ def check_thermals(machine):
     warned = re.search(r"thermal warning level\s*=?\s*[1-9]", said, re.IGNORECASE)
     if (pressure and int(pressure[1])) or (limit and int(limit[1]) < 100) or warned:
         return Finding(
-            BAD, "the machine is hot and throttled", "let it cool (--wait); clean its fans"
+            BAD,
+            "the machine is hot and throttled",
+            "let it cool: `make doctor WAIT=600`; clean its fans",
         )
     if not pressure and not limit:
         return Finding(NOTE, "macOS does not say whether it is hot", "see `man notifyutil`")
@@ -197,7 +199,7 @@ def check_clock(machine):
     """Check that the clock is not behind the history: results carry dates."""
     behind = int(git("log", "-1", "--format=%ct")) - time.time()
     if behind > 60:
-        return Finding(BAD, f"the clock is {behind:.0f} s behind HEAD's commit", "set it")
+        return Finding(BAD, f"the clock is {behind:.0f} s behind HEAD's commit", "set the clock")
     if (output("timedatectl", "show", "--property=NTPSynchronized") or "").strip().endswith("=no"):
         return Finding(NOTE, "the clock is not synchronised", "timedatectl set-ntp true")
     return Finding(GOOD, "not behind HEAD")
@@ -217,7 +219,7 @@ def check_noise(machine):
     noise = recorded_noise(machine)
     threshold = noise.threshold(ATTENTION)
     if not threshold.recorded:
-        return Finding(NOTE, "not recorded, `make compare` has to guess", "`make noise`, idle")
+        return Finding(NOTE, "not recorded, `make compare` has to guess", "`make noise`, when idle")
     return Finding(GOOD, f"attention alone {threshold.show()}")
 
 
