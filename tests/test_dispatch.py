@@ -3,7 +3,9 @@
 import mlx.core as mx
 import pytest
 
+from benchmarks import overhead
 from benchmarks.common import DTYPE, HEAD_DIM, KV_HEADS, QUERY_HEADS, SCALE
+from pagedkv import DECODE_PATHS, Layout
 from pagedkv.attention.inputs import Call
 from pagedkv.attention.paths import choose
 from tracking.results import ATTENTION, load
@@ -13,8 +15,12 @@ RECORDED = {
     "linux-2core-xeon": (mx.cpu, "0b9e8013", "gather_rows_grouped"),
     "h200": (mx.gpu, "0b9e8013", "fused"),
 }
-# The alternatives that read the layout of the cache's pools.
-OTHERS = ("GatherBlockMajor", "GatherRows", "GatherRowsGrouped", "Fused")
+# The alternatives that read the layout of the cache's pools, by their classes in `overhead`.
+OTHERS = [
+    name.title().replace("_", "")
+    for name, path in DECODE_PATHS.items()
+    if path.layout is Layout.BLOCK_MAJOR
+]
 SLACK = 1.05
 
 
@@ -39,3 +45,8 @@ def test_no_path_beats_auto_by_more_than_5_percent(machine, monkeypatch):
                 assert not (apart and auto.value > SLACK * other.value), (cell, name)
                 compared += 1
     assert compared >= 8
+
+
+def test_every_path_is_measured():
+    for name in DECODE_PATHS:
+        assert getattr(overhead, name.title().replace("_", "")).path == name
