@@ -274,7 +274,7 @@ AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
 # other the table decides only what cannot be measured.
 KNOWN_GPUS: Mapping[str, str] = MappingProxyType(
     {
-        "NVIDIA H100 80GB HBM3": "by hand",  # results/h100 are of phase 0
+        "NVIDIA H100 80GB HBM3": "by hand",  # results/h100 compares no paths
         "NVIDIA H200": "results/h200",
     }
 )
