@@ -22,7 +22,13 @@ autodoc_default_options = {
     "members": True,
     "inherited-members": "object, BaseException, Enum, list, str, tuple",
 }
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 default_role = "literal"  # of `names` in docstrings
+
+# Classes that calls return: how they are made is of no use.
+RETURNED = "CacheEvent DecodeBatch DecodePath Explanation Extension Layout MemoryUsage PromptCache \
+    Schedule ScheduledStep SlotMapping Stats Step StoreStats"
 
 # Beside the pages; README.md says the same in words.
 CONTENTS = {
@@ -42,6 +48,13 @@ def add_contents(app, name, text):
         text[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n0*\n```\n"
 
 
+def hide_signature(app, what, name, thing, options, signature, returned):
+    """Leave out the arguments of classes in `RETURNED`."""
+    hidden = what == "class" and name.split(".")[-1] in RETURNED.split()
+    return ("", None) if hidden else None
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
+    app.connect("autodoc-process-signature", hide_signature)
     app.connect("source-read", add_contents)
