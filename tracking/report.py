@@ -51,15 +51,17 @@ class Step:
 
 def steps_on(machine):
     """Return the steps, the ones that say most first."""
-    here = ("--machine", machine)
+    make, run = ("make", "--no-print-directory"), (sys.executable, "-m")
     tests = [f"tests/test_{name}.py" for name in KERNELS.split()]
+    short = ("--batches", "1", "4", "--contexts", "1024", "4096")
+    headlines = ("--machine", machine, "--bench", HEADLINES, "HEAD^!")
     return [
-        Step("doctor", 1, ("tracking.doctor", *here)),
-        Step("tests", 7, ("pytest", "--tb=short", "--maxfail=20", "-rf", *tests)),
-        Step("tune", 4, ("tracking.tune", "--batches", "1", "4", "--contexts", "1024", "4096")),
-        Step("headlines", 7, ("asv", "run", *here, "--bench", HEADLINES, "HEAD^!")),
-        Step("noise", 6, ("tracking.compare", "noise", "--times", "1", *here)),
-        Step("quick grid", MINUTES, ("tracking.history", "run", "--head", *here)),
+        Step("doctor", 1, (*make, "doctor", f"MACHINE={machine}")),
+        Step("tests", 7, (*run, "pytest", "--tb=short", "--maxfail=20", "-rf", *tests)),
+        Step("tune", 4, (*run, "tracking.tune", *short)),
+        Step("headlines", 7, (*run, "asv", "run", *headlines)),
+        Step("noise", 6, (*make, "noise", f"MACHINE={machine}", "TIMES=1")),
+        Step("quick grid", MINUTES, (*run, "tracking.history", "run", "--head", *headlines[:2])),
     ]
 
 
@@ -85,7 +87,7 @@ def run(step, seconds, log):
     """
     log.write_bytes(b"")
     process = subprocess.Popen(
-        [sys.executable, "-m", *step.command],
+        step.command,
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
