@@ -62,10 +62,16 @@ class PagedKVCache(Pools):
 
     Parameters
     ----------
-    num_layers, num_blocks, block_size : int
-        Layers of the model, blocks of each pool, and tokens in a block.
-    kv_heads, head_dim : int or sequence of int
-        Hkv and D of every layer, or of each, as for `Pools`.
+    num_layers : int
+        Layers of the model.
+    num_blocks : int
+        N, blocks of each pool.
+    block_size : int
+        S, tokens in a block.
+    kv_heads : int or sequence of int
+        Hkv of every layer, or of each.
+    head_dim : int or sequence of int
+        D of every layer, or of each.
     dtype : mx.Dtype
         float16, bfloat16 or float32.
 
@@ -77,7 +83,8 @@ class PagedKVCache(Pools):
     Raises
     ------
     ValueError
-        As `Pools`.
+        If a size or the number of slots is not a positive 32-bit integer, a sequence does not have
+        one for each layer, or the dtype is another. Nothing has been allocated then.
     """
 
     def __init__(

@@ -28,26 +28,7 @@ class Pools:
     What is written and read through the methods here takes effect in the order of the calls,
     however far the host runs ahead of the device.
 
-    Parameters
-    ----------
-    num_layers : int
-        Layers of the model.
-    num_blocks : int
-        N, blocks of each pool.
-    block_size : int
-        S, tokens in a block.
-    kv_heads : int or sequence of int
-        Hkv of every layer, or of each.
-    head_dim : int or sequence of int
-        D of every layer, or of each.
-    dtype : mx.Dtype
-        float16, bfloat16 or float32.
-
-    Raises
-    ------
-    ValueError
-        If a size or the number of slots is not a positive 32-bit integer, a sequence does not have
-        one for each layer, or the dtype is another. Nothing has been allocated then.
+    Parameters and errors are those of `PagedKVCache`.
     """
 
     def __init__(
