@@ -43,9 +43,14 @@ CONTENTS = {
 }
 
 
+# What `make publish` puts beside this site.
+RESULTS = '<p><a href="../overhead.html">The newest results</a></p>'
+
+
 def add_contents(app, name, text):
-    """Add the table of contents to the first page: GitHub would show the directive."""
+    """Add to the first page what is no use on GitHub: the way to the results, and the contents."""
     if name == root_doc:
+        text[0] = text[0].replace("## Watch it\n", f"## Watch it\n\n{RESULTS}\n")
         for caption, pages in CONTENTS.items():
             entries = "\n".join(page if page[0] == "/" else f"/docs/{page}" for page in pages)
             text[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"

@@ -56,6 +56,7 @@ def test_it_needs_no_network(site):
 
 def test_the_way_to_every_page_is_beside_the_first(site):
     first = _page(site, "README")
+    assert 'href="../overhead.html"' in first  # what it is published beside
     for page in (ROOT / "docs").rglob("*.md"):
         assert f'href="{page.relative_to(ROOT).with_suffix(".html")}"' in first, page
 
