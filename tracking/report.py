@@ -227,6 +227,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
     parser.add_argument("--machine", help="name in results/ (default: of chip and memory)")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # some shells have SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         check_history()
         machine = args.machine or default_name()
