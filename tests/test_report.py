@@ -76,14 +76,17 @@ def test_children_end_with_a_step(home, fake):
         f"open({str(child)!r}, 'w').write(str(child.pid)); time.sleep(1)",
     )
     Report("box", [step]).take()
-    number = child.read_text()
-    for _ in range(100):  # dead, it stays listed until somebody has taken note of it
+    assert_over(child.read_text())
+
+
+def assert_over(number):
+    """Dead, a process stays listed until somebody has taken note of it."""
+    for _ in range(100):
         listed = subprocess.run(["ps", "-o", "stat=", "-p", number], capture_output=True, text=True)
         if listed.stdout.strip()[:1] in ("", "Z"):
-            break
+            return
         time.sleep(0.05)
-    else:
-        pytest.fail(f"process {number} runs on")
+    pytest.fail(f"process {number} runs on")
 
 
 def test_what_is_out_of_time_is_not_begun(home, fake):
@@ -141,10 +144,13 @@ def start(home):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_in_the_middle_it_goes_on(home, fake, number):
     fake("first", "")
-    fake("second", f"open({str(home / 'begun')!r}, 'w'); time.sleep(600)")
+    begun = home / "begun"
+    fake(
+        "second", f"print(os.getpid(), file=open({str(begun)!r}, 'w'), flush=True); time.sleep(600)"
+    )
     fake("third", "sys.exit(1)")
     process = start(home)
-    while not (home / "begun").exists():
+    while not (begun.exists() and begun.read_text()):
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(number)
@@ -158,6 +164,7 @@ def test_interrupted_in_the_middle_it_goes_on(home, fake, number):
     process = start(home)
     out = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0
+    assert_over(begun.read_text())
     assert "first: done before" in out
     assert happened(home) == {"first": "ok", "second": "ok", "third": "failed (exit status 1)"}
     commands = re.findall(r"^    (git .*)$", out, re.M)

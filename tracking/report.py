@@ -94,6 +94,8 @@ def run(step, seconds, log):
         stderr=subprocess.STDOUT,
         start_new_session=True,  # so that its children can be ended with it
     )
+    running = log.with_suffix(".pid")
+    running.write_text(str(process.pid))
 
     def copy():
         with log.open("ab") as file, process.stdout:
@@ -109,23 +111,39 @@ def run(step, seconds, log):
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
     finally:
-        end(process)
+        end(process.pid, lambda: process.poll() is not None)
+        process.wait()
+        running.unlink()
         copier.join(10)
     if status < 0:
         return f"ended by signal {-status} ({signal.strsignal(-status)})"
     return f"failed (exit status {status})" if status else "ok"
 
 
-def end(process):
-    """End a process, if it runs, and what it leaves; asv ends its own when it is interrupted."""
+def end(leader, is_over):
+    """End a step's processes; asv ends its own when it is interrupted, and only then."""
     with contextlib.suppress(OSError):  # nothing is left
         for number, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5)):
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            deadline = time.monotonic() + seconds
+            if not is_over():
+                os.killpg(leader, number)
+            while not is_over() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end_orphan(step, log):
+    """End a step that goes on although its report was killed: others would wait for it."""
+    with contextlib.suppress(OSError, ValueError):
+        leader = int(log.with_suffix(".pid").read_text())
+
+        def is_over():
+            ps = ("ps", "-ww", "-o", "args=", "-p", str(leader))
+            args = subprocess.run(ps, capture_output=True, text=True).stdout
+            return not args.strip().endswith(" ".join(step.command[1:]))
+
+        if not is_over():
+            end(leader, is_over)
 
 
 def private(text):
@@ -133,7 +151,7 @@ def private(text):
     for path, name in ((ROOT, "."), (Path.home(), "~")):
         text = text.replace(str(path), name)
     node = platform.node()
-    for word in {node, node.split(".")[0], Path.home().name} - {""}:
+    for word in filter(None, (node, node.split(".")[0], Path.home().name)):
         text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "…", text)
     return text
 
@@ -160,13 +178,15 @@ class Report:
 
     def take(self, minutes=MINUTES):
         """Take the steps that did not succeed yet, until so many minutes are over."""
+        for step in self.steps:
+            end_orphan(step, self._log(step))
         deadline = time.monotonic() + 60 * minutes
         for number, step in enumerate(self.steps, 1):
             title = f"\n== {number} of {len(self.steps)}, {step.name}"
             if self.happened[step.name][0] == "ok":
                 print(f"{title}: done before")
                 continue
-            begin, log = time.monotonic(), self.logs / f"{step.name.replace(' ', '-')}.log"
+            begin, log = time.monotonic(), self._log(step)
             seconds = min(60 * step.minutes, deadline - begin)
             if seconds <= 0:
                 self.note(step, "not run, no time was left", 0, [])
@@ -180,6 +200,9 @@ class Report:
                 raise
             self.note(step, what, time.monotonic() - begin, tail(log))
             print(f"== {step.name}: {what}", flush=True)
+
+    def _log(self, step):
+        return self.logs / f"{step.name.replace(' ', '-')}.log"
 
     def note(self, step, what, seconds, lines):
         """Write down what happened in a step, and the report with it."""
