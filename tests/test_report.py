@@ -1,5 +1,6 @@
 """`make report`: every step is taken, whatever became of those before; it says nothing private."""
 
+import itertools
 import json
 import platform
 import re
@@ -10,8 +11,10 @@ import time
 
 import pytest
 
-from tracking import project, report, repository
+from benchmarks import common
+from tracking import grid, project, report, repository
 from tracking.report import Report, Step
+from tracking.results import ATTENTION, STEP
 
 SCRIPT = "import os, sys, time; print('said before', flush=True); "
 
@@ -249,6 +252,16 @@ def test_the_steps_are_commands_that_exist_and_fit_into_half_an_hour():
         ask = ["--dry-run"] if step.command[0] == "make" else ["--help"]
         command = [*step.command, *ask]
         assert subprocess.run(command, cwd=repository.ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(("step", "name"), [("step", STEP), ("attention", ATTENTION)])
+def test_headlines_are_those_of_the_quick_grid(step, name):
+    [chosen] = [one.command[-1] for one in report.steps_on("box") if one.name == step]
+    params = [[str(x) for x in values] for values in common.GRID]
+    benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
+    cells = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
+    asked = [cell for label, cell in cells.items() if re.search(chosen, label)]
+    assert asked == grid.asked(benchmark, "quick")
 
 
 def test_it_begins_where_mlx_cannot_be_imported():
