@@ -229,11 +229,12 @@ function showRegressions() {
 
 // asv's own pages, of this machine; from a disk they do not open.
 function showNavigation() {
-  if (location.protocol === "file:") return $("asv").replaceChildren(
+  const documents = element("a", "Documentation", { href: "docs/index.html" });
+  if (location.protocol === "file:") return $("asv").replaceChildren(documents,
     element("span", "asv's own pages, where numbers lead, need a server: make serve.", { className: "soft" }));
   const state = "?machine=" + encodeURIComponent(series().machine);
   const pages = { "All benchmarks": "/", "List": "/summarylist" + state, "asv's regressions": "/regressions" };
-  $("asv").replaceChildren(...Object.entries(pages).map(([text, page]) => element("a", text, { href: "index.html#" + page })));
+  $("asv").replaceChildren(documents, ...Object.entries(pages).map(([text, page]) => element("a", text, { href: "index.html#" + page })));
 }
 
 let shows = 0;
