@@ -60,6 +60,16 @@ def test_few_runs_are_held_to_those_of_the_benchmarks_other_cells_and_to_their_o
     assert enough.threshold(RATIO.format(4)).factor == noise.LEAST["ratio"]
 
 
+def test_one_leap_of_another_cell_hides_no_change_of_a_series_that_never_leapt():
+    quiet = runs([1.0, 1.01, 1.0, 1.005, 1.0])
+    noise_of = Noise(quiet + runs([1.0, 1.35], RATIO.format(4)) + runs([1.0], RATIO.format(16)))
+    own = noise_of.threshold(ONE)
+    assert own.source == "benchmark"
+    assert own.largest == own.factor < 1.1
+    for seldom in (4, 16):
+        assert noise_of.threshold(RATIO.format(seldom)).largest == pytest.approx(1.35)
+
+
 def test_only_identical_code_is_compared():
     values = [1.0, 1.001] * 5
     mixed = runs(values, code="old") + runs([2 * x for x in values], code="new")

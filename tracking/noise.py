@@ -43,6 +43,7 @@ MOST = 200  # changes of a series that count, those of the latest code
 # With fewer runs a threshold of its own is too low too often: in a simulation of normal noise, of
 # pairs of runs 2% were beyond that of 5 runs, 0.5% beyond that of 10.
 OWN = 10  # runs
+FEW = 3  # changes of a series: three runs
 POOLED = 10  # changes between runs that make a threshold of several series
 
 # Less is no change, however quiet a series.
@@ -79,11 +80,14 @@ class Threshold:
         of the kind), "exact" of what is counted, or "guess" where nothing is recorded.
     changes : tuple of float
         The changes between runs of identical code that it comes from, as factors of at least 1.
+    own : tuple of float
+        Those of the series itself, where the others come from several series.
     """
 
     factor: float
     source: str
     changes: tuple = ()
+    own: tuple = ()
 
     @property
     def recorded(self):
@@ -95,8 +99,9 @@ class Threshold:
         """The factor, or the largest change between runs of identical code if that is more.
 
         A series that is in another mode now and then is so too seldom for its quartiles to show.
+        What other series have done once says nothing of it, unless it was run too seldom itself.
         """
-        return max((self.factor, *self.changes))
+        return max((self.factor, *(self.own if len(self.own) >= FEW else self.changes)))
 
     def show(self):
         """Return it in words, like "±4.1%, from 45 changes of its own"."""
@@ -149,7 +154,8 @@ class Noise:
         for source, pool in (("benchmark", series.split("(")[0]), ("machine", of_kind)):
             if len(self._changes.get(pool, ())) >= POOLED:
                 pooled = self._of(pool, source, of_kind)
-                return pooled if pooled.factor >= own.factor else replace(own, source=source)
+                larger = pooled if pooled.factor >= own.factor else own
+                return replace(larger, source=source, own=own.changes)
         return Threshold(GUESSED[of_kind], "guess")
 
     def _of(self, pool, source, of_kind):
