@@ -127,11 +127,15 @@ def assert_close(out, expected, dtype):
         assert error <= TOLERANCE[dtype], f"sequence {b}"
 
 
-def poison(case):
-    """Put NaN into every slot that no sequence owns, as freed blocks keep their old contents."""
+def poison(case, window=None):
+    """Put NaN into every slot that no sequence owns, as freed blocks keep their old contents.
+
+    With a window into blocks before it, too: others may have them then.
+    """
     owned = np.zeros((case.num_blocks, case.block_size, 1, 1), dtype=bool)
     for table, length in zip(case.tables, case.lens, strict=True):
-        for t in range(length):
+        first = max(0, length - case.queries.shape[2] + 1 - (window or length))
+        for t in range(first // case.block_size * case.block_size, length):
             owned[table[t // case.block_size], t % case.block_size] = True
     nan = mx.array(math.nan, dtype=case.keys.dtype)
     case.keys = mx.where(mx.array(owned), case.keys, nan)

@@ -164,8 +164,27 @@ class DecodeBatch:
             return None
         return (mx.arange(positions) < self.context_lens[:, None])[:, None, None, :]
 
-    def rows(self, kv_heads: int) -> mx.array:
-        """Return where each position of each head lies in a block-major pool.
+    def seen_from(self, query_len: int = 1, window: int | None = None) -> NDArray[np.int64]:
+        """Return the first position that one of the last `query_len` tokens may see.
+
+        Parameters
+        ----------
+        query_len : int
+            Q; query i is the token at position context length - Q + i.
+        window : int, optional
+            How many positions each may see at most, its own the last.
+
+        Returns
+        -------
+        ndarray
+            On the host, shape [B], int64.
+        """
+        if window is None:
+            return np.zeros_like(self.lens)
+        return np.maximum(self.lens - query_len + 1 - window, 0)
+
+    def rows(self, kv_heads: int, query_len: int = 1, window: int | None = None) -> mx.array:
+        """Return where each position of each head lies in a block-major pool, of those seen.
 
         Made on the device when first asked for, kept, and shared by all layers and by K and V.
 
@@ -173,73 +192,87 @@ class DecodeBatch:
         ----------
         kv_heads : int
             Hkv, KV heads of the pool.
+        query_len, window
+            As for `seen_from`.
 
         Returns
         -------
         mx.array
             Indices into the first dimension of ``pool.reshape(N * S * Hkv, D)``, shape
-            [B, Hkv, `longest`]; int32, or int64 for a pool with that many rows. Positions past a
-            context length repeat the sequence's own first position, so that whatever its blocks
-            held before is never read.
+            [B, Hkv, L]; int32, or int64 for a pool with that many rows. Position `seen_from` comes
+            first, and L is the most that a sequence has from there on; a shorter one repeats its
+            first, so that whatever its blocks held before is never read.
         """
 
         def make() -> mx.array:
             in_int32 = self.num_blocks * self.block_size * kv_heads <= INT32_MAX
             dtype = mx.int32 if in_int32 else mx.int64
-            positions = mx.arange(self.longest)
-            blocks = mx.take(self.block_tables, positions // self.block_size, axis=1).astype(dtype)
-            slots = blocks * self.block_size + (positions % self.block_size).astype(dtype)
-            if self.shortest < self.longest:
-                slots = mx.where(positions < self.context_lens[:, None], slots, slots[:, :1])
+            first, lens = self.seen_from(query_len, window), self.lens
+            positions = mx.arange(int((lens - first).max()))
+            if first.any() or self.shortest < self.longest:
+                begin = mx.array(first.astype(np.int32))[:, None]
+                positions = positions + begin
+                positions = mx.where(positions < self.context_lens[:, None], positions, begin)
+                blocks = mx.take_along_axis(self.block_tables, positions // self.block_size, axis=1)
+            else:
+                blocks = mx.take(self.block_tables, positions // self.block_size, axis=1)
+            offsets = (positions % self.block_size).astype(dtype)
+            slots = blocks.astype(dtype) * self.block_size + offsets
             heads = mx.arange(kv_heads, dtype=dtype)[:, None]
             return slots[:, None, :] * kv_heads + heads
 
-        return self.once(("rows", kv_heads), make)
+        return self.once(("rows", kv_heads, *self._seen(query_len, window)), make)
 
-    def distances(self, query_len: int = 1) -> mx.array:
-        """Return how far each position lies behind each of the last `query_len` tokens.
+    def distances(self, query_len: int = 1, window: int | None = None) -> mx.array:
+        """Return how far each position of `rows` lies behind each of the last `query_len` tokens.
 
         Parameters
         ----------
-        query_len : int
-            Q; query i is the token at position context length - Q + i.
+        query_len, window
+            As for `seen_from`.
 
         Returns
         -------
         mx.array
-            Position less the query's own, int32, shape [B, 1, Q, `longest`]; positive where the
-            position comes after it. Kept and shared, as `rows`.
+            Position less the query's own, int32, shape [B, 1, Q, L]; positive where the position
+            comes after it. Kept and shared, as `rows`.
         """
 
         def make() -> mx.array:
-            own = self.context_lens[:, None] + (mx.arange(query_len) - query_len)
-            return mx.arange(self.longest) - own[:, None, :, None]
+            first = self.seen_from(query_len, window)
+            positions = mx.arange(int((self.lens - first).max()))
+            own = mx.array((self.lens - first).astype(np.int32))[:, None]
+            own = own + (mx.arange(query_len) - query_len)
+            return positions - own[:, None, :, None]
 
-        return self.once(("distances", query_len), make)
+        return self.once(("distances", query_len, *self._seen(query_len, window)), make)
 
     def causal_mask(self, query_len: int = 1, window: int | None = None) -> mx.array | None:
-        """Return which positions each of the last `query_len` tokens of a sequence may see.
+        """Return which positions of `rows` each of the last `query_len` tokens may see.
 
         Parameters
         ----------
-        query_len : int
-            Q; query i is the token at position context length - Q + i.
-        window : int, optional
-            How many positions it may see at most, its own the last.
+        query_len, window
+            As for `seen_from`.
 
         Returns
         -------
         mx.array or None
-            True where query i may see a position, bool, shape [B, 1, Q, `longest`]; None when it
-            would be True everywhere. Kept and shared, as `rows`.
+            True where query i may see a position, bool, shape [B, 1, Q, L]; None when it would be
+            True everywhere. Kept and shared, as `rows`.
         """
 
         def make() -> mx.array:
-            behind = self.distances(query_len)
+            behind = self.distances(query_len, window)
             mask = behind <= 0
             return mask if window is None else mask & (behind > -window)
 
-        everything = window is None or window >= self.longest
-        if query_len == 1 and everything and self.shortest == self.longest:
+        seen = self.lens - self.seen_from(query_len, window)
+        if query_len == 1 and (seen == seen[0]).all():
             return None
         return self.once(("mask", query_len, window), make)
+
+    def _seen(self, query_len: int, window: int | None) -> tuple[int, ...]:
+        """Return what tells apart arrays over what is seen: nothing if that is everything."""
+        hides = window is not None and window + query_len - 1 < self.longest
+        return (query_len, window) if hides and window is not None else ()

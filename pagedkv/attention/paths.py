@@ -187,9 +187,9 @@ def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Rows:
     query_len, kv_heads = call.queries[2], call.keys[2]
     return Rows(
         call.scale,
-        batch.rows(kv_heads),
+        batch.rows(kv_heads, query_len, scores.window),
         batch.causal_mask(query_len, scores.window),
-        None if scores.alibi_slopes is None else batch.distances(query_len),
+        None if scores.alibi_slopes is None else batch.distances(query_len, scores.window),
         mx.array(HEADROOM),
     )
 
