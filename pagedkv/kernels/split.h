@@ -30,7 +30,10 @@ const int column = active ? seat * 8 : 0;
 const float scale = as_float(plan[0]), softcap = as_float(plan[1]);
 const int window = plan[2], max_blocks = block_tables_shape[1];
 auto item = plan + 8 + 4 * group_y;
-const int sequence = item[0], start = item[1], end = item[2], context = item[3];
+const int sequence = item[0], end = item[2], context = item[3];
+// Blocks that left the window since the work was cut may be others' by now.
+const int seen_from = WINDOW ? max(context - Q + 1 - window, 0) / BLOCK_SIZE * BLOCK_SIZE : 0;
+const int start = max(int(item[1]), seen_from);
 auto table = block_tables + size_t(sequence) * max_blocks;
 auto key_rows = keys + head * D + column;
 auto value_rows = values + head * D + column;
