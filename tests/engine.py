@@ -4,19 +4,22 @@ import zlib
 from array import array
 from itertools import takewhile
 
+import numpy as np
 import pytest
 
 from pagedkv import BlockPool, Scheduler
+from pagedkv.host.frame_pool import FramePool
 
 
 class Engine:
     """Computes schedules: a slot holds the namespace and all tokens up to its own, as K and V do.
 
-    What is sampled follows from these alone.
+    So it does in every group of layers; a group sees a window of tokens, or all. What is sampled
+    follows from these alone.
     """
 
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
+    def __init__(self, scheduler, windows=(None,)):
+        self.scheduler, self.windows = scheduler, windows
         self.slots = {}
         self.tokens = {}  # by request: all that the host knows
         self.limits, self.namespaces, self.finished = {}, {}, []
@@ -39,19 +42,19 @@ class Engine:
     def compute(self, step):
         """Write and read as the model would; return the tokens sampled. In order, each at once."""
         block_size = self.scheduler.block_size
-        for source, target in step.copies:
-            for offset in range(block_size):
-                held = self.slots.get(source * block_size + offset)
-                self.slots[target * block_size + offset] = held
+        for copy in step.copies:
+            for source, target in self.scheduler.pool.places(np.array(copy)).tolist():
+                for offset in range(block_size):
+                    held = self.slots.get(source * block_size + offset)
+                    self.slots[target * block_size + offset] = held
         new = iter(enumerate(step.tokens.tolist()))
         written, sampled = [], {}
         for request_id, table, count in zip(
             step.request_ids, step.tables, step.counts, strict=True
         ):
             tokens, end = self.device_tokens(request_id, step), table.num_tokens
-            for position, slot in zip(
-                range(end - count, end), table.slots(end - count).tolist(), strict=True
-            ):
+            groups = self.places(table.ids)
+            for position in range(end - count, end):
                 index, token = next(new)
                 if index in step.unknown:
                     assert token == 0
@@ -59,15 +62,16 @@ class Engine:
                     assert position == len(tokens) - 1
                 else:
                     assert token == tokens[position]
-                self.slots[slot] = (self.namespaces[request_id], *tokens[: position + 1])
-                written.append(slot)
-            for position, slot in enumerate(table.slots().tolist()):
-                expected = (self.namespaces[request_id], *tokens[: position + 1])
-                assert self.slots[slot] == expected
+                for group, place in enumerate(groups):
+                    slot = place(position)
+                    self.slots[slot] = group, self.namespaces[request_id], tokens[: position + 1]
+                    written.append(slot)
+            self.check_seen(table.ids, end - count, end, self.namespaces[request_id], tokens)
             if request_id in step.samples:
                 assert end == len(tokens)
                 sampled[request_id] = 100 + zlib.crc32(array("i", tokens).tobytes()) % 10**6
-        assert len(set(written)) == len(step.tokens) == sum(step.counts)
+        assert len(step.tokens) == sum(step.counts)
+        assert len(set(written)) == len(step.tokens) * len(self.windows)
         assert list(sampled) == step.samples
         self.results[step] = sampled
         return sampled
@@ -86,9 +90,26 @@ class Engine:
         tokens, namespace = self.tokens[request_id], self.namespaces[request_id]
         size = self.scheduler.block_size
         blocks = self.scheduler.tree.match_prefix(tokens, namespace).blocks
-        for position in range(len(blocks) * size):
-            slot = blocks[position // size] * size + position % size
-            assert self.slots[slot] == (namespace, *tokens[: position + 1])
+        count = len(blocks) * size
+        self.check_seen(blocks, count, count, namespace, tokens)
+
+    def places(self, block_ids):
+        """For each group, what tells the slot of a position."""
+        size = self.scheduler.block_size
+        groups = self.scheduler.pool.places(np.array(block_ids, np.int32)).tolist()
+        return [
+            lambda position, places=places: places[position // size] * size + position % size
+            for places in groups
+        ]
+
+    def check_seen(self, block_ids, start, stop, namespace, tokens):
+        """What the token at `start` and those after it see up to `stop` is theirs."""
+        for group, place in enumerate(self.places(block_ids)):
+            window = self.windows[group]
+            first = 0 if window is None else max(0, start + 1 - window)
+            for position in range(first, stop):
+                expected = group, namespace, tokens[: position + 1]
+                assert self.slots[place(position)] == expected
 
     def step(self):
         step = self.scheduler.schedule()
@@ -117,5 +138,9 @@ class Engine:
         pytest.fail("it does not end")
 
 
-def engine(num_blocks=16, block_size=4, **options):
-    return Engine(Scheduler(BlockPool(num_blocks), block_size, **options))
+def engine(num_blocks=16, block_size=4, windows=(None,), **options):
+    """With windows, `num_blocks` counts frames."""
+    pool = BlockPool(num_blocks)
+    if len(windows) > 1:
+        pool = FramePool(num_blocks, windows, block_size)
+    return Engine(Scheduler(pool, block_size, **options), windows)

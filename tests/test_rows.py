@@ -43,7 +43,7 @@ def test_tokens_fill_blocks_one_by_one():
     slots = []
     widths = []
     for _ in range(6):
-        rows.changed = False
+        rows.changed = []
         reservation = rows.reserve([1, 1, 1])
         assert reservation.copies == []
         reservation.commit()

@@ -8,10 +8,13 @@ from interrupts import interrupted
 
 from pagedkv import PagedKVError
 
+BUDGET = {"num_blocks": 9, "windows": (None,)}
+GROUPS = {"num_blocks": 20, "windows": (None, 3)}
+
 
 def busy():
     """Prompts in chunks, decodes, a fork, a request that waits for a prefix, little room."""
-    run = engine(num_blocks=9, block_size=2, max_tokens=6, max_running=4)
+    run = engine(**BUDGET, block_size=2, max_tokens=6, max_running=4)
     run.add("a", [1, 2, 3], 4)
     run.add("b", [1, 2, 3, 4, 5, 6], 3)
     run.step()
@@ -101,9 +104,12 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.parametrize("budget", [BUDGET, GROUPS], ids=["one group", "two groups"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_was_interrupted_is_called_again(name):
+def test_what_was_interrupted_is_called_again(name, budget, monkeypatch):
     """What an interrupt leaves locked too long stays cached, and nothing is lost."""
+    for key, value in budget.items():
+        monkeypatch.setitem(BUDGET, key, value)
     start, operation = OPERATIONS[name]
     for run, done in interrupted(start, operation):
         if not done:
@@ -121,7 +127,8 @@ def test_what_was_interrupted_is_called_again(name):
         scheduler.tree.check_invariants()
         stats = scheduler.stats()
         assert (stats.waiting, stats.running) == (0, 0)
-        assert scheduler.pool.num_free + scheduler.tree.num_blocks == 9
+        held = sum(scheduler.pool.reference_count(b) > 0 for b in range(scheduler.pool.num_blocks))
+        assert held == scheduler.tree.num_blocks
 
 
 class RefusedError(Exception):

@@ -34,6 +34,8 @@ class DecodeBatch:
         N, blocks in the pool that the ids index.
     lens : ndarray
         Tokens to attend over, on the host, shape [B], int64.
+    groups : tuple of mx.array
+        As `block_tables`, the first of these, for each group of layers; empty if there is one.
     carried : dict
         Plans that can go on with longer sequences, by kind of call, each with the `position` it was
         made at. Batches of the same sequences share it, and nothing in it may hold a batch.
@@ -45,6 +47,7 @@ class DecodeBatch:
     block_size: int
     num_blocks: int
     lens: NDArray[np.int64]
+    groups: tuple[mx.array, ...] = ()
     carried: dict[Hashable, tuple[Any, int]] = field(default_factory=dict, repr=False)
     position: int = 0
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
@@ -137,6 +140,13 @@ class DecodeBatch:
         if made is None:
             made = self._made[what] = make(*arguments)
         return made
+
+    def of_group(self, group: int) -> DecodeBatch:
+        """Return the same sequences by the tables of one group of layers."""
+        if not self.groups:
+            return self
+        sizes = self.block_size, self.num_blocks
+        return self.once(("group", group), DecodeBatch, self.groups[group], *sizes, self.lens)
 
     @cached_property
     def context_lens(self) -> mx.array:

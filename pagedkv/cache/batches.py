@@ -38,8 +38,11 @@ class Batches:
     def __init__(self, tables: list[BlockTable], num_blocks: int) -> None:
         self.rows = Rows(tables)
         self._sizes = tables[0].block_size, num_blocks
-        self._block_tables: mx.array | None = None
-        self._on_device = self.rows.block_tables  # what the device has, once it has something
+        self._pool = tables[0].pool
+        # Where the blocks lie, [groups, B, M]: what the device has, and the same here.
+        self._sent: mx.array | None = None
+        self._places = self._pool.places(self.rows.block_tables)
+        self._tables: tuple[mx.array, ...] = ()  # the device's, by group
         self._lens = self.rows.seen.lens  # of the batch before
         self._carried: dict[Hashable, tuple[Any, int]] = {}
         self._position = 0
@@ -50,10 +53,9 @@ class Batches:
         If all sequences have grown by as many tokens since the batch before, its plans go on.
         """
         rows, lens = self.rows, self.rows.seen.lens
-        block_tables = self._block_tables
-        if block_tables is None or rows.changed:
-            block_tables = self._block_tables = self._sent(rows.block_tables)
-            rows.changed = False
+        if self._sent is None or rows.changed:
+            self._send(rows.block_tables, rows.changed)
+            rows.changed = []
         grown = lens - self._lens
         by = int(grown[0])
         if (grown != by).any():
@@ -63,19 +65,34 @@ class Batches:
             carried = self._carried.items()
             self._carried = {kind: made for kind, made in carried if made[1] == self._position}
         self._position += by
-        return DecodeBatch(block_tables, *self._sizes, lens, self._carried, self._position)
+        lead, *others = self._tables
+        groups = self._tables if others else ()
+        return DecodeBatch(lead, *self._sizes, lens, groups, self._carried, self._position)
 
-    def _sent(self, ids: NDArray[np.int32]) -> mx.array:
-        """Return block ids on the device, which has most of them already.
+    def _send(self, ids: NDArray[np.int32], rows: list[int]) -> None:
+        """Bring the device's tables to block ids that have changed in some rows.
 
         MLX on CUDA moves memory from the host by page faults: the less the better.
         """
-        before, self._on_device = self._on_device, ids.copy()
-        if self._block_tables is not None and before.shape == ids.shape:
-            changed = np.flatnonzero(before != ids)
-            if 0 < changed.size <= FEW:
-                where, what = mx.array(np.stack([changed, ids.ravel()[changed]]).astype(np.int32))
-                flat = self._block_tables.reshape(-1)
+        sent, before = self._sent, self._places
+        if sent is None or before.shape[1:] != ids.shape:
+            self._places = self._pool.places(ids).copy()
+            sent = mx.array(self._places)
+        else:
+            rows = sorted(set(rows))
+            places = self._pool.places(ids[rows])
+            groups, which, columns = (places != before[:, rows]).nonzero()
+            which = np.array(rows)[which]
+            before[:, rows] = places
+            if 0 < len(groups) <= FEW:
+                where = np.ravel_multi_index((groups, which, columns), before.shape)
+                moved = np.stack([where, before[groups, which, columns]]).astype(np.int32)
+                where, what = mx.array(moved)
+                flat = sent.reshape(-1)
                 flat[where] = what
-                return flat.reshape(ids.shape)
-        return mx.array(ids)
+                sent = flat.reshape(before.shape)
+            elif len(groups):
+                sent = mx.array(before)
+        self._sent = sent
+        single = len(self._places) == 1
+        self._tables = (sent.reshape(ids.shape),) if single else tuple(sent)

@@ -28,12 +28,18 @@ class Admission:
     """
 
     def __init__(
-        self, pool: BlockPool, prefixes: Prefixes, max_running: int, watermark: int | None
+        self,
+        pool: BlockPool,
+        prefixes: Prefixes,
+        max_running: int,
+        max_tokens: int,
+        watermark: int | None,
     ) -> None:
         self._pool = pool
         self._prefixes = prefixes
         self._max_running = max_running
         self._watermark = watermark
+        self._at_once = blocks_needed(max_tokens, prefixes.tree.block_size) + 1
         # A heap. One that was dropped stays until its turn, and so may one that runs.
         self._waiting: list[Sequence] = []
         self._held_back: list[Sequence] = []  # while others are looked at
@@ -118,7 +124,8 @@ class Admission:
         tree, pool = self._prefixes.tree, self._pool
         blocks = match.blocks if match else []
         cached = len(blocks) * tree.block_size
-        needed = blocks_needed(len(sequence.tokens) - cached, tree.block_size)
+        needed = self.frames_needed(len(sequence.tokens)) - pool.frames_seen(len(blocks))
+        whole = pool.frames_needed(1, 1)
         spare = 0
         if self.running:
             half = -(-len(self.running) // 2)  # each will need a block within S steps
@@ -127,12 +134,14 @@ class Admission:
             # Before anything is evicted: it must not lose its own prefix to the rest of itself.
             if match:
                 self._prefixes.hold(sequence, match)
-            if needed + spare <= pool.num_free + tree.num_evictable:
-                self._evict(max(0, needed - pool.num_free))
-                if needed <= pool.num_free:  # else somebody holds what was evicted
+                pool.guarded = blocks
+            if self._fits(needed + spare * whole):
+                self._evict(-(-needed // whole) - pool.num_free)
+                if needed <= pool.num_free_frames:  # else somebody holds what was evicted
                     sequence.table.adopt(blocks, cached)
                     sequence.running = sequence.prefilling = True
         finally:
+            pool.guarded = []
             if not sequence.running:
                 self._prefixes.release(sequence)
         if sequence.running:
@@ -142,6 +151,17 @@ class Admission:
             self.prompt_tokens += len(sequence.tokens)
             self.hit_tokens += cached
         return sequence.running
+
+    def frames_needed(self, tokens: int) -> int:
+        """Return how many frames a sequence holds at most while it grows to so many tokens."""
+        blocks = blocks_needed(tokens, self._prefixes.tree.block_size)
+        return self._pool.frames_needed(blocks, self._at_once)
+
+    def _fits(self, frames: int) -> bool:
+        """Whether so many frames are free, or would be without cached prefixes that nobody uses."""
+        pool = self._pool
+        missing = frames - pool.num_free_frames
+        return missing <= 0 or missing <= pool.frames_of_cached(self._prefixes.tree.num_evictable)
 
     def _stop_last(self) -> None:
         """Let the last one wait that has given back what it held."""
@@ -155,10 +175,12 @@ class Admission:
 
     def stats(self, requests: int, block_bytes: int) -> Stats:
         """Return plain numbers; `requests` is how many wait or run."""
-        cached, free = self._prefixes.tree.num_evictable, self._pool.num_free
+        pool = self._pool
+        cached = pool.frames_of_cached(self._prefixes.tree.num_evictable)
+        free = pool.num_free_frames
         return Stats(
-            blocks_allocated=self._pool.num_blocks,
-            blocks_live=self._pool.num_blocks - free - cached,
+            blocks_allocated=pool.num_frames,
+            blocks_live=pool.num_frames - free - cached,
             blocks_cached=cached,
             blocks_free=free,
             block_bytes=block_bytes,
@@ -168,6 +190,7 @@ class Admission:
             hit_tokens=self.hit_tokens,
             preemptions=self.preemptions,
             evicted_blocks=self.evicted_blocks,
+            group_frames=pool.group_frames(),
         )
 
     def check_invariants(self) -> None:

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.limits import count_of, positive_int32
+
+
+class Table(Protocol):
+    """What a pool reads of a `BlockTable`; `passed` is its own."""
+
+    passed: int
+
+    @property
+    def block_ids(self) -> NDArray[np.int32]:
+        """Its blocks, in order."""
+
+
+class Copies(Protocol):
+    """What a pool reads of a `Reservation`."""
+
+    is_open: bool
+    copies: list[tuple[int, int]]
 
 
 class BlockPool:
@@ -27,6 +45,8 @@ class BlockPool:
 
     Attributes
     ----------
+    guarded : list of int
+        A cached prefix that a sequence is about to begin with: what it sees is not reclaimed.
     changes : int
         Grows before any `BlockTable` of this pool changes or a block gets another holder: while it
         is the same, so are they.
@@ -37,12 +57,15 @@ class BlockPool:
         If `num_blocks` is not a positive 32-bit integer.
     """
 
+    unit = "blocks"  # what a budget is counted in
+
     def __init__(self, num_blocks: int) -> None:
         num_blocks = positive_int32(num_blocks, "num_blocks")
         self._counts = array("i", bytes(4 * num_blocks))  # holders, by block id
         self._view = np.asarray(self._counts)  # of the same memory
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the next one is the last
         self.changes = 0
+        self.guarded: list[int] = []
 
     @property
     def num_blocks(self) -> int:
@@ -53,6 +76,93 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that nobody holds."""
         return len(self._free)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in the pool, see `FramePool`; here a block is one."""
+        return self.num_blocks
+
+    @property
+    def num_free_frames(self) -> int:
+        """Frames that no block has."""
+        return self.num_free
+
+    def frames_needed(self, blocks: int, blocks_at_once: int) -> int:
+        """Return how many frames a sequence holds at most while it grows to so many blocks.
+
+        Parameters
+        ----------
+        blocks : int
+            Blocks of the sequence.
+        blocks_at_once : int
+            Blocks that it takes at most in one step, or in steps under way together.
+        """
+        return blocks
+
+    def frames_seen(self, blocks: int) -> int:
+        """Return how many frames a sequence begins with that has so many cached blocks."""
+        return blocks
+
+    def frames_seeing_all(self, blocks: int) -> int:
+        """Return how many frames so many blocks have in groups of layers that see all tokens."""
+        return blocks
+
+    def frames_of_cached(self, num_blocks: int) -> int:
+        """Return how many frames cached prefixes have that nobody else uses, of so many blocks."""
+        return num_blocks
+
+    def group_frames(self) -> tuple[int, ...]:
+        """Return how many frames each group of layers has."""
+        return (self.num_blocks - self.num_free,)
+
+    def places(self, block_ids: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Return where blocks lie in the pools of each group of layers, shape [groups, ...]."""
+        return block_ids[None].astype(np.int32, copy=False)
+
+    def num_places(self, block_ids: Collection[int], group: int) -> int:
+        """Return how many of some blocks have a place in a group of layers."""
+        return len(block_ids)
+
+    def is_all_there(self, block_ids: NDArray[np.int32]) -> bool:
+        """Whether blocks have a place in every group of layers."""
+        return True
+
+    def same(self, now: list[array[int]], before: list[array[int]]) -> bool:
+        """Whether tables' `ids` stand for the same places in the pools as before."""
+        return now == before  # by identity first: few arrays are looked into
+
+    def watch(self, table: Table) -> None:
+        """Note that a table holds blocks of this pool."""
+
+    def watch_open(self, reservation: Copies) -> None:
+        """Note that a reservation may give tables the blocks back that it has copied."""
+
+    def remember(self) -> None:
+        """Note that blocks are cached: what they hold may be looked for after nobody sees it."""
+
+    def pass_by(self, table: Table, num_tokens: int) -> None:
+        """Note that so many tokens of a table are there to stay: what no later one sees may go."""
+
+    def holds_seen(self, block_ids: NDArray[np.int32], num_tokens: int) -> bool:
+        """Whether what tokens after the first `num_tokens` see is still in these blocks."""
+        return True
+
+    def reusable(self, block_ids: Sequence[int]) -> int:
+        """Return how many blocks from the first on a sequence can begin with."""
+        return len(block_ids)
+
+    def hand_over(self, own: Sequence[int], others: Sequence[int], before: list[Any]) -> None:
+        """Prepare for others' blocks to take the place of a table's own; `restore` undoes it."""
+
+    def restore(self, before: list[Any]) -> None:
+        """Undo what was noted in `before`."""
+
+    def begun_with(self, block_ids: NDArray[np.int32], num_tokens: int) -> None:
+        """Note that a sequence has begun with cached blocks of so many tokens."""
+
+    def reclaim(self, num_blocks: int, *, asked_for: bool) -> int:
+        """Take back frames that no sequence sees; return how many blocks became free."""
+        return 0
 
     def reference_count(self, block_id: int) -> int:
         """Return how many holders a block has; 0 if it is free.
@@ -101,15 +211,19 @@ class BlockPool:
             raise OutOfBlocksError(count, len(free))
         ids = free[kept:]
         ids.reverse()
+        before: list[Any] = []
         try:
             for block_id in ids:
                 counts[block_id] = 1
             del free[kept:]
+            if ids:
+                self._taken(ids, before)
             return ids
         except BaseException:
             for block_id in ids:
                 counts[block_id] = 0
             free[kept:] = reversed(ids)
+            self.restore(before)
             raise
 
     def retain(self, block_ids: Sequence[int]) -> None:
@@ -149,6 +263,7 @@ class BlockPool:
         """
         counts, free, done = self._counts, self._free, 0
         size = len(free)
+        before: list[Any] = []
         block_ids[:0]
         try:
             for block_id in block_ids:
@@ -158,20 +273,29 @@ class BlockPool:
                 counts[block_id], done = count - 1, done + 1
                 if count == 1:
                     free.append(int(block_id))
+            if len(free) > size:
+                self._emptied(free[size:], before)
         except BaseException as error:
             for block_id in block_ids[:done]:
                 counts[block_id] += 1
             del free[size:]
+            self.restore(before)
             self._explain(error, block_ids)
             raise
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every block is held or free, once; for tests, linear time."""
         free = set(self._free)
-        assert len(free) == self.num_free, "a block is free twice"
+        assert len(free) == len(self._free), "a block is free twice"
         for block_id, count in enumerate(self._counts):
             assert count >= 0, f"block {block_id} has {count} holders"
             assert (count == 0) == (block_id in free), f"block {block_id} is lost or in use"
+
+    def _taken(self, block_ids: list[int], before: list[Any]) -> None:
+        """Give blocks what they need; note in `before` what `restore` needs."""
+
+    def _emptied(self, block_ids: list[int], before: list[Any]) -> None:
+        """Let go of what blocks had that are free now; note in `before` what `restore` needs."""
 
     def _explain(self, error: BaseException, block_ids: Sequence[int]) -> None:
         """Raise a ValueError that says which id was wrong, if one was."""

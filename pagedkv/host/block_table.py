@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,9 @@ class BlockTable:
         what it saw.
     num_tokens : int
         Tokens in the sequence, to be read only.
+    passed : int
+        So many of them were there to stay when it last let go of what none after them sees, see
+        `FramePool`; the pool's.
 
     Raises
     ------
@@ -74,7 +78,8 @@ class BlockTable:
         self.pool = pool
         self.block_size = positive_int32(block_size, "block_size")
         self.ids = array("i")
-        self.num_tokens = 0
+        self.num_tokens = self.passed = 0
+        pool.watch(self)
 
     @property
     def block_ids(self) -> NDArray[np.int32]:
@@ -159,7 +164,9 @@ class BlockTable:
         blocks = self.pool.allocate(self.missing_blocks(count))
         try:
             self.grow(count, blocks)
-            return self.slots(start)
+            slots = self.slots(start)
+            self.pool.pass_by(self, self.num_tokens)
+            return slots
         except BaseException:
             self.state = self.ids[: blocks_needed(start, self.block_size)], start
             self.pool.release(blocks[::-1])
@@ -178,8 +185,8 @@ class BlockTable:
         Raises
         ------
         ValueError
-            If the sequence is not empty, the blocks are too few or too many, or one is unknown or
-            free. Nothing has changed then.
+            If the sequence is not empty, the blocks are too few or too many, one is unknown or
+            free, or lacks what the next token sees. Nothing has changed then.
         """
         if self.num_tokens:
             raise ValueError(f"expected an empty sequence, got one of {self.num_tokens} tokens")
@@ -187,17 +194,20 @@ class BlockTable:
         if len(block_ids) != blocks_needed(num_tokens, self.block_size):
             raise ValueError(f"expected the blocks of {num_tokens} tokens, got {len(block_ids)}")
         ids = _array(block_ids)
+        self._check_seen(ids, num_tokens)
+        self.pool.begun_with(np.asarray(ids), num_tokens)
         try:
-            self.state = ids, num_tokens
+            self.state, self.passed = (ids, num_tokens), num_tokens
             self.pool.retain(ids)
         except BaseException:
-            self.state = array("i"), 0
+            self.state, self.passed = (array("i"), 0), 0
             raise
 
     def fork(self) -> BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
         other = BlockTable(self.pool, self.block_size)
         other.adopt(self.ids, self.num_tokens)
+        other.passed = self.passed
         return other
 
     def truncate(self, num_tokens: int) -> None:
@@ -211,18 +221,20 @@ class BlockTable:
         Raises
         ------
         ValueError
-            If the sequence is not that long. Nothing has changed then.
+            If the sequence is not that long, or what the next token would see has left a window.
+            Nothing has changed then.
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"expected 0 to {self.num_tokens} tokens to keep, got {num_tokens}")
         num_tokens = count_of(num_tokens, "num_tokens")
-        kept, before = blocks_needed(num_tokens, self.block_size), self.state
+        kept, before, passed = blocks_needed(num_tokens, self.block_size), self.state, self.passed
+        self._check_seen(before[0][:kept], num_tokens)
         try:
-            self.state = before[0][:kept], num_tokens
+            self.state, self.passed = (before[0][:kept], num_tokens), min(passed, num_tokens)
             # From the end, so that the same come back in the same order.
             self.pool.release(before[0][kept:][::-1])
         except BaseException:
-            self.state = before
+            self.state, self.passed = before, passed
             raise
 
     def share(self, start: int, block_ids: Sequence[int]) -> None:
@@ -238,19 +250,32 @@ class BlockTable:
         Raises
         ------
         ValueError
-            If the table is not that long, or one is unknown or free. Nothing has changed then.
+            If the table is not that long, one is unknown or free, or somebody else holds a block of
+            the table's own that has what the other's has lost. Nothing has changed then.
         """
         stop, ids, before = start + len(block_ids), _array(block_ids), self.state
         if not 0 <= start <= stop <= len(self.ids):
             raise ValueError(f"expected {len(self.ids)} blocks at most, got {start} to {stop}")
+        own = before[0][start:stop]
+        frames: list[Any] = []
         self.pool.retain(ids)
         try:
             self.state = before[0][:start] + ids + before[0][stop:], before[1]
-            self.pool.release(before[0][start:stop])
+            self.pool.hand_over(own, ids, frames)
+            self.pool.release(own)
         except BaseException:
             self.state = before
+            self.pool.restore(frames)
             self.pool.release(ids)
             raise
+
+    def _check_seen(self, ids: array[int], num_tokens: int) -> None:
+        """Raise ValueError if blocks of so many tokens lack what the next token sees."""
+        if not self.pool.holds_seen(np.asarray(ids), num_tokens):
+            raise ValueError(
+                f"expected blocks with all that is seen after {num_tokens} tokens, some of it has "
+                "left a window"
+            )
 
     @property
     def state(self) -> tuple[array[int], int]:

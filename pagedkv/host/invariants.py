@@ -32,4 +32,4 @@ def check_blocks(
         assert in_flight or sequence.missing > 0, "a sequence has nothing to compute"
     for block in range(pool.num_blocks):
         assert pool.reference_count(block) == held[block], f"block {block} is miscounted"
-    assert pool.num_blocks - pool.num_free - tree.num_evictable <= len(live), "locked by nobody"
+    assert len(+held) - tree.num_evictable <= len(live), "locked by nobody"

@@ -51,8 +51,8 @@ class RadixTree:
     """
 
     def __init__(self, pool: BlockPool, block_size: int, on_event: Listener | None = None) -> None:
-        self.pool = pool
-        self.on_event = on_event
+        self.pool, self.on_event = pool, on_event
+        pool.remember()
         self.block_size = positive_int32(block_size, "block_size")
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
@@ -98,14 +98,17 @@ class RadixTree:
         Returns
         -------
         PrefixMatch
-            No blocks if nothing is cached.
+            No blocks if nothing is cached. In a `FramePool` it ends where what comes next sees is.
 
         Raises
         ------
         ValueError
             If `tokens` are not 32-bit integers in one dimension.
         """
-        return self._walk(self._root(namespace), whole_blocks(tokens, self.block_size))
+        root, key = self._root(namespace), whole_blocks(tokens, self.block_size)
+        match = self._walk(root, key)
+        count = self.pool.reusable(match.blocks)
+        return match if count == len(match.blocks) else self._walk(root, key[: count * self._width])
 
     def insert(self, tokens: Integers, blocks: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
@@ -256,14 +259,17 @@ class RadixTree:
         """
         if self._aside:
             self._arrange(self._line + self._aside, [])
-        return self._evict(num_blocks)
+        num_blocks = count_of(max(num_blocks, 0), "num_blocks")
+        freed = self.pool.reclaim(num_blocks, asked_for=False)
+        freed += self._evict(num_blocks - freed)
+        return freed + self.pool.reclaim(num_blocks - freed, asked_for=True)
 
     def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
         """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends."""
         line = self._line + self._aside
         theirs = [entry for entry in line if entry[2].origin.namespace == namespace]
         self._arrange(theirs, [entry for entry in line if entry[2].origin.namespace != namespace])
-        return self._evict(num_blocks)
+        return self._evict(count_of(max(num_blocks, 0), "num_blocks"))
 
     def reset(self) -> int:
         """Forget all prefixes: after new weights, say, K and V of the old ones are wrong.
@@ -276,7 +282,8 @@ class RadixTree:
         int
             Blocks that became free.
         """
-        freed = self.evict(self.num_evictable)
+        self._arrange(self._line + self._aside, [])
+        freed = self._evict(self.pool.num_blocks + 1)  # all there is
         self._roots, self._num_blocks, self._num_locked, self._resets = {}, 0, 0, self._resets + 1
         if self.on_event:
             self.on_event(CacheEvent("cleared"))
@@ -284,9 +291,7 @@ class RadixTree:
 
     def check_invariants(self) -> None:
         """Raise AssertionError if something is broken; for tests, linear time."""
-        seen: list[int] = []
-        uses: list[int] = []
-        locked = 0
+        seen, uses, locked = list[int](), list[int](), 0
         # Its parent comes after a node that is wholly evicted.
         line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
@@ -309,7 +314,7 @@ class RadixTree:
         self._line, self._aside = line, aside
 
     def _evict(self, num_blocks: int) -> int:
-        num_blocks, freed = count_of(max(num_blocks, 0), "num_blocks"), 0
+        freed = 0
         while freed < num_blocks and self._line:
             used, _, node = self._line[0]
             if node.children or node.locks or not node.blocks:

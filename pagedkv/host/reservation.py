@@ -31,8 +31,9 @@ class Reservation:
         self._tables, self.counts = tables, counts
         self._pool = tables[0].pool
         self._lengths = [table.num_tokens for table in tables]
-        self._before: list[tuple[BlockTable, tuple[array[int], int]]] = []
+        self._before: list[tuple[BlockTable, tuple[array[int], int], int]] = []
         self._blocks: list[int] = []
+        self._pool.watch_open(self)
 
     def take(self, needs: Sequence[int] | None = None) -> None:
         """Take the blocks, all or nothing, and let the tables grow.
@@ -62,7 +63,7 @@ class Reservation:
                 if need == 0:  # most of them
                     table.num_tokens += count
                     continue
-                self._before.append((table, table.state))
+                self._before.append((table, table.state, count))
                 if copied := table.grow(count, list(islice(blocks, need))):
                     self.copies.append(copied)
         except BaseException:
@@ -86,6 +87,8 @@ class Reservation:
         except BaseException:
             self.is_open = True
             raise
+        for table, (_, length), count in self._before:
+            self._pool.pass_by(table, length + count)
 
     def undo(self) -> None:
         """Leave tables and pool as they were before, the order of free blocks included.
@@ -100,10 +103,12 @@ class Reservation:
 
     def _restore(self) -> None:
         self._pool.changes += 1
-        for table, (ids, length) in self._before:
+        for table, (ids, length), _ in self._before:
             # The blocks that were full may have been exchanged for others' since (`share`).
             full = length // table.block_size
-            table.state = table.state[0][:full] + ids[full:], length
+            if (own := table.ids[:full]) != ids[:full]:
+                ids = own + ids[full:]
+            table.state = ids, length
         for table, length in zip(self._tables, self._lengths, strict=True):
             table.num_tokens = length
         blocks = self._blocks

@@ -50,8 +50,9 @@ class Seen:
         """Whether the tables are still like that; in constant time while no table changes."""
         if self.tables[0].pool.changes != self.changes:
             now = Seen.of(self.tables)
-            # Lists are compared by identity first: few arrays are looked into.
-            if now.ids != self.ids or not np.array_equal(now.lens, self.lens):
+            if not now.tables[0].pool.same(now.ids, self.ids) or not np.array_equal(
+                now.lens, self.lens
+            ):
                 return False
             self.changes = now.changes
         return True
@@ -83,8 +84,8 @@ class Rows:
     ----------
     seen : Seen
         What the tables held when they were looked at last.
-    changed : bool
-        Whether an id is another one than when somebody set this to False.
+    changed : list of int
+        Rows with another id than when somebody emptied this.
 
     Raises
     ------
@@ -108,6 +109,7 @@ class Rows:
         self._widths = np.zeros(len(tables), np.int64)
         self._places = np.arange(len(tables))
         self._no_needs = [0] * len(tables)
+        self.changed: list[int] = []
         self.seen = Seen.of(tables)
         self._write(list(range(len(tables))))
 
@@ -121,7 +123,7 @@ class Rows:
         before = self.seen
         if self._pool.changes != before.changes:
             self.seen = Seen.of(before.tables)
-            if self.seen.ids != before.ids:  # by identity first
+            if not self._pool.same(self.seen.ids, before.ids):
                 pairs = zip(before.ids, self.seen.ids, strict=True)
                 self._write([row for row, (old, new) in enumerate(pairs) if new is not old])
         return self.seen
@@ -239,4 +241,4 @@ class Rows:
             self._array[rows] = flat[starts + np.where(columns < stops, columns, 0)]
         self._widths[rows] = widths
         self._tails = self._array[self._places, self._widths - 1]
-        self.changed = True
+        self.changed += rows

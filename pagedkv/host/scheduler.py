@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from pagedkv.errors import PagedKVError
 from pagedkv.host.admission import Admission
 from pagedkv.host.block_pool import BlockPool
-from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.host.block_table import BlockTable
 from pagedkv.host.cache_event import Listener
 from pagedkv.host.in_flight import InFlight, check_updated
 from pagedkv.host.invariants import check_blocks
@@ -87,7 +87,8 @@ class Scheduler:
         self._sequences: dict[Hashable, Sequence] = {}  # all that are waiting or running
         self._prefixes = Prefixes(pool, self.block_size, on_event)
         self.tree = self._prefixes.tree
-        self._admission = Admission(pool, self._prefixes, self.max_running, self.watermark)
+        limits = self.max_running, self.max_tokens, self.watermark
+        self._admission = Admission(pool, self._prefixes, *limits)
         self._in_flight: list[InFlight] = []  # oldest first, two at most
         self._arrivals = 0
 
@@ -130,12 +131,11 @@ class Scheduler:
         max_new_tokens = positive_int32(max_new_tokens, "max_new_tokens")
         priority = count_of(priority, "priority")
         limit = len(tokens) + max_new_tokens
-        # The last token is not computed.
-        needed = blocks_needed(limit - 1, self.block_size)
-        if needed > self.pool.num_blocks:
+        needed = self._admission.frames_needed(limit - 1)  # the last token is not computed
+        if needed > self.pool.num_frames:
             raise ValueError(
-                f"expected a request of at most {self.pool.num_blocks} blocks, got {len(tokens)} "
-                f"prompt and {max_new_tokens} new tokens, which need {needed}"
+                f"expected a request of at most {self.pool.num_frames} {self.pool.unit}, got "
+                f"{len(tokens)} prompt and {max_new_tokens} new tokens, which need {needed}"
             )
         hash(namespace)  # or a TypeError now rather than in the middle of a step
         sequence = self._new(

@@ -13,14 +13,18 @@ class Stats:
     ----------
     blocks_allocated, blocks_live, blocks_cached, blocks_free : int
         All blocks; those that sequences hold; those that only the prefix cache holds; the rest.
+        Where layers are in groups these are frames.
     block_bytes : int
-        Bytes of a block in all layers, 0 if the scheduler was not told.
+        Bytes of a block in all layers, of a frame in those of a group; 0 if the scheduler was not
+        told.
     waiting, running : int
         Requests.
     prompt_tokens, hit_tokens : int
         Tokens of admitted sequences since the start, and how many of them were cached.
     preemptions, evicted_blocks : int
         Since the start.
+    group_frames : tuple of int
+        Frames that each group of layers has.
     """
 
     blocks_allocated: int
@@ -34,6 +38,7 @@ class Stats:
     hit_tokens: int
     preemptions: int
     evicted_blocks: int
+    group_frames: tuple[int, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -66,15 +71,20 @@ def render_prometheus(stats: Stats, prefix: str = "pagedkv") -> str:
     requests = {"waiting": stats.waiting, "running": stats.running}
     lines: list[str] = []
 
-    def metric(name: str, kind: str, description: str, values: dict[str, int]) -> None:
+    def metric(
+        name: str, kind: str, description: str, values: dict[str, int], label: str = "state"
+    ) -> None:
         lines.append(f"# HELP {prefix}_{name} {description}")
         lines.append(f"# TYPE {prefix}_{name} {kind}")
-        for state, value in values.items():
-            label = f'{{state="{state}"}}' if state else ""
-            lines.append(f"{prefix}_{name}{label} {value}")
+        for key, value in values.items():
+            labels = f'{{{label}="{key}"}}' if key else ""
+            lines.append(f"{prefix}_{name}{labels} {value}")
 
     metric("blocks", "gauge", "Blocks of the pool by state.", blocks)
     metric("block_bytes", "gauge", "Bytes of the pool's blocks by state.", size)
+    if len(stats.group_frames) > 1:
+        frames = {str(group): count for group, count in enumerate(stats.group_frames)}
+        metric("group_frames", "gauge", "Frames by group of layers.", frames, "group")
     metric("requests", "gauge", "Requests by state.", requests)
     for name, value, description in (
         ("prompt_tokens", stats.prompt_tokens, "Tokens of admitted sequences."),
