@@ -6,7 +6,7 @@ import pytest
 from launching import BACKEND, emulate
 from reference import attend_one
 
-from pagedkv import OutOfBlocksError, PagedKVCache, PagedKVError
+from pagedkv import OutOfBlocksError, PagedKVCache, PagedKVError, ScoreOptions
 from pagedkv.attention.plan import AttentionPlan
 from pagedkv.cache.in_place import InPlace
 
@@ -51,7 +51,8 @@ class Steps:
     What is computed is not looked at before several steps have been built.
     """
 
-    def __init__(self, seed, layers=2, block_size=8, num_blocks=60):
+    def __init__(self, seed, windows=(None, None), block_size=8, num_blocks=60):
+        layers, self.windows = len(windows), windows
         self.rng = np.random.default_rng(seed)
         self.cache = PagedKVCache(
             num_layers=layers,
@@ -60,6 +61,7 @@ class Steps:
             kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             dtype=mx.float32,
+            windows=windows,
         )
         self.layers = range(layers)
         self.sequences = []  # of (table, K and V by layer, [L, Hkv, D] each)
@@ -85,14 +87,15 @@ class Steps:
         for layer in self.layers:
             keys, values = random(self.rng, *shape), random(self.rng, *shape)
             queries = 4 * random(self.rng, len(chosen), HEADS, count, HEAD_DIM)
-            out = step.attend(layer, *map(mx.array, (queries, keys, values)), scale=0.125)
+            arrays, window = map(mx.array, (queries, keys, values)), self.windows[layer]
+            out = step.attend(layer, *arrays, scale=0.125, scores=ScoreOptions(window=window))
             for b, i in enumerate(chosen):
                 held = self.sequences[i][1]
                 held[layer] = tuple(
                     np.concatenate([old, new[b].swapaxes(0, 1)])
                     for old, new in zip(held[layer], (keys, values), strict=True)
                 )
-                self.expected.append((out, b, queries[b], *held[layer]))
+                self.expected.append((out, b, queries[b], *held[layer], window))
         step.commit()
 
     def fork(self, which):
@@ -120,13 +123,14 @@ class Steps:
         mx.eval(list(outputs.values()))
         outputs = {key: np.array(out) for key, out in outputs.items()}
         wrong = 0
-        for out, b, queries, keys, values in self.expected:
+        for out, b, queries, keys, values, window in self.expected:
             got, count = outputs[id(out)][b], queries.shape[1]
-            seen = [len(keys) - count + i + 1 for i in range(count)]
+            ends = [len(keys) - count + i + 1 for i in range(count)]
+            seen = [slice(max(0, end - (window or end)), end) for end in ends]
             right = np.array(
                 [
                     [
-                        attend_one(q[i], keys[:n, h // 2], values[:n, h // 2], 0.125)
+                        attend_one(q[i], keys[n, h // 2], values[n, h // 2], 0.125)
                         for i, n in enumerate(seen)
                     ]
                     for h, q in enumerate(queries)
@@ -137,16 +141,22 @@ class Steps:
         return wrong
 
     def look_at_pools(self):
-        """Compare all that the sequences hold with the model."""
-        for layer, pools in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
+        """Compare all that the sequences hold, and a coming token sees, with the model."""
+        cache = self.cache
+        for layer, pools in enumerate(zip(cache.keys, cache.values, strict=True)):
+            window, group = self.windows[layer], cache.group_of(layer)
             for table, held in self.sequences:
+                blocks, offsets = np.divmod(table.slots(), cache.block_size)
+                slots = cache.pool.places(blocks)[group] * cache.block_size + offsets
+                first = 0 if window is None else max(0, len(slots) + 1 - window)
                 for pool, model in zip(pools, held[layer], strict=True):
-                    rows = np.array(pool).reshape(-1, KV_HEADS, HEAD_DIM)[table.slots()]
-                    assert np.array_equal(rows, model)
+                    rows = np.array(pool).reshape(-1, KV_HEADS, HEAD_DIM)[slots]
+                    assert np.array_equal(rows[first:], model[first:])
 
 
-def test_steps_that_run_late_hold_what_the_model_holds():
-    steps, wrong = Steps(seed=51), 0
+@pytest.mark.parametrize("windows", [(None, None), (20, None, 20)], ids=["one group", "groups"])
+def test_steps_that_run_late_hold_what_the_model_holds(windows):
+    steps, wrong = Steps(seed=51, windows=windows), 0
     for number in range(3000 if ON_GPU else 60):
         steps.any_step()
         if number % 8 == 7:  # up to 8 steps at once, in whatever order MLX likes
@@ -157,8 +167,9 @@ def test_steps_that_run_late_hold_what_the_model_holds():
     assert wrong == 0
 
 
-def test_without_the_chain_they_do_not(without_the_chain):
-    steps, wrong = Steps(seed=51), 0
+@pytest.mark.parametrize("windows", [(None, None), (20, None, 20)], ids=["one group", "groups"])
+def test_without_the_chain_they_do_not(windows, without_the_chain):
+    steps, wrong = Steps(seed=51, windows=windows), 0
     for number in range(400 if ON_GPU else 60):
         steps.any_step()
         if number % 8 == 7:
@@ -276,7 +287,7 @@ def accesses(cache):
 def counting(monkeypatch):
     """Attention that only counts: an output is one more than that of the access before."""
 
-    def attend(self, queries, keys, values, scores, after=None, new=None):
+    def attend(self, queries, keys, values, scores, after=None, new=None, tables=None):
         return mx.broadcast_to(
             after.reshape(-1)[:1] + 1 + 0 * new[0].reshape(-1)[:1], queries.shape
         )

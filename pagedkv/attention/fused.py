@@ -83,10 +83,12 @@ class Plan:
         scores: ScoreOptions,
         after: mx.array | None = None,
         new: New | None = None,
+        tables: mx.array | None = None,
     ) -> mx.array:
         """Attend in one layer; see `DecodePath.attend`."""
         slopes, sinks = scores.alibi_slopes, scores.sinks
-        inputs = [queries, keys, values, self._tables, self._numbers]
+        tables = self._tables if tables is None else tables
+        inputs = [queries, keys, values, tables, self._numbers]
         if new is not None:
             inputs += new
         if after is not None:

@@ -31,7 +31,7 @@ class DecodePath:
         The pool layout it reads.
     attend : callable
         (queries, keys, values, prepared, scores) -> output, arguments already checked. One that
-        `writes` also takes (after, new), see `AttentionPlan.attend`.
+        `writes` also takes (after, new, tables), see `AttentionPlan.attend`.
     prepare : callable
         (batch, call, scores) -> what `attend` takes for every layer; it must not hold the batch.
     advance : callable or None
@@ -174,9 +174,10 @@ def _fused(
     scores: ScoreOptions,
     after: mx.array | None = None,
     new: New | None = None,
+    tables: mx.array | None = None,
 ) -> mx.array:
     """Read K and V where they lie; see `pagedkv.attention.fused`."""
-    return plan.attend(queries, keys, values, scores, after, new)
+    return plan.attend(queries, keys, values, scores, after, new, tables)
 
 
 def _prepare_blocks(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Blocks:

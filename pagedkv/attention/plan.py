@@ -57,6 +57,7 @@ class AttentionPlan:
         scores: ScoreOptions,
         after: mx.array | None = None,
         new: New | None = None,
+        tables: mx.array | None = None,
     ) -> mx.array:
         """Attend in one layer, with arguments of this kind.
 
@@ -70,9 +71,12 @@ class AttentionPlan:
             K and V of the query tokens, [B, Hkv, Q, D] each, to be put into the pools first, if the
             path `writes`. MLX does not know of it: what reads or writes the pools next has to take
             the output as its `after`.
+        tables : mx.array, optional
+            Block tables in place of the batch's, if the path `writes`; `over` is for the others.
         """
         if self.path.writes:
-            return self.path.attend(queries, keys, values, self.prepared, scores, after, new)
+            prepared = self.prepared
+            return self.path.attend(queries, keys, values, prepared, scores, after, new, tables)
         prepared = self.prepared if after is None else self.prepared.ordered(after)
         return self.path.attend(queries, keys, values, prepared, scores)
 
@@ -80,6 +84,11 @@ class AttentionPlan:
         """Return the plan of the same sequences, each `by` tokens longer; None to plan anew."""
         prepared = self.path.advance and self.path.advance(self.prepared, batch, by)
         return prepared and AttentionPlan(self.call, self.name, self.path, prepared, self.because)
+
+    def over(self, batch: DecodeBatch, group: int, scores: ScoreOptions) -> AttentionPlan:
+        """Return the plan of a batch by the tables of one of its groups of layers."""
+        prepared = self.path.prepare(batch.of_group(group), self.call, scores)
+        return AttentionPlan(self.call, self.name, self.path, prepared, self.because)
 
 
 def plan_for(

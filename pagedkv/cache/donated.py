@@ -51,9 +51,10 @@ class Donated:
         queries: mx.array,
         scores: ScoreOptions,
         new: New | None = None,
+        tables: mx.array | None = None,
     ) -> mx.array:
         """Attend over what has been written."""
-        return plan.attend(queries, *self.pools(layer), scores)
+        return plan.attend(queries, *self.pools(layer), scores, tables=tables)
 
     def write(self, layer: int, new: New, slots: mx.array) -> None:
         """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""

@@ -81,10 +81,14 @@ class InPlace:
         queries: mx.array,
         scores: ScoreOptions,
         new: New | None = None,
+        tables: mx.array | None = None,
     ) -> mx.array:
-        """Attend after all accesses so far; put `new`, K and V of the queries' tokens, first."""
+        """Attend after all accesses so far; put `new`, K and V of the queries' tokens, first.
+
+        `tables` are in place of the plan's, as for `AttentionPlan.attend`.
+        """
         keys, values = self._keys[layer], self._values[layer]
-        out = plan.attend(queries, keys, values, scores, self._last[layer], new)
+        out = plan.attend(queries, keys, values, scores, self._last[layer], new, tables)
         if FEW <= plan.output_bytes <= SMALL:
             # Another Python object: what is assigned to one of them is not assigned to the other.
             self._last[layer] = out.reshape(out.shape)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
 import mlx.core as mx
+import numpy as np
 
+from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.fused import MOST_QUERIES
 from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
@@ -15,12 +17,15 @@ from pagedkv.cache.step import Extension, ScheduledStep
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
+from pagedkv.host.frame_pool import FramePool
 from pagedkv.host.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class MemoryUsage:
     """What the pools take, in blocks and in bytes over all layers, K and V.
+
+    Where layers are in groups it is counted in frames.
 
     Attributes
     ----------
@@ -74,11 +79,18 @@ class PagedKVCache(Pools):
         D of every layer, or of each.
     dtype : mx.Dtype
         float16, bfloat16 or float32.
+    windows : sequence of int or None, optional
+        For each layer, how many tokens a token sees, itself the last; None for all. Layers are put
+        in groups by it, and a group gives blocks back as they leave its window. `num_blocks` is the
+        memory of so many whole blocks, see `Pools`.
+    margin : int
+        Tokens that can be taken back from a sequence at any time, whatever the windows.
 
     Attributes
     ----------
     pool : BlockPool
-        Which blocks are held; a block is the same id in every layer.
+        Which blocks are held; a block is the same id in every layer. Where layers are in groups, a
+        `FramePool`.
 
     Raises
     ------
@@ -96,17 +108,22 @@ class PagedKVCache(Pools):
         kv_heads: int | Sequence[int],
         head_dim: int | Sequence[int],
         dtype: mx.Dtype = mx.float16,
+        windows: Sequence[int | None] | None = None,
+        margin: int = 0,
     ) -> None:
-        super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype)
+        super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, windows)
+        groups = self.groups.windows
         self.pool = BlockPool(self.num_blocks)
+        if len(groups) > 1:
+            self.pool = FramePool(self.num_blocks, groups, self.block_size, margin)
         self._last: Batches | None = None  # of the last step of few tokens, as it may go on
         self._open: list[ReferenceType[Extension]] = []
 
     def memory_usage(self) -> MemoryUsage:
         """Return how many blocks and bytes are allocated, live and free."""
         return MemoryUsage(
-            allocated_blocks=self.pool.num_blocks,
-            live_blocks=self.pool.num_blocks - self.pool.num_free,
+            allocated_blocks=self.pool.num_frames,
+            live_blocks=self.pool.num_frames - self.pool.num_free_frames,
             block_bytes=self.block_bytes,
         )
 
@@ -155,7 +172,7 @@ class PagedKVCache(Pools):
         try:
             reservation = batches.rows.reserve(counts)
             step = Extension(self, batches, reservation)
-            self.copy_blocks(step.copies)
+            self._copy(step.copies)
             self._open.append(ref(step))
             if step.is_even and reservation.counts[0] <= MOST_QUERIES:
                 self._last = batches
@@ -209,9 +226,32 @@ class PagedKVCache(Pools):
             steps.append(ScheduledStep(self, batches, schedule, rows[count], sampled))
             if count <= MOST_QUERIES:
                 self._last = batches
-        self.copy_blocks(schedule.copies)
+        self._copy(schedule.copies)
         schedule.state = "stepped"
         return steps
+
+    def batch(self, tables: Sequence[BlockTable]) -> DecodeBatch:
+        """Return what `attend` reads of sequences: all of their tokens.
+
+        Raises
+        ------
+        ValueError
+            If there is no table, one comes twice or is empty, or one is of another cache.
+        """
+        tables = list(tables)
+        self._check_own(tables)
+        if any(not table.num_tokens for table in tables):
+            raise ValueError("expected sequences of at least one token, got an empty one")
+        return Batches(tables, self.num_blocks).next()
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks of sequences in every layer."""
+        if copies and len(self.groups.windows) > 1:
+            sources, targets = (
+                self.pool.places(np.array(ids)) for ids in zip(*copies, strict=True)
+            )
+            copies = list(zip(sources.ravel().tolist(), targets.ravel().tolist(), strict=True))
+        self.copy_blocks(copies)
 
     def _batches(self, tables: list[BlockTable]) -> Batches:
         """Return what makes the batch of a step: what made the last one if that goes on."""
@@ -219,9 +259,12 @@ class PagedKVCache(Pools):
         if last is not None and last.rows.seen.tables == tables:
             self._last = None  # until it is up to date again
             return last
+        self._check_own(tables)
+        return Batches(tables, self.num_blocks)
+
+    def _check_own(self, tables: list[BlockTable]) -> None:
         if tables and (tables[0].pool, tables[0].block_size) != (self.pool, self.block_size):
             raise ValueError("expected tables of this cache")
-        return Batches(tables, self.num_blocks)
 
     def _check_not_under_way(self, tables: list[BlockTable]) -> None:
         """Raise PagedKVError if a step that somebody holds is to extend one of the tables."""

@@ -15,6 +15,7 @@ from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 from pagedkv.cache.donated import Donated
+from pagedkv.cache.groups import Groups
 from pagedkv.cache.in_place import InPlace
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.limits import id_below, integers, positive_int32
@@ -23,12 +24,20 @@ from pagedkv.limits import id_below, integers, positive_int32
 class Pools:
     """K and V pools of all layers, [N, S, Hkv, D] each, with Hkv and D of its layer.
 
+    Where layers are in groups (`Groups`), one of each group shares a pool with one of each other
+    group: their blocks lie in frames of it, of which any group may have any.
+
     The pools are allocated once, zeroed, on the default device, and written in place: on a GPU by
     kernels of ours, see `pagedkv.cache.in_place`, on a CPU by MLX, see `pagedkv.cache.donated`.
     What is written and read through the methods here takes effect in the order of the calls,
     however far the host runs ahead of the device.
 
     Parameters and errors are those of `PagedKVCache`.
+
+    Attributes
+    ----------
+    groups : Groups
+        Which group each layer is in.
     """
 
     def __init__(
@@ -39,21 +48,32 @@ class Pools:
         kv_heads: int | Sequence[int],
         head_dim: int | Sequence[int],
         dtype: mx.Dtype,
+        windows: Sequence[int | None] | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_blocks": num_blocks, "block_size": block_size}
         self.num_layers, self.num_blocks, self.block_size = (
             positive_int32(size, name) for name, size in sizes.items()
         )
+        if windows is not None and len(windows) != self.num_layers:
+            raise ValueError(
+                f"expected a window of each of {self.num_layers} layers, got {len(windows)}"
+            )
+        self.groups = Groups.of([None] * self.num_layers if windows is None else windows)
+        self.num_blocks *= len(self.groups.windows)
         positive_int32(self.num_blocks * self.block_size, "num_blocks * block_size")
         if dtype not in DTYPES:
             raise ValueError(f"expected float16, bfloat16 or float32, got {dtype}")
         self._dtype, self._device = dtype, mx.default_device().type
-        heads = _by_layer(kv_heads, self.num_layers, "kv_heads")
-        dims = _by_layer(head_dim, self.num_layers, "head_dim")
+        heads = _of_each(kv_heads, self.num_layers, "kv_heads")
+        dims = _of_each(head_dim, self.num_layers, "head_dim")
         self._shapes: list[Shape] = [
             (self.num_blocks, self.block_size, *shape) for shape in zip(heads, dims, strict=True)
         ]
-        keys, values = ([mx.zeros(shape, dtype) for shape in self._shapes] for _ in "kv")
+        self._slabs, self._group_of = self.groups.slab_of, self.groups.group_of
+        if len(self.groups.windows) > 1 and len(set(self._shapes)) > 1:
+            raise ValueError("expected one shape of layers with windows and without")
+        shapes = self._shapes[: self.groups.num_slabs]
+        keys, values = ([mx.zeros(shape, dtype) for shape in shapes] for _ in "kv")
         mx.eval(keys, values)
         backend = backend_of(mx.default_device())
         self._store: InPlace | Donated
@@ -61,8 +81,8 @@ class Pools:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block in all layers, K and V."""
-        return sum(self.layer_bytes(layer) for layer in range(self.num_layers))
+        """Bytes of a block in all layers, K and V; where layers are in groups, of a frame."""
+        return sum(self.layer_bytes(slab) for slab in range(self.groups.num_slabs))
 
     def layer_bytes(self, layer: int) -> int:
         """Return the bytes of a block in one layer, K and V."""
@@ -76,12 +96,12 @@ class Pools:
         next write: use `attend` in a model. On a CPU a pool that somebody holds is copied by the
         next write.
         """
-        return self._store.settled()[0]
+        return self._by_layer(self._store.settled()[0])
 
     @property
     def values(self) -> tuple[mx.array, ...]:
         """V pools, as `keys`."""
-        return self._store.settled()[1]
+        return self._by_layer(self._store.settled()[1])
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
         """Write tokens into one layer's pools: a prompt, a chunk of it; lazily on a GPU.
@@ -119,7 +139,11 @@ class Pools:
                 f"expected {slots.slots.size} tokens, one a slot, "
                 f"got {keys.shape[0]} sequences of {keys.shape[2]}"
             )
-        self._store.write(layer, (keys, values), slots.slots)
+        if slots.group != self._group_of[layer]:
+            raise ValueError(
+                f"expected slots of group {self._group_of[layer]}, got those of {slots.group}"
+            )
+        self._store.write(self._slabs[layer], (keys, values), slots.slots)
 
     def attend(
         self,
@@ -151,8 +175,13 @@ class Pools:
             As `paged_attention`, and if there is no such layer or the default device is another.
         """
         layer = self._check_layer(layer)
+        group = self._group_of[layer]
         plan = self._plan_for(layer, queries, batch, scale, path, scores)
-        return self._store.attend(layer, plan, queries, scores)
+        tables = None
+        if group:
+            tables = batch.groups[group]
+            plan = plan if plan.path.writes else plan.over(batch, group, scores)
+        return self._store.attend(self._slabs[layer], plan, queries, scores, None, tables)
 
     def plan(
         self,
@@ -165,6 +194,8 @@ class Pools:
         scores: ScoreOptions,
     ) -> AttentionPlan:
         """Check arguments of `Step.attend` and return the plan for layers with such ones.
+
+        It is by the tables of the first group of layers.
 
         Parameters
         ----------
@@ -194,10 +225,13 @@ class Pools:
         plan: AttentionPlan,
         queries: mx.array,
         new: New,
-        slots: Callable[[], SlotMapping],
+        slots: Callable[[int], SlotMapping],
         scores: ScoreOptions,
+        tables: mx.array | None = None,
     ) -> mx.array:
-        """Write tokens and attend with them, as `plan` says; `slots` returns theirs if needed.
+        """Write tokens and attend with them, as `plan` says; `slots` returns a layer's if needed.
+
+        `tables` are those of the layer's group, if the plan is by another's.
 
         ValueError if the tokens do not fit the layer. Nothing has changed then.
         """
@@ -205,11 +239,11 @@ class Pools:
             layer = id_below(self.num_layers, layer, "a layer")
         if plan.call.keys != self._shapes[layer]:  # then the tokens fit others
             self._check_new(layer, *new)
-        store = self._store
+        store, slab = self._store, self._slabs[layer]
         if store.writes(plan):
-            return store.attend(layer, plan, queries, scores, new)
-        store.write(layer, new, slots().slots)
-        return store.attend(layer, plan, queries, scores)
+            return store.attend(slab, plan, queries, scores, new, tables)
+        store.write(slab, new, slots(layer).slots)
+        return store.attend(slab, plan, queries, scores, None, tables)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks in every layer, in place; `extend` and `steps` do it by themselves.
@@ -252,8 +286,14 @@ class Pools:
 
     def written(self, layer: int) -> list[mx.array]:
         """Return what is computed once all writes to a layer so far are; it is not to be kept."""
-        last = self._store.last(layer)
-        return [*self._store.pools(layer)] if last is None else [last]
+        slab = self._slabs[layer]
+        last = self._store.last(slab)
+        return [*self._store.pools(slab)] if last is None else [last]
+
+    def group_of(self, layer: int) -> int:
+        """Return the group of a layer; 0 for what is none."""
+        groups = self._group_of
+        return groups[layer] if type(layer) is int and 0 <= layer < len(groups) else 0
 
     def mark(self) -> object:
         """Return what `rewind` takes: the accesses so far."""
@@ -272,8 +312,14 @@ class Pools:
         path: str,
         scores: ScoreOptions,
     ) -> AttentionPlan:
-        pools, last = self._store.pools(layer), self._store.last(layer)
+        slab = self._slabs[layer]
+        if len(batch.groups or (0,)) != len(self.groups.windows):
+            raise ValueError("expected a batch of this cache, by its groups of layers")
+        pools, last = self._store.pools(slab), self._store.last(slab)
         return plan_for(queries, *pools, batch, scale, path, scores, last)
+
+    def _by_layer(self, pools: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        return tuple(pools[slab] for slab in self._slabs)
 
     def _check_layer(self, layer: int) -> int:
         self._check_device()
@@ -298,7 +344,7 @@ class Pools:
             )
 
 
-def _by_layer(sizes: Any, num_layers: int, name: str) -> list[int]:
+def _of_each(sizes: Any, num_layers: int, name: str) -> list[int]:
     """Return a size of each layer, of one for all or one each; ValueError for anything else."""
     if np.ndim(sizes) == 0:
         return [positive_int32(sizes, name)] * num_layers

@@ -26,11 +26,14 @@ class SlotMapping:
         S, tokens in a block.
     num_blocks : int
         N, blocks in the pool that the slots index.
+    group : int
+        The group of layers whose pools these are.
     """
 
     slots: mx.array
     block_size: int
     num_blocks: int
+    group: int = 0
 
     @classmethod
     def from_slots(

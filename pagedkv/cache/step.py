@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import cached_property
 from types import TracebackType
 
 import mlx.core as mx
@@ -39,6 +38,7 @@ class Step:
         self._pools, self._counts = pools, counts
         self._shape = len(counts), counts[0]
         self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
+        self._slots: dict[int, SlotMapping] = {}  # by group of layers
         self.is_even = counts.count(counts[0]) == len(counts)
 
     @property
@@ -46,11 +46,23 @@ class Step:
         """The sequences, to be read only."""
         return self._seen.tables
 
-    @cached_property
+    @property
     def slots(self) -> SlotMapping:
-        """The slots of the new tokens, sequence by sequence."""
-        slots = mx.array(self._seen.last_slots(self._counts).astype(np.int32))
-        return SlotMapping(slots, self._pools.block_size, self._pools.num_blocks)
+        """The slots of the new tokens, sequence by sequence, where layers are in one group."""
+        return self.slots_of(0)
+
+    def slots_of(self, layer: int) -> SlotMapping:
+        """Return the slots of the new tokens in a layer's pools, sequence by sequence."""
+        group = self._pools.groups.group_of[layer]
+        slots = self._slots.get(group)
+        if slots is None:
+            size = self._pools.block_size
+            blocks, offsets = np.divmod(self._seen.last_slots(self._counts), size)
+            places = self._seen.tables[0].pool.places(blocks)[group]
+            made = mx.array(places * size + offsets.astype(np.int32))
+            slots = SlotMapping(made, size, self._pools.num_blocks, group)
+            self._slots[group] = slots
+        return slots
 
     def attend(
         self,
@@ -116,9 +128,22 @@ class Step:
             self._check_new(queries, keys)
             plan = self._pools.plan(layer, queries, (keys, values), self.batch, scale, path, scores)
             self._plans[kind] = plan
+        group, tables = self._pools.group_of(layer), None
+        if group:
+            tables = self.batch.groups[group]
+            if not plan.path.writes:
+                plan = self._by_group(plan, kind, group, scores)
         return self._pools.write_and_attend(
-            layer, plan, queries, (keys, values), self._get_slots, scores
+            layer, plan, queries, (keys, values), self.slots_of, scores, tables
         )
+
+    def _by_group(
+        self, plan: AttentionPlan, kind: Hashable, group: int, scores: ScoreOptions
+    ) -> AttentionPlan:
+        found = self._plans.get((kind, group))
+        if found is None:
+            found = self._plans[kind, group] = plan.over(self.batch, group, scores)
+        return found
 
     def _check_new(self, queries: mx.array, keys: mx.array) -> None:
         shape = self._shape
@@ -130,9 +155,6 @@ class Step:
                 raise ValueError(
                     f"expected {name} of shape [{shape[0]}, H, {shape[1]}, D], got {array.shape}"
                 )
-
-    def _get_slots(self) -> SlotMapping:
-        return self.slots
 
     def _check_open(self) -> None:
         """Raise PagedKVError if the step is over."""
