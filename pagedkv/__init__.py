@@ -11,6 +11,7 @@ from pagedkv.attention.gather import append_block, gather_blocks, gather_rows
 from pagedkv.attention.inputs import Layout
 from pagedkv.attention.paths import DECODE_PATHS
 from pagedkv.attention.scores import ScoreOptions
+from pagedkv.cache.groups import Groups
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.cache.step import Step
@@ -22,6 +23,7 @@ from pagedkv.errors import (
 )
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.host.frame_pool import FramePool
 from pagedkv.host.prefix_cache import RadixTree
 from pagedkv.host.scheduler import Scheduler
 from pagedkv.host.stats import Stats, render_prometheus
@@ -33,6 +35,8 @@ __all__ = [
     "BlockPool",
     "BlockTable",
     "DecodeBatch",
+    "FramePool",
+    "Groups",
     "Layout",
     "OutOfBlocksError",
     "PagedKVCache",
