@@ -41,6 +41,8 @@ FAMILIES = {
     "phi3": {"rope_scaling": None, "partial_rotary_factor": 1.0},
     "qwen3_moe": _MOE,
     "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 8},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": "LLG", "rope_scaling": None},
     "starcoder2": {},
     "cohere2": {"sliding_window": 8, "sliding_window_pattern": 3, "layer_norm_bias": False},
     "gemma": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},

@@ -113,9 +113,10 @@ def test_a_batch_of_ragged_prompts(model, monkeypatch):
         for own, paged in zip(*logprobs[-2:], strict=True):
             assert mx.abs(own - paged).max() < 5e-4 * mx.abs(own).max()
         assert len(passes) >= COUNT
-        assert store.stats().free_blocks == 128
+        assert store.stats().free_blocks == store.stats().num_blocks
         # Prompts of 5, 39, 1 and 11 tokens and 24 more of each.
-        assert store.stats().peak_blocks <= sum(-(-(len(p) + COUNT) // 4) for p in PROMPTS)
+        blocks = sum(-(-(len(p) + COUNT) // 4) for p in PROMPTS)
+        assert store.stats().peak_blocks <= blocks * len(store.stats().groups)
 
 
 def test_a_chat_that_goes_on_and_one_that_forks(model):
@@ -131,7 +132,9 @@ def test_a_chat_that_goes_on_and_one_that_forks(model):
     assert [answer(model, turn, plain) for turn in turns] == [first, *rest]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "gpt_oss", "cohere2", "olmo3", "exaone4"], indirect=True
+)
 def test_a_cached_prefix_is_not_computed_again(model, monkeypatch):
     shared = list(range(20, 50))
     prompts = [[*shared, 60, 61, 62], [*shared, 70, 71]]
@@ -235,4 +238,4 @@ def test_caches_of_a_batch_are_made_before_and_stay_as_they_are():
         assert [cache[0].offset for cache in caches] == [len(p) - 1 for p in PROMPTS]
         del cache
         caches.clear()
-        assert store.stats().free_blocks == 128
+        assert store.stats().free_blocks == store.stats().num_blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.sequences import Sequences
 
 _Entry = tuple[BlockTable, int]  # a sequence, and the tokens it will have at most
+CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once
 _SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a BatchGenerator
 
 
@@ -33,6 +35,7 @@ class Admission:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
+        self._at_once = blocks_needed(CHUNK, memory.kv.block_size)
         self._generators: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
         memory.givers.append(self._give_up)
 
@@ -52,12 +55,22 @@ class Admission:
             If the store is closed.
         """
         self._memory.check_open()
-        limit = self._memory.kv.num_blocks * self._memory.kv.block_size
-        if prompt_tokens + max_tokens > limit:
+        kv = self._memory.kv
+        blocks = blocks_needed(prompt_tokens + max_tokens, kv.block_size)
+        if kv.pool.frames_needed(blocks, self._at_once) > kv.pool.num_frames:
             raise ValueError(
-                f"expected prompt and answer of {limit} tokens at most, the whole paged store, got "
-                f"a prompt of {prompt_tokens} and max_tokens of {max_tokens}"
+                f"expected prompt and answer of {self._longest()} tokens at most, the whole paged "
+                f"store, got a prompt of {prompt_tokens} and max_tokens of {max_tokens}"
             )
+
+    def _longest(self) -> int:
+        """Return how many tokens a sequence can have at most."""
+        kv = self._memory.kv
+        sizes = range(kv.pool.num_blocks + 1)
+        fitting = bisect_right(
+            sizes, kv.pool.num_frames, key=lambda size: kv.pool.frames_needed(size, self._at_once)
+        )
+        return (fitting - 1) * kv.block_size
 
     def admit(self, generator: BatchGenerator, count: int) -> int:
         """Return how many of the first `count` waiting sequences may begin; the others wait.
@@ -80,7 +93,7 @@ class Admission:
 
     def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
         """Return what to raise if the first that waits may not begin, and nothing will end."""
-        return OutOfBlocksError(self._count(generator, 1)[1], self._memory.kv.num_blocks)
+        return OutOfBlocksError(self._count(generator, 1)[1], self._memory.kv.pool.num_frames)
 
     def _count(self, generator: BatchGenerator, count: int) -> tuple[int, int]:
         """Return how many may begin, and the blocks that it would take with one more."""
@@ -107,22 +120,31 @@ class Admission:
                 for table in other.tables
             ]
             needed = self._needed([*entries, *others])
-            if needed > memory.kv.num_blocks:
+            if needed > memory.kv.pool.num_frames:
                 return place, needed
         return count, needed
 
     def _needed(self, entries: list[_Entry]) -> int:
-        """Return the most blocks that sequences will hold at once; what they share counts once."""
+        """Return the most frames that sequences will hold at once.
+
+        What they share of layers that see everything counts once.
+        """
         kv = self._memory.kv
         ids = [table.block_ids for table, _ in entries]
         held = np.concatenate([np.empty(0, np.int32), *ids])
-        holders = np.bincount(held, minlength=kv.num_blocks)
+        holders = np.bincount(held, minlength=kv.pool.num_blocks)
         more = 0
         for table, tokens in entries:
             more += blocks_needed(tokens, kv.block_size) - len(table.ids)
             if table.num_tokens % kv.block_size:  # its last block is copied if others hold it
                 more += bool(holders[table.ids[-1]] > 1)
-        return int(np.count_nonzero(holders)) + more
+        blocks = int(np.count_nonzero(holders)) + more
+        windows = 0
+        for _, tokens in entries:
+            size = blocks_needed(tokens, kv.block_size)
+            windows += kv.pool.frames_needed(size, self._at_once)
+            windows -= kv.pool.frames_seeing_all(size)
+        return kv.pool.frames_seeing_all(blocks) + windows
 
     def _give_up(self, count: int) -> bool:
         """Take the cached prefix from the last one that waits with any: it is computed again."""

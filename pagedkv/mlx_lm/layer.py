@@ -5,19 +5,34 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from pagedkv.attention.gather import gather_rows
+from pagedkv.attention.gather import take_rows
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
 from pagedkv.mlx_lm.probe import LayerShape
 from pagedkv.mlx_lm.routing import Routed, own_attention
 from pagedkv.mlx_lm.sequences import Sequences
+
+
+class Content(NamedTuple):
+    """What a cache of mlx-lm's own holds.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Tokens that went into it.
+    arrays : list of mx.array
+        K and V of these, or of as many of the last as a window needs; empty without a token.
+    """
+
+    num_tokens: int
+    arrays: list[mx.array]
 
 
 class NotInState:
@@ -211,22 +226,53 @@ class PagedLayer(ShapedLayer):
                 x.swapaxes(1, 2).reshape(1, -1, *x.shape[1::2])[:, chosen].swapaxes(1, 2)
                 for x in (keys, values)
             )
-        self.sequences.kv.write(self.layer, keys, values, step.slots)
+        self.sequences.kv.write(self.layer, keys, values, step.slots_of(self.layer))
 
-    def unpaged(self) -> KVCache:
-        """Return a copy of a single sequence's tokens in a cache of mlx-lm's own."""
+    def unpaged(self) -> KVCache | RotatingKVCache:
+        """Return a copy of a single sequence's tokens in a cache of mlx-lm's own.
+
+        Where the layer gives back what leaves its window, that is a `RotatingKVCache`.
+        """
         sequences, shape = self.sequences, self.shape
         sequences.end()
         if len(sequences.tables) != 1:
             raise ValueError(f"expected one sequence, got {len(sequences.tables)}")
-        [table], kv, cache = sequences.tables, sequences.kv, KVCache()
+        [table], kv, window = sequences.tables, sequences.kv, self._kept_window
+        cache = KVCache() if window is None else RotatingKVCache(window)
         if table.num_tokens:
-            batch = sequences.batch_of([0])
-            keys, values = (gather_rows(x[self.layer], batch) for x in (kv.keys, kv.values))
+            batch = sequences.batch_of([0]).of_group(kv.group_of(self.layer))
+            rows = batch.rows(shape.kv_heads, 1, window)
+            keys, values = (take_rows(x[self.layer], rows) for x in (kv.keys, kv.values))
             held = keys[..., : shape.key_dim], values[..., : shape.value_dim]
             mx.eval(held)
-            cache.state = (*held, table.num_tokens)
+            if window is None:
+                cache.state = (*held, table.num_tokens)
+            else:
+                cache.state = (*held, table.num_tokens, 0, window, held[0].shape[2])
         return cache
+
+    def held_by(self, cache: Any) -> Content | None:
+        """Return what a cache of mlx-lm's own holds; None if the layer would lack something."""
+        window = self._kept_window
+        if isinstance(cache, KVCache):
+            return Content(cache.offset, list(cache.keys_and_values()) if cache.offset else [])
+        if window is None or not isinstance(cache, RotatingKVCache) or cache.keep:
+            return None
+        arrays = []
+        if cache.offset:
+            arrays = [
+                cache._temporal_order(x)[..., -cache.offset :, :]
+                for x in (cache.keys, cache.values)
+            ]
+            if arrays[0].shape[2] < min(cache.offset, window - 1):
+                return None
+        return Content(cache.offset, arrays)
+
+    @property
+    def _kept_window(self) -> int | None:
+        """The window beyond which the layer's blocks are given back, None if they are not."""
+        kv = self.sequences.kv
+        return kv.groups.windows[kv.group_of(self.layer)]
 
     # What mlx-lm calls of a cache.
 
@@ -249,8 +295,10 @@ class PagedLayer(ShapedLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of this layer in the blocks that the sequences hold, a shared one counted once."""
+        kv = self.sequences.kv
         ids = {block for table in self.sequences.tables for block in table.ids}
-        return len(ids) * self.sequences.kv.layer_bytes(self.layer)
+        frames = kv.pool.num_places(ids, kv.group_of(self.layer))
+        return frames * kv.layer_bytes(self.layer)
 
     def size(self) -> int:
         """Return the tokens of the longest sequence."""
@@ -261,11 +309,20 @@ class PagedLayer(ShapedLayer):
         return self.size() == 0
 
     def is_trimmable(self) -> bool:
-        """Whether tokens can be taken back: always."""
-        return True
+        """Whether tokens can be taken back: a few always, see `trim`.
+
+        Of a cache that is kept for others to begin with, any number: who asks wants that.
+        """
+        return not self.sequences.is_spare or self.sequences.is_all_there()
 
     def trim(self, n: int) -> int:
-        """Drop up to `n` tokens from the end of each sequence; return how many."""
+        """Drop up to `n` tokens from the end of each sequence; return how many.
+
+        Raises
+        ------
+        ValueError
+            If it is more than `MARGIN`, and what would be seen then has left a layer's window.
+        """
         if self.layer == 0:
             self.sequences.trimmed = self.sequences.trim(n)
         return self.sequences.trimmed

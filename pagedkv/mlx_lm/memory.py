@@ -6,8 +6,12 @@ import gc
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
+from pagedkv.cache.groups import Groups
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension
 from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedModelError
@@ -16,11 +20,15 @@ from pagedkv.host.prefix_cache import RadixTree
 from pagedkv.limits import integers, positive_int32
 from pagedkv.mlx_lm.probe import LayerShape
 
+MARGIN = 16  # tokens that a draft model may have had wrong
+
 
 def pools_of(
     shapes: list[LayerShape], block_size: int, *, num_blocks: int | None, num_bytes: int
 ) -> PagedKVCache:
     """Return pools for paged layers under a budget, of blocks or else of bytes.
+
+    Layers with a window are in groups of their own if all layers have one shape.
 
     Raises
     ------
@@ -36,8 +44,13 @@ def pools_of(
         raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
     [dtype] = dtypes
     block_size = positive_int32(block_size, "block_size")
+    is_one = len({*zip(kv_heads, head_dims, strict=True)}) == 1
+    windows = [shape.window if is_one else None for shape in shapes]
+    groups = Groups.of(windows)
     if num_blocks is None:
-        elements = sum(h * d for h, d in zip(kv_heads, head_dims, strict=True))
+        pools = len(groups.windows) * groups.num_slabs
+        sizes = list(zip(kv_heads, head_dims, strict=True)) if pools == len(shapes) else []
+        elements = sum(h * d for h, d in sizes or [(kv_heads[0], head_dims[0])] * pools)
         block_bytes = 2 * block_size * elements * dtype.size
         num_blocks = num_bytes // block_bytes
         if num_blocks < 1:
@@ -49,6 +62,8 @@ def pools_of(
         kv_heads=kv_heads,
         head_dim=head_dims,
         dtype=dtype,
+        windows=windows,
+        margin=MARGIN,
     )
 
 
@@ -79,7 +94,7 @@ class Memory:
         Asked in turn for a number of blocks when too few are free; each says whether it gave up
         anything. At first they are the cached prefixes alone.
     peak : int
-        Most blocks held at once.
+        Most blocks held at once; frames where layers are in groups.
 
     Raises
     ------
@@ -121,7 +136,7 @@ class Memory:
             try:
                 step = self.kv.extend(tables, counts)
                 pool = self.kv.pool
-                self.peak = max(self.peak, pool.num_blocks - pool.num_free)
+                self.peak = max(self.peak, pool.num_frames - pool.num_free_frames)
                 return step
             except OutOfBlocksError as error:
                 missing = error.needed - error.free
@@ -154,6 +169,10 @@ class Memory:
             return 0
         held: Any = integers(tokens, "tokens")[: table.num_tokens] if len(tokens) else []
         blocks, _ = self.tree.insert(held, table.ids.tolist(), namespace)
+        if not self.kv.pool.is_all_there(np.array(blocks, np.int32)):
+            # The tree has had these tokens for longer, and lost what has left its windows.
+            with suppress(ValueError):  # a fork sees them, too
+                table.share(0, blocks)
         return len(blocks) * self.kv.block_size
 
     def close(self) -> None:

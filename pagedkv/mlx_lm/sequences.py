@@ -13,8 +13,8 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
-from pagedkv.host.block_table import BlockTable
-from pagedkv.mlx_lm.memory import Memory
+from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.mlx_lm.memory import MARGIN, Memory
 
 
 class Sequences:
@@ -36,6 +36,8 @@ class Sequences:
     ----------
     is_ragged : bool
         Whether the pass under way has padding: sequences with fewer tokens than others.
+    begins : int
+        The first token that every layer has; earlier ones may be missing in layers with windows.
     is_spare : bool
         Whether one of the memory's `givers` will give them up; set by who adds it.
     """
@@ -53,6 +55,7 @@ class Sequences:
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
         self.is_ragged = self.is_spare = False
+        self.begins = 0
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
         self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
@@ -136,13 +139,7 @@ class Sequences:
 
     def batch_of(self, rows: Sequence[int]) -> DecodeBatch:
         """Return what attention reads of some sequences, all of their tokens."""
-        tables = [self.tables[row] for row in rows]
-        return DecodeBatch.from_tables(
-            [table.block_ids for table in tables],
-            [table.num_tokens for table in tables],
-            block_size=self.kv.block_size,
-            num_blocks=self.kv.num_blocks,
-        )
+        return self.kv.batch([self.tables[row] for row in rows])
 
     def attended(self, layer: int, count: int) -> None:
         """Note that a layer has attended; the last one ends the step."""
@@ -185,18 +182,52 @@ class Sequences:
         self.lengths, self._passed = (None if lengths is None else list(lengths)), 0
 
     def trim(self, count: int) -> int:
-        """Drop tokens from the end of each sequence; return how many."""
+        """Drop tokens from the end of each sequence; return how many.
+
+        Raises
+        ------
+        ValueError
+            If what would be seen then has left a window. Nothing has changed then.
+        """
         self.changed()
-        self.trims += 1
         count = min([count, *(table.num_tokens for table in self.tables)])
+        if not self.can_trim(count):
+            raise ValueError(
+                f"expected to trim {MARGIN} tokens at most, got {count}: what the tokens before "
+                "them see has left a layer's window"
+            )
+        self.trims += 1
         for table in self.tables:
             table.truncate(table.num_tokens - count)
         return count
 
+    def can_trim(self, count: int) -> bool:
+        """Whether so many tokens can be dropped: what would be seen then is still there."""
+        for table in self.tables:
+            kept = max(table.num_tokens - count, 0)
+            ids = table.block_ids[: blocks_needed(kept, table.block_size)]
+            if not table.pool.holds_seen(ids, kept) or (kept and kept < self._least):
+                return False
+        return True
+
+    @property
+    def _least(self) -> int:
+        """Tokens after which nothing is seen of what `begins` says is missing."""
+        windows = [window for window in self.kv.groups.windows if window]
+        return self.begins + max(windows, default=1) - 1 if self.begins else 0
+
+    def is_all_there(self) -> bool:
+        """Whether no block has left a window: any number of tokens can be dropped."""
+        tables = self.tables
+        return not self.begins and all(t.pool.is_all_there(t.block_ids) for t in tables)
+
     def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
         """Return some of the sequences once more: nothing is copied."""
         self.end()
-        return Sequences(self.memory, [self.tables[row].fork() for row in rows], is_batch=is_batch)
+        tables = [self.tables[row].fork() for row in rows]
+        fork = Sequences(self.memory, tables, is_batch=is_batch)
+        fork.begins = self.begins
+        return fork
 
     def filter(self, rows: Sequence[int]) -> None:
         """Keep some of the sequences."""
@@ -217,6 +248,7 @@ class Sequences:
         other.changed()
         taken, other.tables[:] = other.tables[:], []
         self.tables += taken
+        self.begins = max(self.begins, other.begins)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
         return self.fork(range(len(self.tables)), is_batch=self.is_batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
@@ -28,12 +28,16 @@ class StoreStats:
 
     Attributes
     ----------
-    num_blocks, free_blocks, cached_blocks : int
-        Blocks in all, of nobody, and in the tree of cached prefixes.
+    num_blocks, free_blocks : int
+        Blocks in all and of nobody; frames where layers are in groups by their windows.
+    cached_blocks : int
+        Blocks in the tree of cached prefixes.
     block_bytes : int
-        Bytes of a block over all layers, K and V.
+        Bytes of a block over all layers, K and V; of a frame over those of a group.
     peak_blocks : int
-        Most blocks that were held at once.
+        Most blocks, or frames, that were held at once.
+    groups : tuple of (int or None, int)
+        For each group of layers its window in tokens, None if it sees all, and its blocks in use.
     asked_tokens, cached_tokens : int
         Tokens of the prompts that caches were made for, and those that were found cached.
     """
@@ -43,6 +47,7 @@ class StoreStats:
     cached_blocks: int
     block_bytes: int
     peak_blocks: int
+    groups: tuple[tuple[int | None, int], ...]
     asked_tokens: int
     cached_tokens: int
 
@@ -165,7 +170,8 @@ class PagedStore(Closing):
         Parameters
         ----------
         cache : list
-            A prompt cache of this store, of one sequence.
+            A prompt cache of this store, of one sequence. Nothing is kept of one that was loaded
+            without what had left a layer's window.
         tokens : sequence of int
             What it holds, from the first token on.
         namespace : hashable
@@ -175,6 +181,8 @@ class PagedStore(Closing):
         if len(sequences.tables) != 1:
             raise ValueError(f"expected a cache of one sequence, got {len(sequences.tables)}")
         sequences.end()
+        if sequences.begins:
+            return 0  # a prompt that begins with less of it would see what is not there
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
 
@@ -205,13 +213,13 @@ class PagedStore(Closing):
                 raise ValueError(
                     f"expected {names[0]} in layer {index}, got {names[1]} in {file_name}"
                 )
-        paged = [found[shape.index] for shape in memory.shapes]
-        tokens = {cache.offset if isinstance(cache, KVCache) else -1 for cache in paged}
-        if len(tokens) > 1 or tokens == {-1}:
+        contents = [layers[shape.index].held_by(found[shape.index]) for shape in memory.shapes]
+        counts = {content.num_tokens if content else -1 for content in contents}
+        if len(counts) > 1 or counts == {-1}:
             raise ValueError(f"expected all tokens in every layer of {file_name}")
-        [count] = tokens
-        for shape, cache in zip(memory.shapes, paged, strict=True):
-            got = [(x.shape[1], x.shape[3], x.dtype) for x in cache.keys_and_values() if count]
+        [count] = counts
+        for shape, content in zip(memory.shapes, contents, strict=True):
+            got = [(x.shape[1], x.shape[3], x.dtype) for x in content.arrays]
             dims = shape.key_dim, shape.value_dim
             expected = [(shape.kv_heads, dim, shape.dtype) for dim in dims if count]
             if got != expected:
@@ -221,10 +229,13 @@ class PagedStore(Closing):
                 )
         if count:
             with memory.extend(sequences.tables, [count]) as step:
-                for shape, cache in zip(memory.shapes, paged, strict=True):
+                for shape, content in zip(memory.shapes, contents, strict=True):
                     layer = layers[shape.index]
-                    keys, values = (layer.widened(x) for x in cache.keys_and_values())
-                    memory.kv.write(layer.layer, keys, values, step.slots)
+                    keys, values = (layer.widened(x) for x in content.arrays)
+                    slots = step.slots_of(layer.layer)
+                    slots = replace(slots, slots=slots.slots[-keys.shape[2] :])
+                    memory.kv.write(layer.layer, keys, values, slots)
+            sequences.begins = max(count - content.arrays[0].shape[2] for content in contents)
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 layers[index] = found[index]
@@ -241,6 +252,7 @@ class PagedStore(Closing):
             cached_blocks=memory.tree.num_blocks,
             block_bytes=usage.block_bytes,
             peak_blocks=memory.peak,
+            groups=tuple(zip(memory.kv.groups.windows, memory.kv.pool.group_frames(), strict=True)),
             asked_tokens=self._asked,
             cached_tokens=self._cached,
         )

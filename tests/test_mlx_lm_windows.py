@@ -1,0 +1,187 @@
+"""Models whose layers are in groups: what leaves a window is given back, and nothing changes."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import speculative_generate_step
+from mlx_lm.models.cache import (
+    KVCache,
+    LRUPromptCache,
+    RotatingKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
+from small_models import small_model
+from test_mlx_lm_tokens import COUNT, answer
+
+from pagedkv import FramePool
+from pagedkv.mlx_lm import PagedStore
+from pagedkv.mlx_lm.server import PromptCaches
+
+WINDOW, SIZE = 8, 4
+FAMILIES = ["gemma3_text", "gpt_oss", "cohere2", "olmo3", "exaone4"]
+LONG = list(range(1, 80))  # ten windows
+
+
+def store_of(model, **options):
+    return PagedStore(model, **{"num_blocks": 64, "block_size": SIZE, **options})
+
+
+def logits(model, tokens, cache):
+    """Logits of all tokens, in chunks of 7."""
+    parts = [tokens[start : start + 7] for start in range(0, len(tokens), 7)]
+    outputs = [model(mx.array([part]), cache=cache) for part in parts]
+    return mx.concatenate(outputs, axis=1)
+
+
+def close(out, right):
+    return mx.abs(out - right).max().item() < 5e-4 * mx.abs(right).max().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_are_in_groups_and_give_back(family):
+    model = small_model(family)
+    expected = logits(model, LONG, make_prompt_cache(model))
+    with store_of(model) as store:
+        pool = store.memory.kv.pool
+        assert isinstance(pool, FramePool)
+        cache = store.cache()
+        assert close(logits(model, LONG, cache), expected)
+        [table] = cache.sequences.tables
+        seen = ~pool.idle() & (pool.frames >= 0)
+        for (window, _), held in zip(store.stats().groups, seen.sum(axis=0), strict=True):
+            most = -(-(WINDOW + 16) // SIZE) + 1  # with what a draft model may have had wrong
+            assert held == len(table.ids) if window is None else held <= most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_fits_than_in_one_table(family):
+    """A budget of 40 blocks in all layers holds two sequences of 26 blocks."""
+    model = small_model(family)
+    expected = [answer(model, prompt) for prompt in (LONG, LONG[::-1])]
+    with store_of(model, num_blocks=40) as store:
+        caches = [store.cache(), store.cache()]
+        assert answer(model, LONG, caches[0]) == expected[0]
+        assert answer(model, LONG[::-1], caches[1]) == expected[1]
+        assert sum(len(cache.sequences.tables[0].ids) for cache in caches) == 2 * 26
+
+
+def test_a_hit_needs_the_last_window_alone_and_is_shorter_without():
+    model = small_model("gemma3_text")
+    prompts = [[*LONG, 90], [*LONG, 91]]
+    expected = [answer(model, prompt) for prompt in prompts]
+    with store_of(model) as store:
+        assert answer(model, prompts[0], store.cache(prompts[0])) == expected[0]
+        pool = store.memory.kv.pool
+        assert store.cache(prompts[1]).cached == 76
+        # Of all that has left a window, what somebody began with is there, and what comes last.
+        store.memory.collect()
+        pool.reclaim(1000, asked_for=False)
+        assert store.cache(prompts[1]).cached == 76
+        assert answer(model, prompts[1], store.cache(prompts[1])) == expected[1]
+        pool.reclaim(1000, asked_for=True)
+        again = store.cache(prompts[1])
+        assert again.cached == 0
+        assert answer(model, prompts[1], again) == expected[1]
+        assert store.cache(prompts[1]).cached == 76  # it has what it sees again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_speculation_past_several_windows(family):
+    model, draft = small_model(family), small_model("llama", seed=1)
+    expected = answer(model, LONG)
+    with store_of(model) as store, store_of(draft) as drafts:
+        steps = speculative_generate_step(
+            mx.array(LONG),
+            model,
+            draft,
+            num_draft_tokens=8,
+            max_tokens=COUNT,
+            prompt_cache=[*store.cache(), *drafts.cache()],
+        )
+        assert [int(token) for token, *_ in steps] == expected
+
+
+def test_more_than_the_margin_is_not_taken_back():
+    model = small_model("gemma3_text")
+    with store_of(model) as store:
+        cache = store.cache()
+        logits(model, LONG, cache)
+        store.memory.kv.pool.reclaim(1000, asked_for=True)
+        before = [table.state for table in cache.sequences.tables]
+        with pytest.raises(ValueError, match="expected to trim 16 tokens at most, got 40"):
+            trim_prompt_cache(cache, 40)
+        assert [table.state for table in cache.sequences.tables] == before
+        assert trim_prompt_cache(cache, 16) == 16
+        own = make_prompt_cache(model)
+        expected = logits(model, [*LONG[:-16], 3, 4, 5], own)[:, -3:]
+        assert close(logits(model, [3, 4, 5], cache), expected)
+
+
+def test_a_servers_caches_are_trimmed_where_all_is_there():
+    model = small_model("gemma3_text")
+    expected = answer(model, [*LONG[:60], 95])
+    for caches in (PromptCaches(), LRUPromptCache()):
+        with store_of(model) as store:
+            cache = store.cache()
+            answer(model, LONG, cache)
+            held = cache.sequences.tables[0].num_tokens
+            caches.insert_cache("m", [*LONG, *range(held - len(LONG))], copy.copy(cache))
+            store.memory.kv.pool.reclaim(1000, asked_for=True)
+            if isinstance(caches, PromptCaches):
+                found, rest = caches.fetch_nearest_cache("m", [*LONG[:60], 95])
+                assert (found, len(rest)) == (None, 61)
+                assert answer(model, rest, store.cache()) == expected
+            else:
+                with pytest.raises(ValueError, match="expected to trim"):
+                    caches.fetch_nearest_cache("m", [*LONG[:60], 95])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_cache_is_mlx_lms_own_and_loaded_again(family, tmp_path):
+    model, path = small_model(family), str(tmp_path / "cache.safetensors")
+    own = make_prompt_cache(model)
+    logits(model, LONG, own)
+    save_prompt_cache(str(tmp_path / "own.safetensors"), own)
+    expected = logits(model, [3, 4, 5], own)
+    with store_of(model) as store:
+        cache = store.cache()
+        logits(model, LONG, cache)
+        save_prompt_cache(path, cache)
+    saved = load_prompt_cache(path)
+    assert {type(layer) for layer in saved} == {KVCache, RotatingKVCache}
+    assert close(logits(model, [3, 4, 5], saved), expected)
+    for file in (path, str(tmp_path / "own.safetensors")):
+        with store_of(model) as store:
+            loaded = store.load(file)
+            assert close(logits(model, [3, 4, 5], loaded), expected)
+            # It lacks what it would see then.
+            with pytest.raises(ValueError, match="expected to trim"):
+                trim_prompt_cache(loaded, 8)
+            assert store.keep(loaded, [*LONG, 3, 4, 5]) == 0
+
+
+def test_a_file_that_lacks_what_is_seen_is_refused(tmp_path):
+    model, path = small_model("gemma3_text"), str(tmp_path / "short.safetensors")
+    own = make_prompt_cache(model)
+    logits(model, LONG, own)
+    for layer in own:
+        if isinstance(layer, RotatingKVCache):
+            layer.keys, layer.values = (x[..., -4:, :] for x in (layer.keys, layer.values))
+            layer._idx = 4
+    save_prompt_cache(path, own)
+    with store_of(model) as store:
+        with pytest.raises(ValueError, match="expected all tokens in every layer"):
+            store.load(path)
+        assert store.stats().free_blocks == store.stats().num_blocks
+
+
+def test_layers_of_other_shapes_stay_in_one_table():
+    """Gemma 4's layers with a window have other heads than those without."""
+    with store_of(small_model("gemma4_text")) as store:
+        assert store.memory.kv.groups.windows == (None,)
+        assert np.array_equal(store.stats().groups, [(None, 0)])
