@@ -20,6 +20,7 @@ PHASES = (
     "fused",
     "step",
     "mlx-lm",
+    "groups",
 )
 """What the phases are called, by number."""
 
