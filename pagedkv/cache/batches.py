@@ -42,7 +42,9 @@ class Batches:
         # Where the blocks lie, [groups, B, M]: what the device has, and the same here.
         self._sent: mx.array | None = None
         self._places = self._pool.places(self.rows.block_tables)
-        self._tables: tuple[mx.array, ...] = ()  # the device's, by group
+        self._groups: tuple[
+            mx.array, ...
+        ] = ()  # the device's tables by group, if there are several
         self._lens = self.rows.seen.lens  # of the batch before
         self._carried: dict[Hashable, tuple[Any, int]] = {}
         self._position = 0
@@ -65,9 +67,8 @@ class Batches:
             carried = self._carried.items()
             self._carried = {kind: made for kind, made in carried if made[1] == self._position}
         self._position += by
-        lead, *others = self._tables
-        groups = self._tables if others else ()
-        return DecodeBatch(lead, *self._sizes, lens, groups, self._carried, self._position)
+        going_on = self._carried, self._position
+        return DecodeBatch(self._lead, *self._sizes, lens, self._groups, *going_on)
 
     def _send(self, ids: NDArray[np.int32], rows: list[int]) -> None:
         """Bring the device's tables to block ids that have changed in some rows.
@@ -94,5 +95,7 @@ class Batches:
             elif len(groups):
                 sent = mx.array(before)
         self._sent = sent
-        single = len(self._places) == 1
-        self._tables = (sent.reshape(ids.shape),) if single else tuple(sent)
+        if len(self._places) == 1:
+            self._lead = sent.reshape(ids.shape)
+        else:
+            self._lead, *_ = self._groups = tuple(sent)

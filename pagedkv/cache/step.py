@@ -39,6 +39,7 @@ class Step:
         self._shape = len(counts), counts[0]
         self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
         self._slots: dict[int, SlotMapping] = {}  # by group of layers
+        self._is_grouped = len(pools.groups.windows) > 1
         self.is_even = counts.count(counts[0]) == len(counts)
 
     @property
@@ -128,8 +129,8 @@ class Step:
             self._check_new(queries, keys)
             plan = self._pools.plan(layer, queries, (keys, values), self.batch, scale, path, scores)
             self._plans[kind] = plan
-        group, tables = self._pools.group_of(layer), None
-        if group:
+        tables = None
+        if self._is_grouped and (group := self._pools.group_of(layer)):
             tables = self.batch.groups[group]
             if not plan.path.writes:
                 plan = self._by_group(plan, kind, group, scores)
