@@ -46,6 +46,20 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     assert documents.fill(text) == text.replace("old", "m at c")
 
 
+def test_parameters_that_are_words_come_as_words(monkeypatch):
+    cells = [("'b'", "32768"), ("'b'", "8192"), ("'a'", "8192")]
+    table = {"m.Capacity.track_tokens": {cell: results.Value(1234.5) for cell in cells}}
+    monkeypatch.setattr(documents, "recorded_commits", lambda machine: ["c" * 40])
+    monkeypatch.setattr(documents, "recorded", lambda machine, commit: table)
+    monkeypatch.setattr(documents, "commit_labels", lambda commits: dict.fromkeys(commits, "now"))
+    text = documents.mark_series("m", "m.Capacity.track_tokens", params="model,context")
+    assert text.splitlines()[2:] == [
+        "| a | 8192 | 1234 |",
+        "| b | 8192 | 1234 |",
+        "| b | 32768 | 1234 |",
+    ]
+
+
 CELL = ("1", "1024", "32")
 
 

@@ -58,12 +58,24 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
         tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
     params = params.split(",") if params else PARAM_NAMES
     factor = {"ms": 1e3, "us": 1e6}[unit] if ".time_" in benchmark else 1
+    digits = 0 if benchmark.endswith((".track_tokens", ".track_instructions")) else 2
+
+    def row(cell):
+        found = [table.get(cell, MISSING) for table in tables.values()]
+        shown = [value.show(factor, digits, interval=True) for value in found]
+        return [*(param.strip("'") for param in cell), *shown]
+
     rows = [
-        [*cell, *(t.get(cell, MISSING).show(factor, interval=True) for t in tables.values())]
-        for cell in sorted({*itertools.chain(*tables.values())}, key=lambda c: [int(x) for x in c])
+        row(cell)
+        for cell in sorted({*itertools.chain(*tables.values())}, key=_by_number)
         if any(table.get(cell, MISSING).known for table in tables.values())
     ]
     return as_markdown([*params, *commit_labels(tables).values()], rows)
+
+
+def _by_number(cell):
+    """Return what sorts parameters by their number, words after them."""
+    return [(0, int(x), "") if x.lstrip("-").isdigit() else (1, 0, x) for x in cell]
 
 
 def mark_layouts(machine, commit):
