@@ -5,7 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import speculative_generate_step
+from mlx_lm.generate import BatchGenerator, speculative_generate_step
 from mlx_lm.models.cache import (
     KVCache,
     LRUPromptCache,
@@ -68,6 +68,30 @@ def test_more_fits_than_in_one_table(family):
         assert answer(model, LONG, caches[0]) == expected[0]
         assert answer(model, LONG[::-1], caches[1]) == expected[1]
         assert sum(len(cache.sequences.tables[0].ids) for cache in caches) == 2 * 26
+
+
+def batch(model, prompts, count):
+    """Tokens of each prompt, and how many of these were computed at once at most."""
+    generator = BatchGenerator(model, max_tokens=count, prefill_step_size=7, prefill_batch_size=1)
+    uids, found, most = generator.insert(prompts), {}, 0
+    while responses := generator.next_generated():
+        most = max(most, len(responses))
+        for response in responses:
+            found.setdefault(response.uid, []).append(response.token)
+        del response
+        responses.clear()  # with the caches of those that ended
+    return [found[uid] for uid in uids], most
+
+
+def test_a_batch_is_admitted_by_what_its_sequences_will_hold():
+    """35 blocks each where all is seen, 8 in each of two groups, 9 while a prompt is computed."""
+    model = small_model("gemma3_text")
+    prompts = [[*LONG, number] for number in range(90, 94)]
+    expected, most = batch(model, prompts, 60)
+    assert most == 4
+    with store_of(model, num_blocks=52) as store:  # 156 frames: for 51 + 51 + 53
+        assert batch(model, prompts, 60) == (expected, 3)
+        assert store.stats().peak_blocks <= 156
 
 
 def test_a_hit_needs_the_last_window_alone_and_is_shorter_without():

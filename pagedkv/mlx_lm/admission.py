@@ -16,7 +16,8 @@ from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.sequences import Sequences
 
-_Entry = tuple[BlockTable, int]  # a sequence, and the tokens it will have at most
+# A sequence, the tokens that it will have at most, and how many of them are computed at once.
+_Entry = tuple[BlockTable, int, int]
 CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once
 _SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a BatchGenerator
 
@@ -101,10 +102,8 @@ class Admission:
         memory.collect()
         waiting = list(generator._unprocessed_sequences)
         running = [found for other in self._generators for found in _running(other)]
-        entries = [
-            entry for sequences, to_come in running for entry in _entries(sequences, to_come)
-        ]
-        known = {id(sequences) for sequences, _ in running}
+        entries = [entry for one in running for entry in _entries(*one)]
+        known = {id(sequences) for sequences, *_ in running}
         known |= {id(sequences_of(item[_CACHE])) for item in waiting if _can_give_up(item)}
         held = {id(other): other for other in memory.live if id(other) not in known}
         needed = 0
@@ -112,9 +111,10 @@ class Admission:
             sequences = sequences_of(item[_CACHE])
             if sequences is not None:
                 held.pop(id(sequences), None)
-                entries += _entries(sequences, [_to_come(item[_SEGMENTS], item[_MAX_TOKENS])])
+                to_come = [_to_come(item[_SEGMENTS], item[_MAX_TOKENS])]
+                entries += _entries(sequences, to_come, generator.prefill_step_size)
             others = [
-                (table, table.num_tokens)
+                (table, table.num_tokens, 1)
                 for other in held.values()
                 if not other.is_spare
                 for table in other.tables
@@ -130,20 +130,19 @@ class Admission:
         What they share of layers that see everything counts once.
         """
         kv = self._memory.kv
-        ids = [table.block_ids for table, _ in entries]
+        ids = [table.block_ids for table, *_ in entries]
         held = np.concatenate([np.empty(0, np.int32), *ids])
         holders = np.bincount(held, minlength=kv.pool.num_blocks)
         more = 0
-        for table, tokens in entries:
+        for table, tokens, _ in entries:
             more += blocks_needed(tokens, kv.block_size) - len(table.ids)
             if table.num_tokens % kv.block_size:  # its last block is copied if others hold it
                 more += bool(holders[table.ids[-1]] > 1)
         blocks = int(np.count_nonzero(holders)) + more
         windows = 0
-        for _, tokens in entries:
-            size = blocks_needed(tokens, kv.block_size)
-            windows += kv.pool.frames_needed(size, self._at_once)
-            windows -= kv.pool.frames_seeing_all(size)
+        for _, tokens, at_once in entries:
+            size, most = (blocks_needed(count, kv.block_size) for count in (tokens, at_once))
+            windows += kv.pool.frames_needed(size, most) - kv.pool.frames_seeing_all(size)
         return kv.pool.frames_seeing_all(blocks) + windows
 
     def _give_up(self, count: int) -> bool:
@@ -161,21 +160,22 @@ class Admission:
         return False
 
 
-def _running(generator: BatchGenerator) -> Iterator[tuple[Sequences, list[int]]]:
-    """Yield what a generator computes, and the tokens that are to come of each sequence."""
+def _running(generator: BatchGenerator) -> Iterator[tuple[Sequences, list[int], int]]:
+    """Yield what a generator computes, the tokens to come of each, and how many at once."""
     prompts, answers = generator._prompt_batch, generator._generation_batch
     if sequences := sequences_of(prompts.prompt_cache):
         parts = zip(generator._currently_processing, prompts.max_tokens, strict=True)
-        yield sequences, [_to_come(item[0], most) for item, most in parts]
+        to_come = [_to_come(item[0], most) for item, most in parts]
+        yield sequences, to_come, generator.prefill_step_size
     if sequences := sequences_of(answers.prompt_cache):
         # A token that was sampled is computed when it is handed out, the last one too.
         counts = zip(answers.max_tokens, answers._num_tokens, strict=True)
-        yield sequences, [most - done for most, done in counts]
+        yield sequences, [most - done for most, done in counts], 1
 
 
-def _entries(sequences: Sequences, to_come: list[int]) -> list[_Entry]:
+def _entries(sequences: Sequences, to_come: list[int], at_once: int) -> list[_Entry]:
     pairs = zip(sequences.tables, to_come, strict=True)
-    return [(table, table.num_tokens + more) for table, more in pairs]
+    return [(table, table.num_tokens + more, at_once) for table, more in pairs]
 
 
 def _to_come(segments: list[list[int]], max_tokens: int) -> int:
