@@ -50,7 +50,7 @@ help:
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
-	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=4"
+	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=1"
 	@echo "make soak        100,000 requests through the scheduler in a tight budget"
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
 	@echo "make requests    serve twelve requests with it in a tight budget of blocks"
@@ -152,8 +152,8 @@ record:
 	git add --force "results/$(MACHINE)"
 
 # Which machine and batch the picture shows.
-SHOWN ?= linux-2core-xeon
-BATCH ?= 4
+SHOWN ?= h100
+BATCH ?= 1
 screenshot: $(BROWSER) publish
 	$(BIN)/python .ci/browser.py docs/images/overhead.png --machine $(SHOWN) --batch $(BATCH)
 
