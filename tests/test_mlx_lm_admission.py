@@ -243,3 +243,31 @@ def test_a_cache_that_the_caller_holds_is_waited_for(model, expected):
         ended.clear()
         found, _ = run(generator, found)
         assert [found[uid] for uid in uids] == expected[:2]
+
+
+def long_prompt(count, start=0):
+    return [(start + 7 * number) % 90 + 1 for number in range(count)]
+
+
+def test_chunks_of_layers_with_a_window_are_counted_as_long_as_they_are():
+    """A prompt of 2,400 tokens takes frames for all of them in each group if computed at once."""
+    model = small_model("gemma3_text")  # of three groups
+    with PagedStore(model, num_blocks=72, block_size=32) as store:  # 216 frames
+        at_once, parts = (generator_of(model, prefill_step_size=size) for size in (2400, 600))
+        with pytest.raises(ValueError, match=r"expected prompt and answer of 2304 tokens at most"):
+            at_once.insert([long_prompt(2400)])
+        with pytest.raises(ValueError, match=r"expected prompt and answer of 2304 tokens at most"):
+            store.check(2400, COUNT, 2400)
+        [uid] = parts.insert([long_prompt(2400)])
+        assert len(run(parts)[0][uid]) == COUNT
+
+
+def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():
+    model = small_model("gemma3_text")
+    expected = alone(model, long_prompt(200, 5))
+    with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 frames
+        held = computed(model, long_prompt(360))  # 90, and seven of each window
+        generator = generator_of(model)
+        [uid] = generator.insert([long_prompt(200, 5)])
+        assert run(generator)[0][uid] == expected
+        assert store.memory.kv.pool.num_places(held[0].sequences.tables[0].ids, 0) == 90

@@ -18,7 +18,7 @@ from pagedkv.mlx_lm.sequences import Sequences
 
 # A sequence, the tokens that it will have at most, and how many of them are computed at once.
 _Entry = tuple[BlockTable, int, int]
-CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once
+CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once, if nothing else is said
 _SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a BatchGenerator
 
 
@@ -36,17 +36,18 @@ class Admission:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._at_once = blocks_needed(CHUNK, memory.kv.block_size)
         self._generators: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
         memory.givers.append(self._give_up)
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check(self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK) -> None:
         """Refuse what would not fit if it were alone.
 
         Parameters
         ----------
         prompt_tokens, max_tokens : int
             Tokens of the prompt, and of the answer at most.
+        chunk : int
+            Tokens of a prompt that are computed at once, mlx-lm's `prefill_step_size`.
 
         Raises
         ------
@@ -58,18 +59,20 @@ class Admission:
         self._memory.check_open()
         kv = self._memory.kv
         blocks = blocks_needed(prompt_tokens + max_tokens, kv.block_size)
-        if kv.pool.frames_needed(blocks, self._at_once) > kv.pool.num_frames:
+        at_once = blocks_needed(chunk, kv.block_size)
+        if kv.pool.frames_needed(blocks, at_once) > kv.pool.num_frames:
+            longest = self._longest(at_once)
             raise ValueError(
-                f"expected prompt and answer of {self._longest()} tokens at most, the whole paged "
+                f"expected prompt and answer of {longest} tokens at most, the whole paged "
                 f"store, got a prompt of {prompt_tokens} and max_tokens of {max_tokens}"
             )
 
-    def _longest(self) -> int:
+    def _longest(self, at_once: int) -> int:
         """Return how many tokens a sequence can have at most."""
         kv = self._memory.kv
         sizes = range(kv.pool.num_blocks + 1)
         fitting = bisect_right(
-            sizes, kv.pool.num_frames, key=lambda size: kv.pool.frames_needed(size, self._at_once)
+            sizes, kv.pool.num_frames, key=lambda size: kv.pool.frames_needed(size, at_once)
         )
         return (fitting - 1) * kv.block_size
 

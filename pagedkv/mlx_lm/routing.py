@@ -91,7 +91,7 @@ class RoutedMaker:
         """Return a prompt cache, for a prompt if it is known."""
         raise NotImplementedError
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check(self, prompt_tokens: int, max_tokens: int, chunk: int) -> None:
         """Raise ValueError for a request that can never be admitted."""
         raise NotImplementedError
 
@@ -170,7 +170,7 @@ def insert_segments(
         answers = max_tokens or [generator.max_tokens] * len(segments)
         held = [_held(cache) for cache in caches or [None] * len(segments)]
         for prompt, before, answer in zip(segments, held, answers, strict=False):
-            make.check(before + sum(map(len, prompt)), answer)
+            make.check(before + sum(map(len, prompt)), answer, generator.prefill_step_size)
     own = _OWN_METHODS["insert_segments"]
     return own(generator, segments, max_tokens, caches, *others, **options)
 

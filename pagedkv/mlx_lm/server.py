@@ -164,7 +164,8 @@ class Provider(server.ModelProvider):
         """Raise ValueError if a request is larger than the store."""
         if self.store is not None:
             ahead = args.num_draft_tokens if self.draft_model is not None else 0
-            self.store.check(prompt_tokens, args.max_tokens + ahead)
+            chunk = self.cli_args.prefill_step_size
+            self.store.check(prompt_tokens, args.max_tokens + ahead, chunk)
 
 
 class Responses(server.ResponseGenerator):

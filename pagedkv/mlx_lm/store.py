@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
-from pagedkv.mlx_lm.admission import Admission
+from pagedkv.mlx_lm.admission import CHUNK, Admission
 from pagedkv.mlx_lm.layer import PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.probe import layer_shapes
@@ -186,9 +186,9 @@ class PagedStore(Closing):
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check(self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK) -> None:
         """Refuse a request that would not fit if it were alone, see `Admission.check`."""
-        self._maker.check(prompt_tokens, max_tokens)
+        self._maker.check(prompt_tokens, max_tokens, chunk)
 
     def load(self, file_name: str) -> PromptCache:
         """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
@@ -291,8 +291,8 @@ class _Maker(RoutedMaker):
     def is_open(self) -> bool:  # type: ignore[override]
         return self._store.is_open
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
-        self._admission.check(prompt_tokens, max_tokens)
+    def check(self, prompt_tokens: int, max_tokens: int, chunk: int) -> None:
+        self._admission.check(prompt_tokens, max_tokens, chunk)
 
     def admit(self, generator: Any, count: int) -> int:
         return self._admission.admit(generator, count)
