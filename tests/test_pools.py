@@ -212,3 +212,21 @@ def test_copies_of_blocks():
     paged.copy_blocks([(3, 5), (3, 0), (1, 2)])
     for old, new in zip(before, contents(paged), strict=True):
         assert np.array_equal(new, old[[3, 1, 1, 3, 4, 3]])
+
+
+def test_slots_of_blocks_are_not_written_where_layers_are_in_groups():
+    """A block has another frame in each group: they would be somebody else's tokens."""
+    paged = cache(windows=[None, 4])
+    tables, ones = [paged.new_table(), paged.new_table()], mx.ones((2, 2, 4, 8))
+    with paged.extend(tables, [4, 4]) as step:
+        for layer in range(2):
+            paged.write(layer, ones, ones, step.slots_of(layer))
+        with pytest.raises(ValueError, match="slots of group 1, got those of group 0"):
+            paged.write(1, ones, ones, step.slots_of(0))
+    before = contents(paged)
+    blocks = SlotMapping.from_slots(tables[1].slots(), block_size=4, num_blocks=12)
+    for layer in range(2):
+        with pytest.raises(ValueError, match=f"slots of group {layer}, got those of blocks"):
+            paged.write(layer, 2 * ones[:1], 2 * ones[:1], blocks)
+    for old, new in zip(before, contents(paged), strict=True):
+        assert np.array_equal(old, new)

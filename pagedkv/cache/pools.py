@@ -139,10 +139,10 @@ class Pools:
                 f"expected {slots.slots.size} tokens, one a slot, "
                 f"got {keys.shape[0]} sequences of {keys.shape[2]}"
             )
-        if slots.group != self._group_of[layer]:
-            raise ValueError(
-                f"expected slots of group {self._group_of[layer]}, got those of {slots.group}"
-            )
+        group = self._group_of[layer] if len(self.groups.windows) > 1 else None
+        if slots.group != group:
+            of = "blocks" if slots.group is None else f"group {slots.group}"
+            raise ValueError(f"expected slots of group {group}, got those of {of}")
         self._store.write(self._slabs[layer], (keys, values), slots.slots)
 
     def attend(

@@ -26,14 +26,15 @@ class SlotMapping:
         S, tokens in a block.
     num_blocks : int
         N, blocks in the pool that the slots index.
-    group : int
-        The group of layers whose pools these are.
+    group : int or None
+        The group of layers in whose frames these are; None for blocks, which are written where
+        all layers are in one group.
     """
 
     slots: mx.array
     block_size: int
     num_blocks: int
-    group: int = 0
+    group: int | None = None
 
     @classmethod
     def from_slots(

@@ -61,7 +61,8 @@ class Step:
             blocks, offsets = np.divmod(self._seen.last_slots(self._counts), size)
             places = self._seen.tables[0].pool.places(blocks)[group]
             made = mx.array(places * size + offsets.astype(np.int32))
-            slots = SlotMapping(made, size, self._pools.num_blocks, group)
+            own = group if self._is_grouped else None
+            slots = SlotMapping(made, size, self._pools.num_blocks, own)
             self._slots[group] = slots
         return slots
 
