@@ -209,3 +209,23 @@ def test_layers_of_other_shapes_stay_in_one_table():
     with store_of(small_model("gemma4_text")) as store:
         assert store.memory.kv.groups.windows == (None,)
         assert np.array_equal(store.stats().groups, [(None, 0)])
+
+
+@pytest.mark.parametrize("count", [47, 48])
+def test_what_a_saved_cache_may_lack_is_not_seen_when_it_is_loaded(count, tmp_path):
+    """A file has a token more of a window than the next one sees: it may have left the store."""
+    model, path = small_model("gemma3_text"), str(tmp_path / "cache.safetensors")
+    with store_of(model) as store:
+        cache = store.cache()
+        logits(model, LONG[:count], cache)
+        trim_prompt_cache(cache, 16)
+        store.memory.kv.pool.reclaim(1000, asked_for=True)
+        logits(model, [5] * 100, store.cache())  # in the frames of what has left
+        save_prompt_cache(path, cache)
+    own = make_prompt_cache(model)
+    expected = logits(model, [*LONG[: count - 16], 3], own)[:, -1:]
+    with store_of(model) as store:
+        loaded = store.load(path)
+        with pytest.raises(ValueError, match="expected to trim"):
+            trim_prompt_cache(loaded, 1)
+        assert close(logits(model, [3], loaded), expected)

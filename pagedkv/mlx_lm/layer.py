@@ -266,6 +266,9 @@ class PagedLayer(ShapedLayer):
             ]
             if arrays[0].shape[2] < min(cache.offset, window - 1):
                 return None
+            if arrays[0].shape[2] == window > 1:
+                # No coming token sees the oldest, and what `unpaged` took for it may be another's.
+                arrays = [x[..., 1:, :] for x in arrays]
         return Content(cache.offset, arrays)
 
     @property
