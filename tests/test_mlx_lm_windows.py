@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
 from small_models import small_model
 from test_mlx_lm_tokens import COUNT, answer
 
-from pagedkv import FramePool
+from pagedkv import FramePool, OutOfBlocksError
 from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.server import PromptCaches
 
@@ -229,3 +229,22 @@ def test_what_a_saved_cache_may_lack_is_not_seen_when_it_is_loaded(count, tmp_pa
         with pytest.raises(ValueError, match="expected to trim"):
             trim_prompt_cache(loaded, 1)
         assert close(logits(model, [3], loaded), expected)
+
+
+def test_a_file_is_loaded_where_its_sequence_fits_when_it_is_computed(tmp_path):
+    """Of 2,176 tokens, 68 blocks in three groups: all at once they would take 204 frames."""
+    model, path = small_model("gemma3_text"), str(tmp_path / "cache.safetensors")
+    prompt = [*LONG] * 27 + LONG[:43]
+    own = make_prompt_cache(model)
+    for start in range(0, len(prompt), 512):
+        model(mx.array([prompt[start : start + 512]]), cache=own)
+    save_prompt_cache(path, own)
+    expected = logits(model, [3, 4, 5], own)
+    with store_of(model, num_blocks=67, block_size=32) as store:
+        loaded = store.load(path)
+        assert loaded.sequences.tables[0].num_tokens == len(prompt) == 2176
+        assert close(logits(model, [3, 4, 5], loaded), expected)
+    with store_of(model, num_blocks=24, block_size=32) as store:
+        with pytest.raises(OutOfBlocksError):
+            store.load(path)
+        assert store.stats().free_blocks == store.stats().num_blocks

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
-from pagedkv.mlx_lm.layer import PagedLayer, sequences_of
+from pagedkv.mlx_lm.layer import Content, PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.probe import layer_shapes
 from pagedkv.mlx_lm.prompt_cache import PromptCache
@@ -228,13 +228,13 @@ class PagedStore(Closing):
                     f"got {got} in {file_name}"
                 )
         if count:
-            with memory.extend(sequences.tables, [count]) as step:
-                for shape, content in zip(memory.shapes, contents, strict=True):
-                    layer = layers[shape.index]
-                    keys, values = (layer.widened(x) for x in content.arrays)
-                    slots = step.slots_of(layer.layer)
-                    slots = replace(slots, slots=slots.slots[-keys.shape[2] :])
-                    memory.kv.write(layer.layer, keys, values, slots)
+            paged = [layers[shape.index] for shape in memory.shapes]
+            try:
+                for start in range(0, count, CHUNK):  # layers with a window need not hold all
+                    _write(sequences, paged, contents, min(CHUNK, count - start))
+            except BaseException:
+                sequences.tables[0].truncate(0)
+                raise
             sequences.begins = max(count - content.arrays[0].shape[2] for content in contents)
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
@@ -274,6 +274,22 @@ class PagedStore(Closing):
         if sequences is None or sequences.memory is not self.memory:
             raise ValueError("expected a prompt cache of this store")
         return sequences
+
+
+def _write(
+    sequences: Sequences, layers: list[PagedLayer], contents: list[Content], count: int
+) -> None:
+    """Append so many more tokens of what mlx-lm's caches hold to a sequence."""
+    with sequences.memory.extend(sequences.tables, [count]) as step:
+        stop = sequences.tables[0].num_tokens
+        for layer, content in zip(layers, contents, strict=True):
+            held = content.arrays[0].shape[2] - (content.num_tokens - stop)  # up to the last of it
+            if held > 0:
+                new = slice(max(held - count, 0), held)
+                keys, values = (layer.widened(x[..., new, :]) for x in content.arrays)
+                slots = step.slots_of(layer.layer)
+                slots = replace(slots, slots=slots.slots[-keys.shape[2] :])
+                sequences.kv.write(layer.layer, keys, values, slots)
 
 
 class _Maker(RoutedMaker):
