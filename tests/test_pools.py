@@ -230,3 +230,18 @@ def test_slots_of_blocks_are_not_written_where_layers_are_in_groups():
             paged.write(layer, 2 * ones[:1], 2 * ones[:1], blocks)
     for old, new in zip(before, contents(paged), strict=True):
         assert np.array_equal(old, new)
+
+
+def test_blocks_are_copied_in_all_their_frames():
+    paged = cache(windows=[None, 4])
+    tables, new = [paged.new_table(), paged.new_table()], mx.ones((2, 2, 4, 8))
+    new[1] = 2
+    with paged.extend(tables, [4, 4]) as step:
+        for layer in range(2):
+            paged.write(layer, new, new, step.slots_of(layer))
+    paged.copy_blocks([(tables[1].ids[0], tables[0].ids[0])])
+    for layer in range(2):
+        out = paged.attend(layer, mx.ones((2, 2, 1, 8)), paged.batch(tables), scale=1.0)
+        assert (out == 2).all().item()
+    with pytest.raises(ValueError, match=r"block ids in \[0, 12\), got 12"):
+        paged.copy_blocks([(12, 0)])

@@ -19,6 +19,7 @@ from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.frame_pool import FramePool
 from pagedkv.host.schedule import Schedule
+from pagedkv.limits import id_below
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,16 @@ class PagedKVCache(Pools):
             block_bytes=self.block_bytes,
         )
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of `pool` in every layer, as `Pools.copy_blocks`."""
+        if copies and len(self.groups.windows) > 1:
+            ids = [
+                [id_below(self.pool.num_blocks, x, "block ids") for x in pair] for pair in copies
+            ]
+            sources, targets = self.pool.places(np.array(ids).T).swapaxes(0, 1)
+            copies = list(zip(sources.ravel().tolist(), targets.ravel().tolist(), strict=True))
+        super().copy_blocks(copies)
+
     def new_table(self) -> BlockTable:
         """Return an empty sequence in this cache."""
         return BlockTable(self.pool, self.block_size)
@@ -172,7 +183,7 @@ class PagedKVCache(Pools):
         try:
             reservation = batches.rows.reserve(counts)
             step = Extension(self, batches, reservation)
-            self._copy(step.copies)
+            self.copy_blocks(step.copies)
             self._open.append(ref(step))
             if step.is_even and reservation.counts[0] <= MOST_QUERIES:
                 self._last = batches
@@ -226,7 +237,7 @@ class PagedKVCache(Pools):
             steps.append(ScheduledStep(self, batches, schedule, rows[count], sampled))
             if count <= MOST_QUERIES:
                 self._last = batches
-        self._copy(schedule.copies)
+        self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
         return steps
 
@@ -243,15 +254,6 @@ class PagedKVCache(Pools):
         if any(not table.num_tokens for table in tables):
             raise ValueError("expected sequences of at least one token, got an empty one")
         return Batches(tables, self.num_blocks).next()
-
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        """Copy blocks of sequences in every layer."""
-        if copies and len(self.groups.windows) > 1:
-            sources, targets = (
-                self.pool.places(np.array(ids)) for ids in zip(*copies, strict=True)
-            )
-            copies = list(zip(sources.ravel().tolist(), targets.ravel().tolist(), strict=True))
-        self.copy_blocks(copies)
 
     def _batches(self, tables: list[BlockTable]) -> Batches:
         """Return what makes the batch of a step: what made the last one if that goes on."""
