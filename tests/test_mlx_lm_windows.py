@@ -20,6 +20,7 @@ from test_mlx_lm_tokens import COUNT, answer
 
 from pagedkv import FramePool, OutOfBlocksError
 from pagedkv.mlx_lm import PagedStore
+from pagedkv.mlx_lm.layer import PagedLayer
 from pagedkv.mlx_lm.server import PromptCaches
 
 WINDOW, SIZE = 8, 4
@@ -248,3 +249,20 @@ def test_a_file_is_loaded_where_its_sequence_fits_when_it_is_computed(tmp_path):
         with pytest.raises(OutOfBlocksError):
             store.load(path)
         assert store.stats().free_blocks == store.stats().num_blocks
+
+
+def test_what_a_loaded_cache_lacks_concerns_no_other_sequence_of_its_batch(tmp_path):
+    model, path = small_model("gemma3_text"), str(tmp_path / "cache.safetensors")
+    own = make_prompt_cache(model)
+    logits(model, LONG, own)
+    save_prompt_cache(path, own)
+    with store_of(model) as store:
+        loaded, other = store.load(path), store.cache()
+        logits(model, LONG[:20], other)
+        batch = [PagedLayer.merge(layers) for layers in zip(loaded, other, strict=True)]
+        first, second = ([layer.extract(row) for layer in batch] for row in range(2))
+        assert store.keep(first, LONG) == 0
+        assert store.keep(second, LONG[:20]) == 20
+        for layer in batch:
+            layer.filter([1])
+        assert trim_prompt_cache(batch, 20) == 20

@@ -36,8 +36,9 @@ class Sequences:
     ----------
     is_ragged : bool
         Whether the pass under way has padding: sequences with fewer tokens than others.
-    begins : int
-        The first token that every layer has; earlier ones may be missing in layers with windows.
+    begins : list of int
+        For each sequence the first token that every layer has; earlier ones may be missing in
+        layers with windows.
     is_spare : bool
         Whether one of the memory's `givers` will give them up; set by who adds it.
     """
@@ -55,7 +56,7 @@ class Sequences:
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
         self.is_ragged = self.is_spare = False
-        self.begins = 0
+        self.begins = [0] * len(tables)
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
         self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
@@ -107,6 +108,7 @@ class Sequences:
                     raise ValueError(f"expected {len(self.tables)} sequences, got {batch}")
                 more = [self.kv.new_table() for _ in range(batch - len(self.tables))]
                 self.tables[:] = [*self.tables, *more][:batch]
+                self.begins = [0] * batch
             lens = [table.num_tokens for table in self.tables]
             counts = [count] * batch
             if self.lengths is not None:
@@ -203,30 +205,26 @@ class Sequences:
 
     def can_trim(self, count: int) -> bool:
         """Whether so many tokens can be dropped: what would be seen then is still there."""
-        for table in self.tables:
+        for table, begins in zip(self.tables, self.begins, strict=True):
             kept = max(table.num_tokens - count, 0)
             ids = table.block_ids[: blocks_needed(kept, table.block_size)]
-            if not table.pool.holds_seen(ids, kept) or (kept and kept < self._least):
+            # After so many tokens nothing is seen of what is missing.
+            least = begins + max([w for w in self.kv.groups.windows if w], default=1) - 1
+            if not table.pool.holds_seen(ids, kept) or (begins and 0 < kept < least):
                 return False
         return True
-
-    @property
-    def _least(self) -> int:
-        """Tokens after which nothing is seen of what `begins` says is missing."""
-        windows = [window for window in self.kv.groups.windows if window]
-        return self.begins + max(windows, default=1) - 1 if self.begins else 0
 
     def is_all_there(self) -> bool:
         """Whether no block has left a window: any number of tokens can be dropped."""
         tables = self.tables
-        return not self.begins and all(t.pool.is_all_there(t.block_ids) for t in tables)
+        return not any(self.begins) and all(t.pool.is_all_there(t.block_ids) for t in tables)
 
     def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
         """Return some of the sequences once more: nothing is copied."""
         self.end()
         tables = [self.tables[row].fork() for row in rows]
         fork = Sequences(self.memory, tables, is_batch=is_batch)
-        fork.begins = self.begins
+        fork.begins = [self.begins[row] for row in rows]
         return fork
 
     def filter(self, rows: Sequence[int]) -> None:
@@ -235,6 +233,7 @@ class Sequences:
         kept = [self.tables[row] for row in rows]
         dropped = [table for table in self.tables if table not in kept]
         self.tables[:] = kept
+        self.begins = [self.begins[row] for row in rows]
         if self.lengths is not None:
             self.lengths = [self.lengths[row] for row in rows]
         for table in dropped:
@@ -248,7 +247,7 @@ class Sequences:
         other.changed()
         taken, other.tables[:] = other.tables[:], []
         self.tables += taken
-        self.begins = max(self.begins, other.begins)
+        self.begins, other.begins = self.begins + other.begins, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
         return self.fork(range(len(self.tables)), is_batch=self.is_batch)

@@ -181,7 +181,7 @@ class PagedStore(Closing):
         if len(sequences.tables) != 1:
             raise ValueError(f"expected a cache of one sequence, got {len(sequences.tables)}")
         sequences.end()
-        if sequences.begins:
+        if any(sequences.begins):
             return 0  # a prompt that begins with less of it would see what is not there
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
@@ -235,7 +235,7 @@ class PagedStore(Closing):
             except BaseException:
                 sequences.tables[0].truncate(0)
                 raise
-            sequences.begins = max(count - content.arrays[0].shape[2] for content in contents)
+            sequences.begins = [max(count - held.arrays[0].shape[2] for held in contents)]
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 layers[index] = found[index]
