@@ -139,7 +139,7 @@ class Pools:
                 f"expected {slots.slots.size} tokens, one a slot, "
                 f"got {keys.shape[0]} sequences of {keys.shape[2]}"
             )
-        group = self._group_of[layer] if len(self.groups.windows) > 1 else None
+        group = self.slot_group(layer)
         if slots.group != group:
             of = "blocks" if slots.group is None else f"group {slots.group}"
             raise ValueError(f"expected slots of group {group}, got those of {of}")
@@ -175,12 +175,8 @@ class Pools:
             As `paged_attention`, and if there is no such layer or the default device is another.
         """
         layer = self._check_layer(layer)
-        group = self._group_of[layer]
         plan = self._plan_for(layer, queries, batch, scale, path, scores)
-        tables = None
-        if group:
-            tables = batch.groups[group]
-            plan = plan if plan.path.writes else plan.over(batch, group, scores)
+        plan, tables = self._by_group(layer, plan, batch, scores)
         return self._store.attend(self._slabs[layer], plan, queries, scores, None, tables)
 
     def plan(
@@ -227,11 +223,9 @@ class Pools:
         new: New,
         slots: Callable[[int], SlotMapping],
         scores: ScoreOptions,
-        tables: mx.array | None = None,
+        batch: DecodeBatch,
     ) -> mx.array:
         """Write tokens and attend with them, as `plan` says; `slots` returns a layer's if needed.
-
-        `tables` are those of the layer's group, if the plan is by another's.
 
         ValueError if the tokens do not fit the layer. Nothing has changed then.
         """
@@ -239,7 +233,9 @@ class Pools:
             layer = id_below(self.num_layers, layer, "a layer")
         if plan.call.keys != self._shapes[layer]:  # then the tokens fit others
             self._check_new(layer, *new)
-        store, slab = self._store, self._slabs[layer]
+        store, slab, tables = self._store, self._slabs[layer], None
+        if self._group_of[layer]:
+            plan, tables = self._by_group(layer, plan, batch, scores)
         if store.writes(plan):
             return store.attend(slab, plan, queries, scores, new, tables)
         store.write(slab, new, slots(layer).slots)
@@ -295,6 +291,10 @@ class Pools:
         groups = self._group_of
         return groups[layer] if type(layer) is int and 0 <= layer < len(groups) else 0
 
+    def slot_group(self, layer: int) -> int | None:
+        """Return the `SlotMapping.group` of slots in a layer's pools."""
+        return self._group_of[layer] if len(self.groups.windows) > 1 else None
+
     def mark(self) -> object:
         """Return what `rewind` takes: the accesses so far."""
         return self._store.mark()
@@ -317,6 +317,20 @@ class Pools:
             raise ValueError("expected a batch of this cache, by its groups of layers")
         pools, last = self._store.pools(slab), self._store.last(slab)
         return plan_for(queries, *pools, batch, scale, path, scores, last)
+
+    def _by_group(
+        self, layer: int, plan: AttentionPlan, batch: DecodeBatch, scores: ScoreOptions
+    ) -> tuple[AttentionPlan, mx.array | None]:
+        """Return a plan by the first group's tables as a layer's group has it, and its tables.
+
+        A path that writes takes the tables; others are prepared anew, once for a group.
+        """
+        group = self._group_of[layer]
+        if not group:
+            return plan, None
+        if plan.path.writes:
+            return plan, batch.groups[group]
+        return batch.once((plan.call, group), plan.over, batch, group, scores), None
 
     def _by_layer(self, pools: Sequence[mx.array]) -> tuple[mx.array, ...]:
         return tuple(pools[slab] for slab in self._slabs)

@@ -39,7 +39,6 @@ class Step:
         self._shape = len(counts), counts[0]
         self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
         self._slots: dict[int, SlotMapping] = {}  # by group of layers
-        self._is_grouped = len(pools.groups.windows) > 1
         self.is_even = counts.count(counts[0]) == len(counts)
 
     @property
@@ -61,8 +60,7 @@ class Step:
             blocks, offsets = np.divmod(self._seen.last_slots(self._counts), size)
             places = self._seen.tables[0].pool.places(blocks)[group]
             made = mx.array(places * size + offsets.astype(np.int32))
-            own = group if self._is_grouped else None
-            slots = SlotMapping(made, size, self._pools.num_blocks, own)
+            slots = SlotMapping(made, size, self._pools.num_blocks, self._pools.slot_group(layer))
             self._slots[group] = slots
         return slots
 
@@ -130,22 +128,9 @@ class Step:
             self._check_new(queries, keys)
             plan = self._pools.plan(layer, queries, (keys, values), self.batch, scale, path, scores)
             self._plans[kind] = plan
-        tables = None
-        if self._is_grouped and (group := self._pools.group_of(layer)):
-            tables = self.batch.groups[group]
-            if not plan.path.writes:
-                plan = self._by_group(plan, kind, group, scores)
         return self._pools.write_and_attend(
-            layer, plan, queries, (keys, values), self.slots_of, scores, tables
+            layer, plan, queries, (keys, values), self.slots_of, scores, self.batch
         )
-
-    def _by_group(
-        self, plan: AttentionPlan, kind: Hashable, group: int, scores: ScoreOptions
-    ) -> AttentionPlan:
-        found = self._plans.get((kind, group))
-        if found is None:
-            found = self._plans[kind, group] = plan.over(self.batch, group, scores)
-        return found
 
     def _check_new(self, queries: mx.array, keys: mx.array) -> None:
         shape = self._shape
