@@ -39,12 +39,12 @@ class Batches:
         self.rows = Rows(tables)
         self._sizes = tables[0].block_size, num_blocks
         self._pool = tables[0].pool
-        # Where the blocks lie, [groups, B, M]: what the device has, and the same here.
-        self._sent: mx.array | None = None
-        self._places = self._pool.places(self.rows.block_tables)
-        self._groups: tuple[
-            mx.array, ...
-        ] = ()  # the device's tables by group, if there are several
+        # Where the blocks lie, [groups, B, M]: what the device has, once it has something, and the
+        # same here; the first group's by itself, and each group's if there are several.
+        self._sent: mx.array
+        self._places = np.empty((0, 0, 0), np.int32)
+        self._lead: mx.array
+        self._groups: tuple[mx.array, ...] = ()
         self._lens = self.rows.seen.lens  # of the batch before
         self._carried: dict[Hashable, tuple[Any, int]] = {}
         self._position = 0
@@ -55,7 +55,7 @@ class Batches:
         If all sequences have grown by as many tokens since the batch before, its plans go on.
         """
         rows, lens = self.rows, self.rows.seen.lens
-        if self._sent is None or rows.changed:
+        if rows.changed:
             self._send(rows.block_tables, rows.changed)
             rows.changed = []
         grown = lens - self._lens
@@ -75,11 +75,12 @@ class Batches:
 
         MLX on CUDA moves memory from the host by page faults: the less the better.
         """
-        sent, before = self._sent, self._places
-        if sent is None or before.shape[1:] != ids.shape:
+        before = self._places
+        if before.shape[1:] != ids.shape:
             self._places = self._pool.places(ids).copy()
             sent = mx.array(self._places)
         else:
+            sent = self._sent
             rows = sorted(set(rows))
             places = self._pool.places(ids[rows])
             groups, which, columns = (places != before[:, rows]).nonzero()
