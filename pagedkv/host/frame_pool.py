@@ -135,7 +135,9 @@ class FramePool(BlockPool):
         """
         count = count_of(count, "count")
         short = count - self.num_free
-        if short > 0 and (count > len(self._free) or self._reclaim(short, at_least=short) < short):
+        if short > 0 and (
+            count > len(self._free) or self.reclaim(short, asked_for=True, at_least=short) < short
+        ):
             raise OutOfBlocksError(count, self.num_free)
         return super().allocate(count)
 
@@ -230,7 +232,7 @@ class FramePool(BlockPool):
         self.frames[theirs] = np.where(moves, having, lacking)
         self.frames[mine] = np.where(moves, -1, having)
 
-    def reclaim(self, num_blocks: int, *, asked_for: bool) -> int:
+    def reclaim(self, num_blocks: int, *, asked_for: bool, at_least: int = 0) -> int:
         """Take back frames that no table sees, least recently used first.
 
         Their blocks stay; a prompt that would begin with cached ones begins with fewer. In time
@@ -242,16 +244,14 @@ class FramePool(BlockPool):
             Blocks that are to become free.
         asked_for : bool
             Whether to take back what a prompt has begun with, or is likely to, as well.
+        at_least : int
+            If fewer blocks would become free, nothing is taken back.
 
         Returns
         -------
         int
             Blocks that did, or more.
         """
-        return self._reclaim(num_blocks, at_least=0, asked_for=asked_for)
-
-    def _reclaim(self, num_blocks: int, *, at_least: int, asked_for: bool = True) -> int:
-        """Do what `reclaim` says, but nothing unless so many blocks become free."""
         free, spare = self.num_free, len(self._spare)
         wanted = (free + num_blocks) * self._groups - spare
         if wanted <= 0:
