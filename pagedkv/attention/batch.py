@@ -284,5 +284,6 @@ class DecodeBatch:
 
     def _seen(self, query_len: int, window: int | None) -> tuple[int, ...]:
         """Return what tells apart arrays over what is seen: nothing if that is everything."""
-        hides = window is not None and window + query_len - 1 < self.longest
-        return (query_len, window) if hides and window is not None else ()
+        if window is None or window + query_len > self.longest:
+            return ()
+        return query_len, window

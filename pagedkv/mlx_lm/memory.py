@@ -48,9 +48,8 @@ def pools_of(
     windows = [shape.window if is_one else None for shape in shapes]
     groups = Groups.of(windows)
     if num_blocks is None:
-        pools = len(groups.windows) * groups.num_slabs
-        sizes = list(zip(kv_heads, head_dims, strict=True)) if pools == len(shapes) else []
-        elements = sum(h * d for h, d in sizes or [(kv_heads[0], head_dims[0])] * pools)
+        slabs = shapes[: groups.num_slabs]
+        elements = len(groups.windows) * sum(x.kv_heads * x.head_dim for x in slabs)
         block_bytes = 2 * block_size * elements * dtype.size
         num_blocks = num_bytes // block_bytes
         if num_blocks < 1:

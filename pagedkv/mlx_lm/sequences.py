@@ -205,12 +205,13 @@ class Sequences:
 
     def can_trim(self, count: int) -> bool:
         """Whether so many tokens can be dropped: what would be seen then is still there."""
+        longest = max([window for window in self.kv.groups.windows if window], default=1)
         for table, begins in zip(self.tables, self.begins, strict=True):
             kept = max(table.num_tokens - count, 0)
             ids = table.block_ids[: blocks_needed(kept, table.block_size)]
-            # After so many tokens nothing is seen of what is missing.
-            least = begins + max([w for w in self.kv.groups.windows if w], default=1) - 1
-            if not table.pool.holds_seen(ids, kept) or (begins and 0 < kept < least):
+            # After that many tokens nothing is seen of what is missing.
+            lacks = begins and 0 < kept < begins + longest - 1
+            if lacks or not table.pool.holds_seen(ids, kept):
                 return False
         return True
 
