@@ -14,8 +14,8 @@ from asv.util import UserError
 from tracking.changes import Change, NothingMeasuredError, measure
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
-from tracking.project import machine_name, record_machine
-from tracking.repository import ROOT, check_history, git, resolve
+from tracking.project import begin, machine_options
+from tracking.repository import ROOT, git, resolve
 
 
 @dataclass(frozen=True)
@@ -127,19 +127,15 @@ def main():
     parser.add_argument("good", help="commit")
     parser.add_argument("bad", help="commit")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: as noise has it)")
-    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
-    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    machine_options(parser)
     args = parser.parse_args()
     try:
         acquire()
-        machine = args.machine or machine_name(args.backend)
-        check_history()
-        record_machine(machine)
-        noise = recorded_noise(machine)
+        where = begin(args, records=False)
+        noise = recorded_noise(where["machine"])
         commits = candidates(resolve(args.good), resolve(args.bad))
 
         def compare(before, after):
-            where = {"machine": machine, "backend": args.backend}
             rounds = args.rounds or noise.rounds
             try:
                 found = measure(before, after, series=args.series, rounds=rounds, **where)

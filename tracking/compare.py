@@ -15,8 +15,8 @@ from tracking.changes import measure, verdict
 from tracking.detection import detect
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
-from tracking.project import machine_name, record_machine
-from tracking.repository import check_history, check_suite, git, resolve
+from tracking.project import begin, machine_options
+from tracking.repository import git, resolve
 from tracking.tables import as_markdown, code
 from tracking.week import week
 
@@ -110,17 +110,12 @@ def main():
     parser.add_argument("--times", type=int, help="comparisons of identical commits")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: as noise has it)")
     parser.add_argument("--output", help="write the Markdown table here, too")
-    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
-    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    machine_options(parser)
     args = parser.parse_args()
     try:
         acquire()
-        machine = args.machine or machine_name(args.backend)
-        where = {"machine": machine, "backend": args.backend}
-        check_history()
-        if args.what != "pull-request":  # they record what this machine is like
-            check_suite()
-        record_machine(machine)
+        # The others record what this machine is like.
+        where = begin(args, records=args.what != "pull-request")
         if args.what == "detect":
             return detect(args.times or 20, args.rounds, **where)
         if args.what == "week":

@@ -15,6 +15,7 @@ from tracking.project import (
     discover,
     environment_name,
     machine_name,
+    machine_options,
     record_machine,
 )
 from tracking.repository import check_history, check_suite, git, phase_commits
@@ -105,8 +106,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.history", description=__doc__)
     parser.add_argument("command", choices=["run", "prepare"])
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
-    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
-    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    machine_options(parser)
     parser.add_argument("--rounds", type=int, help="processes a cell (default: quick 1, full 2)")
     parser.add_argument("--head", action="store_true", help="measure HEAD and no phase's commit")
     args = parser.parse_args()

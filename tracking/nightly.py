@@ -18,14 +18,14 @@ from tracking.project import (
     asv,
     asv_settings,
     backend_settings,
+    begin,
     config_for,
     derive_config,
     discover,
     environment_name,
-    machine_name,
-    record_machine,
+    machine_options,
 )
-from tracking.repository import check_history, check_suite, git
+from tracking.repository import git
 from tracking.results import RESULTS, measured_commits
 from tracking.results_branch import fetch_results, push_results
 
@@ -140,20 +140,16 @@ def main():
     parser.add_argument("command", choices=commands)
     parser.add_argument("--grid", choices=["quick", "full"], default="quick")
     parser.add_argument("--remote", default="origin", help="where the branch results is")
-    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
-    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    machine_options(parser)
     args = parser.parse_args()
     try:
-        machine = args.machine or machine_name(args.backend)
         if args.command == "fetch-results":
             fetch_results(args.remote)
             return 0
         if args.command == "push-results":
             return push_results(args.remote)
         acquire()
-        check_history()
-        check_suite()
-        record_machine(machine)
+        machine = begin(args)["machine"]
         if args.command == "newest-mlx":
             return with_newest_mlx(machine, args.backend)
         return nightly(machine, args.backend, args.grid)

@@ -27,12 +27,12 @@ from tracking.lock import acquire
 from tracking.project import (
     asv,
     backend_settings,
+    begin,
     derive_config,
     discover,
-    machine_name,
-    record_machine,
+    machine_options,
 )
-from tracking.repository import ROOT, check_history, check_suite, git, resolve
+from tracking.repository import ROOT, git, resolve
 from tracking.results import RENAMED, RESULTS, measured
 from tracking.tables import as_csv
 
@@ -338,17 +338,11 @@ def main():
     parser.add_argument("--times", type=int, default=1, help="runs")
     parser.add_argument("--pause", type=float, default=0, help="seconds between runs")
     parser.add_argument("--benchmarks", nargs="*", default=[""], help="prefixes (default: all)")
-    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
-    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+    machine_options(parser)
     args = parser.parse_args()
     try:
         acquire()
-        machine = args.machine or machine_name(args.backend)
-        check_history()
-        check_suite()
-        record_machine(machine)
-        where = {"machine": machine, "backend": args.backend}
-        return noise(args.times, args.pause, tuple(args.benchmarks), **where)
+        return noise(args.times, args.pause, tuple(args.benchmarks), **begin(args))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json, write_json
 
 from tracking import valid
-from tracking.repository import ROOT
+from tracking.repository import ROOT, check_history, check_suite
 
 
 def asv(*args, config="asv.conf.json"):
@@ -84,6 +84,35 @@ def machine_name(backend):
     except UserError:  # asv knows no machine, or several and none by the host's name
         name = platform.node() or "unnamed"
     return name if backend == "cpu" else f"{name}-{backend}"
+
+
+def machine_options(parser):
+    """Let a command line say on which machine, over which backend of MLX, it measures."""
+    parser.add_argument("--backend", choices=["cpu", "cuda12", "cuda13"], default="cpu")
+    parser.add_argument("--machine", help="name in results/ (default: this host's name)")
+
+
+def begin(args, *, records=True):
+    """Check that the clone can be measured in, and record the machine; return both of the options.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        With `machine_options`.
+    records : bool
+        Whether the project's results will have what is measured: benchmarks are committed then.
+
+    Raises
+    ------
+    UserError
+        With what to do, if it cannot be.
+    """
+    machine = args.machine or machine_name(args.backend)
+    check_history()
+    if records:
+        check_suite()
+    record_machine(machine)
+    return {"machine": machine, "backend": args.backend}
 
 
 def record_machine(name):
