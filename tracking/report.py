@@ -25,6 +25,7 @@ from pathlib import Path
 from asv.machine import Machine, MachineCollection
 from asv.util import UserError, load_json
 
+from tracking.files import write_text
 from tracking.project import record_machine
 from tracking.repository import ROOT, check_history, git
 from tracking.results import RESULTS
@@ -210,12 +211,8 @@ class Report:
     def note(self, step, what, seconds, lines):
         """Write down what happened in a step, and the report with it."""
         self.happened[step.name] = [what, round(seconds), lines]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = json.dumps({"commit": self.commit, "steps": self.happened})
-        for file, text in ((self._file, state), (self.folder / "report.md", self.text())):
-            new = file.with_name(file.name + ".new")
-            new.write_text(text)
-            new.replace(file)
+        write_text(self._file, json.dumps({"commit": self.commit, "steps": self.happened}))
+        write_text(self.folder / "report.md", self.text())
 
     def text(self):
         """Return the report as Markdown."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.generate import BLOCK_SIZE
 from pagedkv import blocks_needed
+from tracking.files import write_text
 from tracking.repository import commit_labels, phase_commits
 from tracking.results import ATTENTION, BOUND, MISSING, NAMES, STEP, TOKENS, Value, load
 
@@ -183,7 +184,5 @@ FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 def write_csv(file, header, rows):
     """Write a small table of results, and print it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    write_text(file, as_csv(header, rows))
     print(as_markdown(header, [[str(value) for value in row] for row in rows]), end="")
