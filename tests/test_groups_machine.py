@@ -6,12 +6,12 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
+from tables_machine import TablesMachine
 from test_kv_cache import Fault
 
 from pagedkv import OutOfBlocksError, PagedKVCache, RadixTree
@@ -19,13 +19,13 @@ from pagedkv import OutOfBlocksError, PagedKVCache, RadixTree
 SIZE = 3  # tokens in a block
 
 
-class GroupsMachine(RuleBasedStateMachine):
+class GroupsMachine(TablesMachine):
     """Tables and a tree of cached prefixes that come and go.
 
     What a coming token sees is there in every layer, and what none sees is given back.
     """
 
-    windows = ()
+    MOST, windows = 5, ()
 
     def __init__(self):
         super().__init__()
@@ -41,10 +41,6 @@ class GroupsMachine(RuleBasedStateMachine):
         self.pool = self.paged.pool
         self.tree = RadixTree(self.pool, SIZE)
         self.tables, self.models = [self.paged.new_table()], [[]]
-
-    def draw(self, data, many=False):
-        index = st.integers(0, len(self.tables) - 1)
-        return data.draw(st.lists(index, min_size=1, unique=True) if many else index)
 
     @rule(data=st.data(), fail=st.booleans())
     def extend(self, data, fail):
@@ -75,20 +71,6 @@ class GroupsMachine(RuleBasedStateMachine):
         for which, part in zip(chosen, parts, strict=True):
             self.models[which] = [*self.models[which], *part]
 
-    @precondition(lambda self: len(self.tables) < 5)
-    @rule(data=st.data())
-    def fork(self, data):
-        which = self.draw(data)
-        self.tables.append(self.tables[which].fork())
-        self.models.append(self.models[which])
-
-    @precondition(lambda self: len(self.tables) > 1)
-    @rule(data=st.data())
-    def free(self, data):
-        which = self.draw(data)
-        self.tables.pop(which).truncate(0)
-        self.models.pop(which)
-
     @rule(data=st.data())
     def truncate(self, data):
         which = self.draw(data)
@@ -117,7 +99,7 @@ class GroupsMachine(RuleBasedStateMachine):
                 assert np.array_equal(lost, self.pool.frames)
                 assert any(self.pool.reference_count(block) > 1 for block in table.ids[:whole])
 
-    @precondition(lambda self: len(self.tables) < 5)
+    @precondition(lambda self: len(self.tables) < self.MOST)
     @rule(tokens=st.lists(st.integers(0, 1), max_size=20))
     def begin(self, tokens):
         """A prompt begins with as much as is cached of it, and with what it sees of that."""

@@ -5,18 +5,17 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
+from tables_machine import TablesMachine
 from test_kv_cache import Fault, stored
 
 from pagedkv import DecodeBatch, OutOfBlocksError, PagedKVCache, blocks_needed
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(TablesMachine):
     """Every table against a NumPy array of what was written through it.
 
     Steps go on with the same tables, or not, and tables change in between in all ways.
@@ -30,10 +29,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.tables, self.models = [self.paged.new_table()], [np.zeros((0, 2), np.float32)]
         self.next = 1.0
         self.last = []  # tables of the last step
-
-    def draw(self, data, many=False):
-        index = st.integers(0, len(self.tables) - 1)
-        return data.draw(st.lists(index, min_size=1, unique=True) if many else index)
 
     def new(self, count):
         values = np.arange(2 * count, dtype=np.float32).reshape(count, 2) + self.next
@@ -113,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
     def compute_again(self, data):
         """Another sequence of the same tokens, in blocks of its own."""
         which = self.draw(data)
-        if len(self.tables) < 6 and len(self.models[which]):
+        if len(self.tables) < self.MOST and len(self.models[which]):
             self.start()
             self.step([len(self.tables) - 1], [len(self.models[which])], self.models[which])
 
@@ -128,25 +123,11 @@ class CacheMachine(RuleBasedStateMachine):
             block = data.draw(st.integers(0, whole - 1))
             self.tables[which].share(block, self.tables[other].block_ids[block : block + 1])
 
-    @precondition(lambda self: len(self.tables) < 6)
-    @rule(data=st.data())
-    def fork(self, data):
-        which = self.draw(data)
-        self.tables.append(self.tables[which].fork())
-        self.models.append(self.models[which])
-
     @rule()
     def start(self):
-        if len(self.tables) < 6:
+        if len(self.tables) < self.MOST:
             self.tables.append(self.paged.new_table())
             self.models.append(np.zeros((0, 2), np.float32))
-
-    @precondition(lambda self: len(self.tables) > 1)
-    @rule(data=st.data())
-    def free(self, data):
-        which = self.draw(data)
-        self.tables.pop(which).truncate(0)
-        self.models.pop(which)
 
     @rule(data=st.data())
     def truncate(self, data):

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from small_models import small_model
+from test_mlx_lm_admission import run
 from test_mlx_lm_tokens import COUNT, answer
 
 from pagedkv import FramePool, OutOfBlocksError
@@ -74,13 +75,8 @@ def test_more_fits_than_in_one_table(family):
 def batch(model, prompts, count):
     """Tokens of each prompt, and how many of these were computed at once at most."""
     generator = BatchGenerator(model, max_tokens=count, prefill_step_size=7, prefill_batch_size=1)
-    uids, found, most = generator.insert(prompts), {}, 0
-    while responses := generator.next_generated():
-        most = max(most, len(responses))
-        for response in responses:
-            found.setdefault(response.uid, []).append(response.token)
-        del response
-        responses.clear()  # with the caches of those that ended
+    uids = generator.insert(prompts)
+    found, most = run(generator)
     return [found[uid] for uid in uids], most
 
 
