@@ -29,7 +29,17 @@ from tracking.results import (
     recorded_commits,
     recorded_environment,
 )
-from tracking.tables import ADR, COLUMNS, FORMATS, LAYOUTS, as_markdown, by_cell, headline, percent
+from tracking.tables import (
+    ADR,
+    COLUMNS,
+    FORMATS,
+    LAYOUTS,
+    as_markdown,
+    by_cell,
+    by_number,
+    headline,
+    percent,
+)
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKER = re.compile(
@@ -67,15 +77,10 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
 
     rows = [
         row(cell)
-        for cell in sorted({*itertools.chain(*tables.values())}, key=_by_number)
+        for cell in sorted({*itertools.chain(*tables.values())}, key=by_number)
         if any(table.get(cell, MISSING).known for table in tables.values())
     ]
     return as_markdown([*params, *commit_labels(tables).values()], rows)
-
-
-def _by_number(cell):
-    """Return what sorts parameters by their number, words after them."""
-    return [(0, int(x), "") if x.lstrip("-").isdigit() else (1, 0, x) for x in cell]
 
 
 def mark_layouts(machine, commit):

@@ -14,6 +14,11 @@ from tracking.results import ATTENTION, BOUND, MISSING, NAMES, STEP, TOKENS, Val
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
 
+def by_number(cell):
+    """Return what sorts cells by the numbers in their names, words after them."""
+    return [(0, int(x), "") if x.lstrip("-").isdigit() else (1, 0, x) for x in cell]
+
+
 def fragmentation(context, block_size):
     """Percent of the slots in a sequence's blocks that hold no token."""
     slots = blocks_needed(context, block_size) * block_size
@@ -111,7 +116,7 @@ def by_cell(table, columns):
     }
     rows = [
         [*cell, *(column.show(table, cell) for column in columns)]
-        for cell in sorted(cells, key=lambda cell: [int(x) for x in cell])
+        for cell in sorted(cells, key=by_number)
         if any(column.value(table, cell).known for column in columns)
     ]
     return ["batch", "context", "block", *(column.title for column in columns)], rows
@@ -131,7 +136,7 @@ def headline(machine, commits, benchmark, environment=None):
     shown = {*phase_commits(), *list(tables)[-1:]}
     tables = {commit: table for commit, table in tables.items() if commit in shown}
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
-    cells = sorted((c for c in cells if c[2:] in ((), ("32",))), key=lambda c: [int(x) for x in c])
+    cells = sorted((c for c in cells if c[2:] in ((), ("32",))), key=by_number)
     header = ["commit", *(f"batch {b}, {_short(int(context))}" for b, context, *_ in cells)]
     labels = commit_labels(tables)
     rows = [

@@ -17,7 +17,7 @@ from tracking.grid import series_name
 from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
 from tracking.results import MISSING, NUMPY, RESULTS, measured, measured_commits
-from tracking.tables import ADR
+from tracking.tables import ADR, by_number
 
 # The measures, as the page names them, in its order.
 RATIOS = {
@@ -85,7 +85,7 @@ def entry(value):
 def _cells(tables, name):
     """Return the cells of a benchmark that have a number anywhere, as results name them."""
     known = {c for table in tables for c, value in table.get(name, {}).items() if value.known}
-    return sorted(known, key=lambda cell: [int(x) for x in cell])
+    return sorted(known, key=by_number)
 
 
 def benchmarks_of(tables, noise):
