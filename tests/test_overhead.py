@@ -25,8 +25,8 @@ def test_the_page_has_the_headlines_of_the_terminal_in_their_order():
 
 
 def test_regressions_are_grouped_by_cause(tmp_path, monkeypatch):
-    monkeypatch.setattr(overhead, "git", lambda *args: f"subject of {args[-1]}")
-    monkeypatch.setattr(overhead, "commit_label", lambda commit: f"label of {commit}")
+    monkeypatch.setattr(overhead, "subjects", lambda all: {c: f"subject of {c}" for c in all})
+    monkeypatch.setattr(overhead, "commit_labels", lambda all: {c: f"label of {c}" for c in all})
     jump = [None, 2, 1.0, 1.5]
     found = [
         ["a(1)", "", {"machine": "box"}, 0, 1.5, 1.0, [jump]],

@@ -17,7 +17,7 @@ from pathlib import Path
 import vl_convert
 from asv.util import UserError, load_json
 
-from tracking.repository import ROOT, commit_label, git
+from tracking.repository import ROOT, commit_labels, git, subjects
 from tracking.results import environments, recorded_commits, recorded_environment
 from tracking.tables import COLUMNS
 from website.charts import CHARTS, colours, paint
@@ -54,13 +54,15 @@ def causes(html_dir, revisions, benchmarks):
         factor = best / max(now, 1e-9 * best) if larger else now / best
         cell = {"name": name, "machine": params.get("machine"), "factor": factor}
         cells.append({**cell, "benchmark": benchmark, "params": sizes})
+    commits = {commit for before, after, _ in groups for commit in (before, after) if commit}
+    labels, titles = commit_labels(commits), subjects(commits)
     return [
         {
             "from": before,
             "to": commit,
-            "after": before and commit_label(before),
-            "commit": commit_label(commit),
-            "subject": git("log", "-1", "--format=%s", commit),
+            "after": before and labels[before],
+            "commit": labels[commit],
+            "subject": titles[commit],
             "accepted": accepted and dict(zip(("reason", "link"), accepted, strict=True)),
             "cells": sorted(cells, key=lambda cell: -cell["factor"]),
         }
