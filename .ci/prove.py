@@ -150,6 +150,29 @@ def prove_overhead_page(html_dir, machines):
         expect(overhead.points("attention-phases") > 0, "the page works as a mere file")
 
 
+def prove_list(html_dir, machine):
+    """Have asv's list show that a ratio and a rate doubled, and look at the colours."""
+    doubled = {STEP: "positive-change", TOKENS: "negative-change"}  # red, green
+
+    def summary(route):
+        rows = route.fetch().json()
+        for row in rows:
+            if row["name"] in doubled and row["last_value"]:
+                row["prev_value"] = row["last_value"] / 2
+                row["change_rev"] = [None, row["last_rev"]]
+        route.fulfill(json=rows)
+
+    with browse(html_dir) as (page, address):
+        page.route("**/summary.json*", summary)
+        OverheadPage(page).open(f"{address}/overhead.html", machine=machine)
+        page.click("a:text-is('List')")
+        page.wait_for_selector("#summarylist-body td.change a", timeout=20000)
+        for name, colour in doubled.items():
+            row = page.locator("#summarylist-body tr", has_text=name).filter(has_text="+100.0%")
+            classes = row.first.locator("td.change").get_attribute("class")
+            expect(colour in classes.split(), f"asv's list has a rise of {name} as {colour}")
+
+
 def prove_comparison(machine):
     """Compare a commit with a slowed copy and with an identical one."""
     where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "quick"}
@@ -215,6 +238,7 @@ def main():
         discover(machine, config)
         expect(asv("publish", config=config) == 0, "asv publish of the recorded results")
         prove_overhead_page(html, recorded)
+        prove_list(html, "h100")
     prove_comparison(machine)
 
 

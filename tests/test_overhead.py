@@ -7,14 +7,16 @@ import subprocess
 import sys
 import zlib
 from base64 import b64decode
+from pathlib import Path
 
+import asv
 import pytest
 from asv.util import UserError
 
 from tracking.project import asv_settings
 from tracking.results import ATTENTION, NAMES, RESULTS
 from website import charts, overhead, series
-from website.publish import OverheadPage
+from website.publish import CHANGES, OverheadPage
 
 
 def test_the_page_has_the_headlines_of_the_terminal_in_their_order():
@@ -147,6 +149,12 @@ def test_an_index_without_the_navigation_is_an_error(tmp_path, monkeypatch):
     conf = type("Conf", (), {"html_dir": str(tmp_path), "results_dir": ""})
     with pytest.raises(UserError, match="nav-li-regressions"):
         OverheadPage.publish(conf, None, {}, None, {})
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_asvs_pages_have_once_what_is_changed_in_them(name):
+    text = (Path(asv.__file__).parent / "www" / name).read_text()
+    assert text.count(CHANGES[name][0]) == 1
 
 
 @pytest.mark.parametrize("params", [[["a"], ["1024"], ["32"]], [["1"]], []])

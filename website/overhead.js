@@ -232,9 +232,8 @@ function showNavigation() {
   const documents = element("a", "Documentation", { href: "docs/index.html" });
   if (location.protocol === "file:") return $("asv").replaceChildren(documents,
     element("span", "asv's own pages, where numbers lead, need a server: make serve.", { className: "soft" }));
-  const state = "?machine=" + encodeURIComponent(series().machine);
-  const pages = { "All benchmarks": "/", "List": "/summarylist" + state, "asv's regressions": "/regressions" };
-  $("asv").replaceChildren(documents, ...Object.entries(pages).map(([text, page]) => element("a", text, { href: "index.html#" + page })));
+  const pages = { "All benchmarks": "index.html#/", "List": asvPage("/summarylist"), "asv's regressions": "index.html#/regressions" };
+  $("asv").replaceChildren(documents, ...Object.entries(pages).map(([text, href]) => element("a", text, { href })));
 }
 
 let shows = 0;

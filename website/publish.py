@@ -1,4 +1,4 @@
-"""asv publish plugin: writes overhead.html and links it from asv's pages.
+"""asv publish plugin: writes overhead.html, links it from asv's pages, mends their colours.
 
 asv loads plugins for every command, so this one imports what draws the page, and the package, only
 when it publishes: measuring needs neither.
@@ -10,11 +10,25 @@ from pathlib import Path
 from asv.publishing import OutputPublisher
 from asv.util import UserError
 
+# What is written in asv's pages -> what stands there here.
+LINK = '<li><a href="overhead.html">Step overhead</a></li>\n\t'
 NAVIGATION = '<li id="nav-li-regressions">'
+COLOUR = "if (change > 5) {"
+CHANGES = {
+    "index.html": (NAVIGATION, LINK + NAVIGATION),
+    # Its list shows a rise in red, of whatever it is.
+    "summarylist.js": (
+        COLOUR,
+        f"""if ($.asv.main_json.benchmarks[row.name].better === "larger") {{
+                    change = -change;
+                }}
+                {COLOUR}""",
+    ),
+}
 
 
 class OverheadPage(OutputPublisher):
-    """Writes overhead.html and links it from asv's navigation; runs after asv's own pages."""
+    """Writes overhead.html and changes asv's own pages; runs after them."""
 
     name = "overhead"
     button_label = "Step overhead"
@@ -31,9 +45,8 @@ class OverheadPage(OutputPublisher):
         html_dir = Path(conf.html_dir)
         data = gather(conf.results_dir, causes(html_dir, revisions, benchmarks))
         (html_dir / "overhead.html").write_text(page(data))
-        index = html_dir / "index.html"
-        html = index.read_text()
-        if html.count(NAVIGATION) != 1:
-            raise UserError(f"expected {NAVIGATION} once in asv's index.html")
-        link = '<li><a href="overhead.html">Step overhead</a></li>\n\t'
-        index.write_text(html.replace(NAVIGATION, link + NAVIGATION))
+        for name, (old, new) in CHANGES.items():
+            text = (html_dir / name).read_text()
+            if text.count(old) != 1:
+                raise UserError(f"expected {old} once in asv's {name}")
+            (html_dir / name).write_text(text.replace(old, new))

@@ -191,8 +191,8 @@ def series_of(machine, environment, results=RESULTS, commits=None):
         "about": ", ".join(about),
         "retired": retired.read_text().strip() if retired.exists() else None,
         "measured": max((one.started_at for one in found), default=0),
-        # What asv's pages choose by, beside the machine.
-        "asv": {k: v for k, v in found[-1].params.items() if k not in record} if found else {},
+        # What asv's pages choose by: its list takes what differs least from what an address says.
+        "asv": found[-1].params if found else {"machine": machine},
         "commits": [
             {"hash": commit, "label": labels[commit], "short": labels[commit].split(" (")[0]}
             | {"phase": "(" in labels[commit], "subject": titles[commit]}

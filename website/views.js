@@ -58,14 +58,16 @@ const known = row => row.state === "ok";
 // Whether a row says something: a number, that it failed, or why it cannot be measured here.
 const told = row => !["n/a", "not asked"].includes(row.state);
 
-// Where asv's pages show one series alone: this machine, environment and parameters.
+// One of asv's pages, of this machine and environment and some parameters of a benchmark.
+function asvPage(name, params = {}) {
+  const state = Object.entries({ ...series().asv, ...params });
+  return `index.html#${name}?${state.map(pair => pair.map(encodeURIComponent).join("=")).join("&")}`;
+}
+
+// Where asv's pages show one series alone.
 function linkOf({ benchmark, sizes, batch, context, block }) {
-  const one = series();
   sizes ??= [batch, context, block];
-  const state = { machine: one.machine, ...one.asv };
-  benchmark.params.forEach((name, i) => { state[`p-${name}`] = sizes[i]; });
-  const said = Object.entries(state).map(pair => pair.map(encodeURIComponent).join("="));
-  return `index.html#${benchmark.name}?${said.join("&")}`;
+  return asvPage(benchmark.name, Object.fromEntries(benchmark.params.map((name, i) => [`p-${name}`, sizes[i]])));
 }
 
 function numberCell(row, show, share = () => "") {
