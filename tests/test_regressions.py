@@ -23,7 +23,7 @@ class Graphs(list):
         return [graph for _, graph in self]
 
 
-def publish(tmp_path, monkeypatch, nights, runs, *, machine="box", **described):
+def publish(tmp_path, monkeypatch, nights, runs, *, machine="box", accepted=(), **described):
     """Publish a benchmark with a value (or one by cell) a night, after runs of identical code.
 
     Return what asv's pages get: regressions, and the rows of its list.
@@ -49,6 +49,7 @@ def publish(tmp_path, monkeypatch, nights, runs, *, machine="box", **described):
     repo = SimpleNamespace(
         get_range_spec=lambda a, b: (a, b), get_hashes_from_range=lambda spec: [1, 2]
     )
+    monkeypatch.setattr(triage, "read", lambda: list(accepted))
     monkeypatch.setattr(SeriesRegressions, "_save_feed", lambda *args: None)
     revisions = {str(number): number for number in range(len(nights))}
     graphs, benchmarks = Graphs([(f"graphs/{name}", graph)]), {name: listed}
@@ -123,8 +124,7 @@ def test_what_was_accepted_is_published_as_such(tmp_path, monkeypatch):
 
     def published(*entries):
         entries = [triage.Accepted(*entry, "why", "https://x/1") for entry in entries]
-        monkeypatch.setattr(triage, "read", lambda: entries)
-        found, _ = publish(tmp_path, monkeypatch, nights, QUIET)
+        found, _ = publish(tmp_path, monkeypatch, nights, QUIET, accepted=entries)
         return found, json.loads((tmp_path / "regressions.json").read_text())["accepted"]
 
     [[*_, both]], accepted = published()

@@ -35,6 +35,11 @@ def test_entries(tmp_path):
     assert here.machine == "mac"
 
 
+def test_a_link_may_lead_to_a_document(tmp_path):
+    [entry] = read(tmp_path, [ENTRY | {"link": "docs/adr/0005-fused-kernels.md"}])
+    assert entry.link == "docs/adr/0005-fused-kernels.md"
+
+
 @pytest.mark.parametrize(
     ("series", "machine", "commits", "covered"),
     [
@@ -65,6 +70,8 @@ def test_an_entry_covers_its_series_machine_and_commit(series, machine, commits,
         ([ENTRY | {"commit": "main"}], "expected commit like .* in entry 1, got 'main'"),
         ([ENTRY | {"reason": " "}], "expected reason"),
         ([ENTRY | {"link": "javascript:alert(1)"}], "expected link"),
+        ([ENTRY | {"link": "docs/../website/overhead.md"}], "expected link"),
+        ([ENTRY | {"link": "docs/adr/none.md"}], "expected link in entry 1 to be a document, got"),
         ([ENTRY | {"series": 3}], "expected series"),
     ],
 )

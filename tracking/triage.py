@@ -14,7 +14,7 @@ KEYS = {
     "series": r".+",
     "machine": r".+",
     "reason": r".*\S.*",
-    "link": r"https?://\S+",
+    "link": r"https?://\S+|docs/(?:[\w-]+/)*[\w-]+\.md",
 }
 OPTIONAL = {"machine"}
 
@@ -30,7 +30,7 @@ class Accepted:
     series : str
         Names of series, `*` standing for anything.
     reason, link : str
-        Why, and where that was discussed.
+        Why, and where that was discussed: an address, or a document of this repository.
     machine : str or None
         The only one that it is about.
     """
@@ -77,6 +77,11 @@ def read(file=FILE):
                 raise UserError(
                     f"{file.name}: expected {key} like {KEYS[key]} in entry {number}, got {value!r}"
                 )
+        link = entry["link"]
+        if link.startswith("docs/") and not (ROOT / link).is_file():
+            raise UserError(
+                f"{file.name}: expected link in entry {number} to be a document, got {link!r}"
+            )
         found.append(Accepted(**entry))
     return found
 

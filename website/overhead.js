@@ -208,7 +208,7 @@ function showRegressions() {
       made.append(element("summary", `${between}: ${cause.subject}. ${many(cause.cells.length, "cell")}, ` +
         `worst ${ratio(worst.factor)} × (${worst.name})` + (accepted ? `. Accepted: ${accepted.reason}` : "")));
       const ways = element("p");
-      if (accepted) ways.append(element("a", "why", { href: accepted.link }), " · ");
+      if (accepted) ways.append(element("a", "why", { href: accepted.link.replace(/^(docs\/.*)\.md$/, "docs/$1.html") }), " · ");
       if (measured(cause.from) && measured(cause.to))
         ways.append(button("side by side", { commit: short(cause.to), against: short(cause.from) },
                            () => $("compare").scrollIntoView()), " · ");
