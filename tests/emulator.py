@@ -13,7 +13,13 @@ from pagedkv import kernels
 
 COMPILER = shutil.which("c++")
 HERE = Path(__file__).parent
-NAMES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float", mx.int32: "int"}
+NAMES = {
+    mx.float16: "half",
+    mx.bfloat16: "bfloat16_t",
+    mx.float32: "float",
+    mx.int32: "int",
+    mx.uint32: "uint",
+}
 DTYPES = {"float16": mx.float16}  # of NumPy arrays
 ATTRIBUTES = ("threadgroup_position_in_grid", "thread_position_in_threadgroup")
 

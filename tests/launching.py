@@ -10,6 +10,7 @@ from cases import score_options
 
 from pagedkv import DECODE_PATHS, kernels
 from pagedkv.attention import fused, paths, plan
+from pagedkv.attention.codes import bits_of
 from pagedkv.attention.cut import Tuning
 from pagedkv.attention.paths import backend_of
 from pagedkv.cache import pools
@@ -37,11 +38,11 @@ BACKEND = backend_of(mx.default_device())
 on_a_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="about the emulator; there is a GPU here")
 
 
-def make_plan(case, tuning=TUNING, shape=None, **options):
+def make_plan(case, tuning=TUNING, shape=None, bits=(None, None), **options):
     shapes = case.queries.shape, shape or case.keys.shape
     assert fused.refusal(*shapes) is None
     backend = "metal" if BACKEND == "cpu" else BACKEND
-    more = case.queries.dtype, case.scale, score_options(options), tuning
+    more = case.queries.dtype, case.scale, score_options(options), bits, tuning
     plan = fused.make_plan(case.batch(), backend, *shapes, *more)
     assert plan.launches == (1 if plan.items == len(case.lens) else 2)
     return plan
@@ -49,7 +50,9 @@ def make_plan(case, tuning=TUNING, shape=None, **options):
 
 def run(case, tuning=TUNING, pools=None, **options):
     keys, values = pools or (case.keys, case.values)
-    plan = make_plan(case, tuning, keys.shape, **options)
+    head_dim = case.queries.shape[3]
+    bits = tuple(bits_of(pool.shape, pool.dtype, head_dim) for pool in (keys, values))
+    plan = make_plan(case, tuning, keys.shape, bits, **options)
     out = plan.attend(case.queries, keys, values, score_options(options))
     assert out.dtype == case.queries.dtype
     return out

@@ -8,6 +8,7 @@ using uint = uint32_t;
 using ushort = uint16_t;
 
 inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+inline float rint(float x) { return __builtin_rintf(x); }
 template <typename T>
 T max(T x, T y) {
   return x < y ? y : x;

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import ON_CPU, OPTIONS, TOLERANCE, Case, assert_close, poison, score_options
+from test_codes import coded
 from test_kv_cache import cache, extend
 from test_step import SCALE, inputs
 
@@ -25,6 +26,7 @@ from pagedkv import explain, kernels
 from pagedkv.attention import auto, calls, findings, measured, paths, plan
 
 NAME = "A GPU of nobody"
+PLAIN = None, None  # bits of K and V
 
 
 class Fake:
@@ -227,9 +229,12 @@ def test_a_gpu_has_a_name():
 @pytest.mark.skipif(ON_CPU, reason="there is no GPU here")
 @pytest.mark.parametrize("options", ["none", *OPTIONS])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_this_gpu_finds_its_kernel_right(dtype, options, folder, monkeypatch):
+@pytest.mark.parametrize("bits", [PLAIN, (8, 8), (4, 4)], ids=str)
+def test_this_gpu_finds_its_kernel_right(dtype, options, bits, folder, monkeypatch):
     monkeypatch.setattr(auto, "KNOWN_GPUS", {})
-    explanation = told(Case([200, 333], dtype=dtype), **OPTIONS.get(options, {}))
+    case = Case([200, 333], dtype=dtype)
+    case.keys, case.values = coded(case, bits)
+    explanation = told(case, **OPTIONS.get(options, {}))
     assert explanation.because.startswith("measured here by this process: fused ")
     assert (folder / "measured.json").exists()
 
@@ -296,15 +301,20 @@ def test_a_step_that_measures_is_a_step_like_others(gpu, monkeypatch):
 
 @pytest.mark.skipif(not ON_CPU, reason="about the emulator")
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "bits"),
     [
-        ("", ""),
-        ("group_barrier();", ""),
-        ("WRITABLE(keys)[to]", "WRITABLE(keys)[to + D]"),
-        ("WRITABLE(values)[to] = new_values[from];", ""),
+        ("", "", PLAIN),
+        ("group_barrier();", "", PLAIN),
+        ("writable(keys)[to]", "writable(keys)[to + D]", PLAIN),
+        ("writable(values)[to] = new_values[from];", "", PLAIN),
+        ("", "", (8, 4)),
+        ("encode<KEY_BITS>(row, keys, to, offset,", "encode<KEY_BITS>(row, keys, to, 0,", (8, 4)),
+        ("encode<VALUE_BITS>(row, values, to, offset, head, seat, writes);", "", (4, 4)),
+        ("rotate(row, seat);", ";", (4, 8)),
+        ("lowest = fma(", "lowest = 0.9f * fma(", (8, 8)),
     ],
 )
-def test_the_fused_kernel_itself(emulator, monkeypatch, right, wrong):
+def test_the_fused_kernel_itself(emulator, monkeypatch, right, wrong, bits):
     """Its Metal text, whole and broken, on a clock that shows the gather slow."""
     source = kernels.source
 
@@ -324,9 +334,11 @@ def test_the_fused_kernel_itself(emulator, monkeypatch, right, wrong):
     for module in (auto, calls, paths, plan):
         monkeypatch.setattr(module, "DECODE_PATHS", table)
     case = Case([5, 33, 100])
+    pools = coded(case, bits)
+    expected = case.expected(sinks=np.ones(8))
+    case.keys, case.values = pools
     with pytest.warns(RuntimeWarning, match="fused") if right else nullcontext():
         explanation = told(case, sinks=np.ones(8))
     assert explanation.path == ("gather_rows" if right else "fused")
     assert (explanation.launches is None) == bool(right)
-    expected = case.expected(sinks=np.ones(8))
     assert_close(case.attend("auto", sinks=np.ones(8)), expected, mx.float32)

@@ -166,7 +166,8 @@ def call(**changes):
     queries, keys = (4, 32, 1, 128), (64, 32, 8, 128)
     dtype = mx.float16
     usual = Call(mx.gpu, "auto", 1.0, queries, keys, keys, dtype, dtype, dtype)
-    return usual._replace(**changes)
+    values = changes.get("keys", keys)
+    return usual._replace(**{"values": values, **changes})
 
 
 def test_kinds():
@@ -182,6 +183,8 @@ def test_kinds():
         call(keys=(64, 16, 8, 128)),
         call(queries=(4, 32, 2, 128)),
         call(queries=(5, 32, 1, 128)),
+        call(keys=(64, 32, 8, 33), keys_dtype=mx.uint32, values_dtype=mx.uint32),
+        call(keys=(64, 32, 8, 17), keys_dtype=mx.uint32, values_dtype=mx.uint32),
         call(options=(("window", 7),)),
         call(options=(("window", 7), ("softcap", 2.0))),
         call(options=(("sinks", ((32,), mx.float32)),)),

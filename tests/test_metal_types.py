@@ -19,6 +19,7 @@ from pagedkv import kernels
 CLANG = shutil.which("clang") or shutil.which("clang-14")
 HERE = Path(__file__).parent
 OPTIONS = "-x clcpp -cl-std=CLC++ -target spir64 -Xclang -finclude-default-header -fsyntax-only"
+FORMATS = [(0, 0), (8, 8), (4, 4), (8, 4), (0, 4)]  # bits of K and V
 TYPES = {"Float16": mx.float16, "BFloat16": mx.bfloat16, "Float32": mx.float32}
 
 
@@ -43,6 +44,8 @@ def unit(body, constants, extra=(), *, text=lambda text: text, small=0):
     header, source = kernels.source(body, "metal", constants)
     of = dict(constants)
     kinds = {"partials": mx.float32, "slopes": mx.float32, "sinks": mx.float32}
+    bits = zip(("keys", "values"), kernels.BITS, strict=True)
+    kinds |= {pool: mx.uint32 for pool, name in bits if of.get(name)}
     integers = ("block_tables", "plan", "spans", "slots", "copies")
     names = [*kernels.INPUTS[body], *extra]
     inputs = [
@@ -73,6 +76,7 @@ def variants(number):
             **{"CHUNKS": -(-group * query_len // rows)},
             **{"TOKENS": min(lanes // rows, 8 if rows <= 2 else 4), "LANES": lanes},
             **{"LOG2_LANES": lanes.bit_length() - 1, "WARPS": rng.choice([4, 8, 16])},
+            **dict(zip(kernels.BITS, rng.choice(FORMATS), strict=True)),
             **{"T": name, "SPLIT": int(divided), **flags, "SINKS": sinks},
             **{"OUT": "Float32" if divided else name, "WRITE": write},
         }
@@ -89,9 +93,11 @@ def test_every_variant_of_attention(tmp_path):
 
 @pytest.mark.parametrize("body", ["merge", "write", "copy"])
 def test_the_other_kernels(body, tmp_path):
-    for name, sinks, small in itertools.product(TYPES, (0, 1), (0, 1)):
+    for name, sinks, small, bits in itertools.product(TYPES, (0, 1), (0, 1), FORMATS):
         sizes = (("D", 80), ("HKV", 2), ("G", 4), ("Q", 2), ("BLOCK_SIZE", 16), ("WARPS", 8))
-        constants = (*sizes, ("SINKS", sinks), ("T", name), ("OUT", name))
+        parts = (("KEY_PART", 160), ("VALUE_PART", 42), ("LANES", 16))
+        parts += tuple(zip(kernels.BITS, bits, strict=True))
+        constants = (*sizes, *parts, ("SINKS", sinks), ("T", name), ("OUT", name))
         extra = ("sinks",) if sinks and body == "merge" else ()
         right, said = compiles(unit(body, constants, extra, small=small), tmp_path)
         assert right, f"{name}: {said}"
@@ -100,13 +106,15 @@ def test_the_other_kernels(body, tmp_path):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("WRITABLE(keys)[to]", "keys[to]"),  # const
+        ("writable(keys)[to]", "keys[to]"),  # const
         ("auto item = plan", "device const int* item = plan"),  # where `plan` is constant
         ("unpack(load(queries", "unpack(load((thread const T*)0 + (queries - queries)"),
     ],
 )
 def test_what_metal_would_refuse_is_refused(right, wrong, tmp_path):
-    constants, extra, _ = next(made for made in variants(60) if dict(made[0])["WRITE"])
+    constants, extra, _ = next(
+        made for made in variants(60) if dict(made[0])["WRITE"] and not dict(made[0])["KEY_BITS"]
+    )
     broken = unit("split", constants, extra, text=lambda t: t.replace(right, wrong), small=1)
     assert broken != unit("split", constants, extra, small=1)
     assert not compiles(broken, tmp_path)[0]

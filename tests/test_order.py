@@ -33,8 +33,8 @@ def without_the_chain(monkeypatch):
 
     built = []
 
-    def begin(self, keys, values, backend, *, whole=InPlace.__init__):
-        whole(self, keys, values, backend)
+    def begin(self, *arguments, whole=InPlace.__init__):
+        whole(self, *arguments)
         self._last = Nothing(self._last)
 
     monkeypatch.setattr(InPlace, "__init__", begin)

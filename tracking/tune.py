@@ -47,7 +47,7 @@ def plan_of(cell, tuning):
     """Return the plan of the fused kernels for a cell with some constants."""
     shapes = cell.queries.shape, cell.layers[0].key_pool.shape
     backend = backend_of(mx.default_device())
-    return make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning)
+    return make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning=tuning)
 
 
 def _planned(plan):

@@ -69,13 +69,15 @@ def kind_of(call: Call, tokens: int) -> str:
     Returns
     -------
     str
-        Dtype, heads, head dim, block size, query tokens and score options, without their values;
+        Dtype, heads, head dim, block size, query tokens, score options without their values, bits;
         sequences and tokens rounded up to powers of two.
     """
     sequences, heads, query_len, head_dim = call.queries
     _, block_size, kv_heads, _ = call.keys
     most, most_tokens = (1 << (number - 1).bit_length() for number in (sequences, tokens))
     options = "".join(f" {name}" for name, _ in call.options)
+    if any(call.bits):
+        options += f" bits={call.bits}"
     return (
         f"{str(call.dtype).rpartition('.')[2]} D={head_dim} Hkv={kv_heads} G={heads // kv_heads} "
         f"S={block_size} Q={query_len}{options} B<={most} tokens<={most_tokens}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.codes import row_bytes
 from pagedkv.attention.cut import MOST_ITEMS, Tuning, cut, tuning_for
 from pagedkv.attention.inputs import New, gpu_name
 from pagedkv.attention.scores import ScoreOptions
@@ -163,6 +164,7 @@ def make_plan(
     dtype: mx.Dtype,
     scale: float,
     scores: ScoreOptions,
+    bits: tuple[int | None, int | None] = (None, None),
     tuning: Tuning | None = None,
 ) -> Plan:
     """Cut a batch into work items and choose the kernels that run it.
@@ -181,6 +183,8 @@ def make_plan(
         Factor on the scores.
     scores : ScoreOptions
         What else happens to them.
+    bits : tuple of (int or None, int or None)
+        Of the codes of K and of V, None for numbers.
     tuning : Tuning, optional
         Instead of the device's own.
 
@@ -195,7 +199,7 @@ def make_plan(
     group = heads // kv_heads
     rows = min(8, _power_of_two(group * query_len))  # query rows a thread group takes
     chunks = -(-group * query_len // rows)
-    lanes = _power_of_two(-(-head_dim // VECTOR))
+    lanes = lanes_of(head_dim)
     # A team's scores fit its lanes; more tokens than these would not fit the registers.
     tokens = min(lanes // rows, 8 if rows <= 2 else 4)
     lens = batch.lens
@@ -208,7 +212,7 @@ def make_plan(
         tuning,
         groups=kv_heads * chunks,
         warp_tokens=32 // lanes * tokens,
-        token_bytes=2 * head_dim * dtype.size,
+        token_bytes=sum(row_bytes(head_dim, each, dtype) for each in bits),
         heavy=rows == 8 or dtype == mx.float32,
     )
     items = len(work)
@@ -232,7 +236,7 @@ def make_plan(
             ("R", rows),
             ("CHUNKS", chunks),
             ("TOKENS", tokens),
-            ("LANES", lanes),
+            *row_constants(head_dim, bits),
             ("LOG2_LANES", lanes.bit_length() - 1),
             ("WARPS", warps),
             ("T", TYPES[dtype]),
@@ -282,6 +286,17 @@ def make_plan(
             },
         ),
     )
+
+
+def lanes_of(head_dim: int) -> int:
+    """Return the lanes that have a row of D numbers, `VECTOR` each."""
+    return _power_of_two(-(-head_dim // VECTOR))
+
+
+def row_constants(head_dim: int, bits: tuple[int | None, int | None]) -> kernels.Constants:
+    """Return what kernels have to know of how pools keep a row, a team of lanes for each."""
+    names = zip(kernels.BITS, bits, strict=True)
+    return (("LANES", lanes_of(head_dim)), *((name, each or 0) for name, each in names))
 
 
 def _power_of_two(number: int) -> int:

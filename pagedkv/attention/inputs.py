@@ -11,6 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.codes import bits_of
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 """What pools and queries may hold."""
@@ -68,6 +69,15 @@ class Call(NamedTuple):
     values_dtype: mx.Dtype
     options: tuple[tuple[str, Hashable], ...] = ()
 
+    @property
+    def bits(self) -> tuple[int | None, int | None]:
+        """Bits of the codes of K and of V, None for numbers; ValueError if D does not fit them."""
+        head_dim = self.queries[3]
+        return (
+            bits_of(self.keys, self.keys_dtype, head_dim),
+            bits_of(self.values, self.values_dtype, head_dim),
+        )
+
 
 @cache
 def gpu_name(device: mx.DeviceType) -> str | None:
@@ -116,9 +126,12 @@ def check_one_token(queries: mx.array) -> None:
 def check_heads(call: Call, *, kv_heads: int, head_dim: int) -> None:
     """Raise ValueError unless queries, K and V have heads and dtypes that fit together."""
     queries, keys = call.queries, call.keys
-    if call.values != keys:
-        raise ValueError(f"expected values of shape {keys}, got {call.values}")
-    if len(queries) != 4 or queries[3] != head_dim:
+    dtypes = {call.dtype, call.keys_dtype, call.values_dtype}
+    has_codes = mx.uint32 in dtypes
+    expected = (*keys[:3], call.values[3]) if has_codes else keys
+    if call.values != expected:
+        raise ValueError(f"expected values of shape {expected}, got {call.values}")
+    if len(queries) != 4 or (queries[3] != head_dim and not has_codes):
         raise ValueError(f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries}")
     if 0 in keys:
         raise ValueError(f"expected keys without empty dimensions, got shape {keys}")
@@ -126,8 +139,9 @@ def check_heads(call: Call, *, kv_heads: int, head_dim: int) -> None:
         raise ValueError(
             f"expected query heads to be a multiple of {kv_heads} KV heads, got {queries[1]}"
         )
-    if not call.dtype == call.keys_dtype == call.values_dtype:
+    if dtypes - {mx.uint32} != {call.dtype}:
         raise ValueError(
             f"expected one dtype, got {call.dtype}, {call.keys_dtype} and {call.values_dtype} "
             f"for queries, keys and values"
         )
+    _ = call.bits

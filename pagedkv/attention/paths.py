@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from pagedkv.attention import fused
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.gather import take_blocks, take_rows
+from pagedkv.attention.codes import take
+from pagedkv.attention.gather import take_blocks
 from pagedkv.attention.inputs import DTYPES, Call, Layout, New, Shape
 from pagedkv.attention.scores import ScoreOptions
 
@@ -47,6 +48,8 @@ class DecodePath:
         The options of `ScoreOptions` that it knows.
     refusal : callable
         (queries, keys) -> why it cannot take these shapes, or None.
+    codes : bool
+        Whether it reads pools of codes.
     """
 
     layout: Layout
@@ -58,6 +61,7 @@ class DecodePath:
     causal: bool = False
     options: frozenset[str] = frozenset()
     refusal: Callable[[Shape, Shape], str | None] = lambda queries, keys: None
+    codes: bool = False
 
 
 class Blocks(NamedTuple):
@@ -123,8 +127,8 @@ def _gather_rows(
     sinks = scores.sinks
     return mx.fast.scaled_dot_product_attention(
         queries,
-        take_rows(keys, gather.rows),
-        take_rows(values, gather.rows),
+        take(keys, gather.rows, queries.shape[3], queries.dtype, is_keys=True),
+        take(values, gather.rows, queries.shape[3], queries.dtype, is_keys=False),
         scale=gather.scale,
         mask=gather.mask,
         sinks=None if sinks is None else sinks.astype(queries.dtype),
@@ -144,7 +148,8 @@ def _gather_rows_grouped(
     batch, heads, query_len, head_dim = queries.shape
     kv_heads = keys.shape[2]
     grouped = (queries * (scale / HEADROOM)).reshape(batch, kv_heads, -1, head_dim)
-    logits = grouped @ take_rows(keys, rows).swapaxes(2, 3)  # [B, Hkv, G * Q, L]
+    taken = take(keys, rows, head_dim, queries.dtype, is_keys=True)
+    logits = grouped @ taken.swapaxes(2, 3)  # [B, Hkv, G * Q, L]
     logits = logits * headroom  # in float32 from here, which is no slower
     by_query = (batch, kv_heads, heads // kv_heads, query_len, logits.shape[-1])
     if scores.softcap is not None:
@@ -162,7 +167,8 @@ def _gather_rows_grouped(
         sinks = scores.sinks.astype(mx.float32).reshape(1, kv_heads, -1, 1, 1)
         sinks = mx.broadcast_to(sinks, (*by_query[:-1], 1)).reshape(*logits.shape[:-1], 1)
         weights = mx.softmax(mx.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
-    out = weights.astype(queries.dtype) @ take_rows(values, rows)
+    taken = take(values, rows, head_dim, queries.dtype, is_keys=False)
+    out = weights.astype(queries.dtype) @ taken
     return out.reshape(batch, heads, query_len, head_dim)
 
 
@@ -197,7 +203,7 @@ def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Rows:
 
 def _prepare_fused(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> fused.Plan:
     backend, shapes = backend_of(mx.Device(call.device)), (call.queries, call.keys)
-    return fused.make_plan(batch, backend, *shapes, call.dtype, call.scale, scores)
+    return fused.make_plan(batch, backend, *shapes, call.dtype, call.scale, scores, call.bits)
 
 
 def _any_head_dim(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> bool:
@@ -224,6 +230,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
             _prepare_rows,
             _any_head_dim,
             causal=True,
+            codes=True,
             options=frozenset({"window", "sinks"}),
         ),
         "gather_rows_grouped": DecodePath(
@@ -232,6 +239,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
             _prepare_rows,
             _any_head_dim,
             causal=True,
+            codes=True,
             options=EVERY_OPTION,
         ),
         "fused": DecodePath(
@@ -244,6 +252,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
             causal=True,
             options=EVERY_OPTION,
             refusal=fused.refusal,
+            codes=True,
         ),
     }
 )
@@ -296,6 +305,8 @@ def refusal(name: str, call: Call) -> str | None:
         return f"does not support {call.dtype} with head dim {head_dim} on {device}"
     if query_len > 1 and not path.causal:
         return f"takes one query token, got {query_len}"
+    if mx.uint32 in (call.keys_dtype, call.values_dtype) and not path.codes:
+        return "does not read pools of codes"
     unknown = [option for option, _ in call.options if option not in path.options]
     if unknown:
         return f"does not know {', '.join(unknown)}"

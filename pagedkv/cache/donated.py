@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from pagedkv.attention.codes import put
 from pagedkv.attention.inputs import New
 from pagedkv.attention.plan import AttentionPlan
 from pagedkv.attention.scores import ScoreOptions
@@ -61,10 +62,9 @@ class Donated:
         mx.eval(new)
         if self._written[layer]:
             self.wait()
-        _, _, kv_heads, head_dim = self._keys[layer].shape
         written = [
-            _scatter(pool, slots, tokens.swapaxes(1, 2).reshape(-1, kv_heads, head_dim))
-            for pool, tokens in zip(self.pools(layer), new, strict=True)
+            put(pool, slots, mx.flatten(tokens.swapaxes(1, 2), 0, 1), is_keys=is_keys)
+            for pool, tokens, is_keys in zip(self.pools(layer), new, (True, False), strict=True)
         ]
         self._written[layer] = True
         self._keys[layer], self._values[layer] = written
@@ -76,7 +76,7 @@ class Donated:
         blocks = [[pool[sources] for pool in pools] for pools in (self._keys, self._values)]
         mx.eval(blocks)  # a reader that has not run would make MLX copy the pool
         for pools, copied in zip((self._keys, self._values), blocks, strict=True):
-            pools[:] = [_scatter(p, targets, b) for p, b in zip(pools, copied, strict=True)]
+            pools[:] = [_replaced(p, targets, b) for p, b in zip(pools, copied, strict=True)]
 
     def wait(self) -> None:
         """Wait for what is in flight, so that it holds no pool."""
@@ -92,8 +92,7 @@ class Donated:
         self.wait()
 
 
-def _scatter(pool: mx.array, indices: mx.array, rows: mx.array) -> mx.array:
-    """Write rows of any number of trailing dimensions of the pool."""
-    flat = pool.reshape(-1, *rows.shape[1:])
-    flat[indices] = rows
-    return flat.reshape(pool.shape)
+def _replaced(pool: mx.array, ids: mx.array, blocks: mx.array) -> mx.array:
+    flat = pool.reshape(pool.shape)  # whoever holds the other Python object keeps what is in it
+    flat[ids] = blocks
+    return flat

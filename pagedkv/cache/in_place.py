@@ -9,13 +9,15 @@ which they are built, on whatever stream and however many steps ahead of the dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from weakref import ReferenceType, ref
 
 import mlx.core as mx
 
 from pagedkv import kernels
-from pagedkv.attention.fused import TYPES
+from pagedkv.attention.codes import bits_of
+from pagedkv.attention.fused import TYPES, row_constants
 from pagedkv.attention.inputs import New
 from pagedkv.attention.plan import AttentionPlan
 from pagedkv.attention.scores import ScoreOptions
@@ -41,11 +43,19 @@ class InPlace:
         Pools by layer, [N, S, Hkv, D] each, row-contiguous, evaluated.
     backend : str
         ``"cuda"`` or ``"metal"``.
+    dtype : mx.Dtype
+        Of queries and new tokens.
     """
 
-    def __init__(self, keys: Sequence[mx.array], values: Sequence[mx.array], backend: str) -> None:
+    def __init__(
+        self,
+        keys: Sequence[mx.array],
+        values: Sequence[mx.array],
+        backend: str,
+        dtype: mx.Dtype,
+    ) -> None:
         self._keys, self._values, self._backend = list(keys), list(values), backend
-        self._dtype = keys[0].dtype
+        self._dtype = dtype
         self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
@@ -101,22 +111,44 @@ class InPlace:
 
     def write(self, layer: int, new: New, slots: mx.array) -> None:
         """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""
-        _, _, kv_heads, head_dim = self._keys[layer].shape
-        rows = [tokens.swapaxes(1, 2).reshape(-1, kv_heads, head_dim) for tokens in new]
-        self._move("write", layer, [*rows, slots], (slots.size, 1))
+        rows = [mx.flatten(tokens.swapaxes(1, 2), 0, 1) for tokens in new]
+        _, kv_heads, head_dim = rows[0].shape
+        keys, values = self.pools(layer)
+        bits = (
+            bits_of(keys.shape, keys.dtype, head_dim),
+            bits_of(values.shape, values.dtype, head_dim),
+        )
+        sizes = (("BLOCK_SIZE", keys.shape[1]), ("HKV", kv_heads), ("D", head_dim))
+        constants = (*sizes, *row_constants(head_dim, bits))
+        self._move("write", layer, constants, [*rows, slots], (slots.size, 1))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks in every layer."""
         pairs = mx.array([*copies])
-        for layer, pool in enumerate(self._keys):
-            self._move("copy", layer, [pairs], (len(copies), pool.shape[1]))
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            _, block_size, *key_part = keys.shape
+            # A block in as many parts as it has tokens, whatever is in them.
+            constants = (
+                ("BLOCK_SIZE", block_size),
+                ("KEY_PART", math.prod(key_part)),
+                ("VALUE_PART", math.prod(values.shape[2:])),
+                ("KEY_BYTES", keys.dtype.size),
+                ("VALUE_BYTES", values.dtype.size),
+            )
+            self._move("copy", layer, constants, [pairs], (len(copies), block_size))
 
-    def _move(self, body: str, layer: int, inputs: list[mx.array], groups: tuple[int, int]) -> None:
-        keys, values = self._keys[layer], self._values[layer]
-        _, block_size, kv_heads, head_dim = keys.shape
+    def _move(
+        self,
+        body: str,
+        layer: int,
+        constants: kernels.Constants,
+        inputs: list[mx.array],
+        groups: tuple[int, int],
+    ) -> None:
+        keys, values = self.pools(layer)
         name = TYPES[self._dtype]
-        sizes = (("BLOCK_SIZE", block_size), ("HKV", kv_heads), ("D", head_dim), ("WARPS", WARPS))
-        moves = kernels.kernel(body, self._backend, (*sizes, ("T", name), ("OUT", name)))
+        constants = (*constants, ("WARPS", WARPS), ("T", name), ("OUT", name))
+        moves = kernels.kernel(body, self._backend, constants)
         threads = WARPS * 32
         [self._last[layer]] = moves(
             inputs=[keys, values, *inputs, self._last[layer]],

@@ -79,13 +79,16 @@ class PagedKVCache(Pools):
     head_dim : int or sequence of int
         D of every layer, or of each.
     dtype : mx.Dtype
-        float16, bfloat16 or float32.
+        Of queries, new K and V, and outputs: float16, bfloat16 or float32.
     windows : sequence of int or None, optional
         For each layer, how many tokens a token sees, itself the last; None for all. Layers are put
         in groups by it, and a group gives blocks back as they leave its window. `num_blocks` is the
         memory of so many whole blocks, see `Pools`.
     margin : int
         Tokens that can be taken back from a sequence at any time, whatever the windows.
+    bits : int or tuple of (int or None, int or None), optional
+        In how many bits K and V are kept, or K and V each: 8 or 4, see `pagedkv.attention.codes`;
+        None as they are. D is a multiple of 8 then.
 
     Attributes
     ----------
@@ -111,8 +114,11 @@ class PagedKVCache(Pools):
         dtype: mx.Dtype = mx.float16,
         windows: Sequence[int | None] | None = None,
         margin: int = 0,
+        bits: int | tuple[int | None, int | None] | None = None,
     ) -> None:
-        super().__init__(num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, windows)
+        super().__init__(
+            num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, windows, bits
+        )
         groups = self.groups.windows
         self.pool = BlockPool(self.num_blocks)
         if len(groups) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.codes import BITS, row_bytes, width
 from pagedkv.attention.inputs import DTYPES, New, Shape
 from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
@@ -22,7 +22,7 @@ from pagedkv.limits import id_below, integers, positive_int32
 
 
 class Pools:
-    """K and V pools of all layers, [N, S, Hkv, D] each, with Hkv and D of its layer.
+    """K and V pools of all layers, [N, S, Hkv, D] each, with Hkv and D of its layer; or of codes.
 
     Where layers are in groups (`Groups`), one of each group shares a pool with one of each other
     group: their blocks lie in frames of it, of which any group may have any.
@@ -49,6 +49,7 @@ class Pools:
         head_dim: int | Sequence[int],
         dtype: mx.Dtype,
         windows: Sequence[int | None] | None = None,
+        bits: int | tuple[int | None, int | None] | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_blocks": num_blocks, "block_size": block_size}
         self.num_layers, self.num_blocks, self.block_size = (
@@ -66,18 +67,31 @@ class Pools:
         self._dtype, self._device = dtype, mx.default_device().type
         heads = _of_each(kv_heads, self.num_layers, "kv_heads")
         dims = _of_each(head_dim, self.num_layers, "head_dim")
-        self._shapes: list[Shape] = [
-            (self.num_blocks, self.block_size, *shape) for shape in zip(heads, dims, strict=True)
-        ]
+        self._bits = _bits(bits)
+        if any(self._bits) and any(dim % 8 for dim in dims):
+            raise ValueError(f"expected head dims that are multiples of 8 for codes, got {dims}")
+        self._rows = list(zip(heads, dims, strict=True))
+        self._shapes: list[tuple[Shape, Shape]] = []  # of the pools of K and V, by layer
+        for kv_heads_of_layer, dim in self._rows:
+            key_width, value_width = (width(dim, each) for each in self._bits)
+            size = self.num_blocks, self.block_size, kv_heads_of_layer
+            self._shapes.append(((*size, key_width), (*size, value_width)))
         self._slabs, self._group_of = self.groups.slab_of, self.groups.group_of
         if len(self.groups.windows) > 1 and len(set(self._shapes)) > 1:
             raise ValueError("expected one shape of layers with windows and without")
         shapes = self._shapes[: self.groups.num_slabs]
-        keys, values = ([mx.zeros(shape, dtype) for shape in shapes] for _ in "kv")
+        kinds = [dtype if each is None else mx.uint32 for each in self._bits]
+        keys, values = (
+            [mx.zeros(shape, kind) for shape in of_kind]
+            for of_kind, kind in zip(zip(*shapes, strict=True), kinds, strict=True)
+        )
         mx.eval(keys, values)
         backend = backend_of(mx.default_device())
         self._store: InPlace | Donated
-        self._store = Donated(keys, values) if backend == "cpu" else InPlace(keys, values, backend)
+        if backend == "cpu":
+            self._store = Donated(keys, values)
+        else:
+            self._store = InPlace(keys, values, backend, dtype)
 
     @property
     def block_bytes(self) -> int:
@@ -86,7 +100,9 @@ class Pools:
 
     def layer_bytes(self, layer: int) -> int:
         """Return the bytes of a block in one layer, K and V."""
-        return 2 * self._dtype.size * math.prod(self._shapes[layer][1:])
+        kv_heads, head_dim = self._rows[layer]
+        row = sum(row_bytes(head_dim, each, self._dtype) for each in self._bits)
+        return self.block_size * kv_heads * row
 
     @property
     def keys(self) -> tuple[mx.array, ...]:
@@ -231,7 +247,7 @@ class Pools:
         """
         if type(layer) is not int or not 0 <= layer < self.num_layers:  # each layer comes here
             layer = id_below(self.num_layers, layer, "a layer")
-        if plan.call.keys != self._shapes[layer]:  # then the tokens fit others
+        if plan.call[4:6] != self._shapes[layer]:  # then the tokens fit others
             self._check_new(layer, *new)
         store, slab, tables = self._store, self._slabs[layer], None
         if self._group_of[layer]:
@@ -347,7 +363,7 @@ class Pools:
             )
 
     def _check_new(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        shape, (kv_heads, head_dim) = keys.shape, self._shapes[layer][2:]
+        shape, (kv_heads, head_dim) = keys.shape, self._rows[layer]
         if len(shape) != 4 or shape[1] != kv_heads or shape[3] != head_dim:
             raise ValueError(f"expected keys of shape [B, {kv_heads}, L, {head_dim}], got {shape}")
         if values.shape != shape:
@@ -356,6 +372,15 @@ class Pools:
             raise ValueError(
                 f"expected {self._dtype}, got keys of {keys.dtype} and values of {values.dtype}"
             )
+
+
+def _bits(bits: Any) -> tuple[int | None, int | None]:
+    """Return the bits of K and V, of one number for both or one each."""
+    given = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+    each = [None if one is None else positive_int32(one, "bits") for one in given]
+    if len(each) != 2 or not {*each} <= {None, *BITS}:
+        raise ValueError(f"expected bits of 8, 4 or None, or these of K and of V, got {bits}")
+    return each[0], each[1]
 
 
 def _of_each(sizes: Any, num_layers: int, name: str) -> list[int]:

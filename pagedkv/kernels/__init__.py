@@ -2,7 +2,7 @@
 
 ``split.h`` and ``merge.h`` attend, ``write.h`` and ``copy.h`` move what a pool holds: bodies of
 kernels in what C++ and Metal's language have in common. ``cuda.h`` and ``metal.h`` give them vector
-loads, shuffles and barriers.
+loads, shuffles and barriers, ``codes.h`` what makes codes of K and V where a pool has few bits.
 
 MLX takes a kernel's inputs for constant. Those that write into a pool do it all the same, which is
 sound while whoever reads or writes the pool next takes an output of the last one who did as an
@@ -29,6 +29,7 @@ PLACE: Mapping[str, str] = {
     "const int thread_id = thread_position_in_threadgroup.x;",
 }
 
+BITS = "KEY_BITS", "VALUE_BITS"  # of a code; 0: numbers as they are
 Constants = tuple[tuple[str, int | str], ...]
 
 
@@ -50,18 +51,21 @@ def source(body: str, backend: str, constants: Constants) -> tuple[str, str]:
     tuple of (str, str)
         Header and body.
     """
-    files = FOLDER / f"{backend}.h", FOLDER / f"{body}.h"
-    header, text = (_without_comments(file.read_text()) for file in files)
+    files = [FOLDER / f"{name}.h" for name in (backend, "codes", body)]
+    header, codes, text = (_without_comments(file.read_text()) for file in files)
+    if not any(value for name, value in constants if name in BITS):
+        codes = ""
     if backend == "cuda":
         # MLX hashes the whole text each time a call is evaluated, so it is kept short. The digest
         # stands for the files' contents, by which MLX finds what it has compiled before.
-        digest = hashlib.sha256((header + text).encode()).hexdigest()
+        digest = hashlib.sha256((header + codes + text).encode()).hexdigest()
         # MLX passes shapes that it finds named here; it does not look into files.
         shapes = " ".join(sorted(set(re.findall(r"\w+_shape\b", text))))
         header = f'#include "{files[0]}"\n'
-        text = f'#include "{files[1]}"\n// {digest} {shapes}\n'
+        codes = codes and f'#include "{files[1]}"\n'
+        text = f'#include "{files[2]}"\n// {digest} {shapes}\n'
     defines = "".join(f"#define {name} {value}\n" for name, value in constants)
-    return header + defines, f"{PLACE[backend]}\n{text}"
+    return header + defines + codes, f"{PLACE[backend]}\n{text}"
 
 
 def _without_comments(text: str) -> str:

@@ -9,6 +9,10 @@
 
 #define UNROLL _Pragma("unroll")
 #define SHARED __shared__
+#define FUNCTION __device__ __forceinline__
+// Metal's words for where a pointer leads.
+#define device
+#define thread
 
 using uint = unsigned;
 using Float16 = __half;
@@ -65,6 +69,66 @@ __device__ __forceinline__ void unpack(Float8 x, float* out) {
   UNROLL for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
 }
 
+// Eight codes of 8 or 4 bits; of no bits: numbers as they are.
+template <int BITS>
+struct Codes {};
+template <>
+struct Codes<8> {
+  uint low, high;
+};
+template <>
+struct Codes<4> {
+  uint bits;
+};
+template <typename P>
+__device__ __forceinline__ auto load(P p, Codes<0>) {
+  return load(p);
+}
+__device__ __forceinline__ Codes<8> load(const uint* p, Codes<8>) {
+  Codes<8> x;
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(x.low), "=r"(x.high)
+               : "l"(p));
+  return x;
+}
+__device__ __forceinline__ Codes<4> load(const uint* p, Codes<4>) {
+  Codes<4> x;
+  asm volatile("ld.global.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(x.bits) : "l"(p));
+  return x;
+}
+// Codes are put into the digits of 1024 in float16, which is quicker than to convert an integer.
+__device__ __forceinline__ void unpack_pair(uint pair, __half2 factor, __half2 offset, float* out) {
+  const float2 numbers = __half22float2(__hfma2(reinterpret_cast<const __half2&>(pair), factor, offset));
+  out[0] = numbers.x;
+  out[1] = numbers.y;
+}
+__device__ __forceinline__ void unpack(Codes<8> x, float* out) {
+  const __half2 one = __float2half2_rn(1.0f), base = __float2half2_rn(-1024.0f);
+  unpack_pair(__byte_perm(x.low, 0x64646464u, 0x4140), one, base, out);
+  unpack_pair(__byte_perm(x.low, 0x64646464u, 0x4342), one, base, out + 2);
+  unpack_pair(__byte_perm(x.high, 0x64646464u, 0x4140), one, base, out + 4);
+  unpack_pair(__byte_perm(x.high, 0x64646464u, 0x4342), one, base, out + 6);
+}
+__device__ __forceinline__ void unpack(Codes<4> x, float* out) {
+  const __half2 one = __float2half2_rn(1.0f), base = __float2half2_rn(-1024.0f);
+  const __half2 part = __float2half2_rn(0.0625f), part_base = __float2half2_rn(-64.0f);
+  UNROLL for (int i = 0; i < 2; ++i) {
+    const uint word = x.bits >> 8 * i;
+    unpack_pair((word & 0x000f000fu) | 0x64006400u, one, base, out + 4 * i);
+    unpack_pair((word & 0x00f000f0u) | 0x64006400u, part, part_base, out + 4 * i + 2);
+  }
+}
+__device__ __forceinline__ float nearest(float x) {
+  return rintf(x);
+}
+// A number as float16 has it, by its bits and back.
+__device__ __forceinline__ uint half_bits(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+__device__ __forceinline__ float half_number(uint bits) {
+  return __half2float(__ushort_as_half(bits & 0xffffu));
+}
+
 __device__ __forceinline__ float lane_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
@@ -91,4 +155,7 @@ __device__ __forceinline__ void group_barrier() {
 __device__ __forceinline__ void pool_barrier() {
   __syncthreads();
 }
-#define WRITABLE(pool) const_cast<T*>(pool)
+template <typename E>
+__device__ __forceinline__ E* writable(const E* pool) {
+  return const_cast<E*>(pool);
+}

@@ -1,6 +1,7 @@
 // What the kernels need of Metal.
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHARED threadgroup
+#define FUNCTION inline
 
 using Float16 = half;
 using BFloat16 = bfloat16_t;
@@ -47,6 +48,50 @@ inline void unpack(Float8 x, thread float* out) {
   }
 }
 
+// Eight codes of 8 or 4 bits; of no bits: numbers as they are.
+template <int BITS>
+struct Codes {};
+template <>
+struct Codes<8> {
+  uint low, high;
+};
+template <>
+struct Codes<4> {
+  uint bits;
+};
+template <typename E>
+inline auto load(const device E* p, Codes<0>) {
+  return load(p);
+}
+inline Codes<8> load(const device uint* p, Codes<8>) {
+  return {p[0], p[1]};
+}
+inline Codes<4> load(const device uint* p, Codes<4>) {
+  return {p[0]};
+}
+inline void unpack(Codes<8> x, thread float* out) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    out[i] = float((x.low >> (8 * i)) & 0xffu);
+    out[4 + i] = float((x.high >> (8 * i)) & 0xffu);
+  }
+}
+inline void unpack(Codes<4> x, thread float* out) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    out[2 * i] = float((x.bits >> (4 * i)) & 0xfu);
+    out[2 * i + 1] = float((x.bits >> (16 + 4 * i)) & 0xfu);
+  }
+}
+inline float nearest(float x) {
+  return rint(x);
+}
+// A number as float16 has it, by its bits and back.
+inline uint half_bits(float x) {
+  return as_type<ushort>(half(x));
+}
+inline float half_number(uint bits) {
+  return float(as_type<half>(ushort(bits & 0xffffu)));
+}
+
 inline float lane_xor(float x, int mask) {
   return simd_shuffle_xor(x, ushort(mask));
 }
@@ -71,4 +116,7 @@ inline void group_barrier() {
 inline void pool_barrier() {
   threadgroup_barrier(mem_flags::mem_device);
 }
-#define WRITABLE(pool) const_cast<device T*>(pool)
+template <typename E>
+inline device E* writable(const device E* pool) {
+  return const_cast<device E*>(pool);
+}

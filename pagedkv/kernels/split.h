@@ -10,6 +10,9 @@
 // are summed over the team by halves, so that each lane ends up with one of them, whose token and
 // row its seat tells: an exponential is taken once, and fetched by those who need it.
 //
+// Of codes (codes.h) a team computes with the codes alone: what measures a token comes to its scores and
+// weights, by the lanes that have these. Queries are rotated as the K are that they meet.
+//
 // With WRITE the K and V of the Q new tokens go into the pool first, each in the items that attend
 // over it. MLX takes inputs for constant and does not know: what orders this write among all who
 // read and write the pool is that each of them takes an output of the one before (`after`).
@@ -35,19 +38,48 @@ const int sequence = item[0], end = item[2], context = item[3];
 const int seen_from = WINDOW ? max(context - Q + 1 - window, 0) / BLOCK_SIZE * BLOCK_SIZE : 0;
 const int start = max(int(item[1]), seen_from);
 auto table = block_tables + size_t(sequence) * max_blocks;
-auto key_rows = keys + head * D + column;
-auto value_rows = values + head * D + column;
+// In elements or, of codes, words.
+constexpr int KEY_WIDTH = KEY_BITS ? D * KEY_BITS / 32 : D, VALUE_WIDTH = VALUE_BITS ? D * VALUE_BITS / 32 : D;
+constexpr int KEY_ROW = HKV * KEY_WIDTH, VALUE_ROW = HKV * VALUE_WIDTH;
+constexpr int KEY_BLOCK = BLOCK_SIZE * (KEY_ROW + (KEY_BITS ? HKV : 0));
+constexpr int VALUE_BLOCK = BLOCK_SIZE * (VALUE_ROW + (VALUE_BITS ? HKV : 0));
+auto key_rows = keys + head * KEY_WIDTH + column * KEY_WIDTH / D;
+auto value_rows = values + head * VALUE_WIDTH + column * VALUE_WIDTH / D;
 
 #if WRITE
 const int oldest_new = context - Q, first_new = max(start, oldest_new);
+#if KEY_BITS == 0 || VALUE_BITS == 0
 for (int i = thread_id; i < (end - first_new) * D; i += WARPS * 32) {
   const uint token = first_new + i / D;
   const size_t slot = size_t(table[token / BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE;
   const size_t to = (slot * HKV + head) * D + i % D;
   const size_t from = (size_t(sequence * HKV + head) * Q + token - oldest_new) * D + i % D;
-  WRITABLE(keys)[to] = new_keys[from];
-  WRITABLE(values)[to] = new_values[from];
+#if KEY_BITS == 0
+  writable(keys)[to] = new_keys[from];
+#endif
+#if VALUE_BITS == 0
+  writable(values)[to] = new_values[from];
+#endif
 }
+#endif
+#if KEY_BITS || VALUE_BITS
+for (int i = 0; i < end - first_new; i += PARTS) {  // as often for every lane
+  const uint token = min(first_new + i + part, end - 1);
+  const bool writes = i + part < end - first_new;
+  const int to = table[token / BLOCK_SIZE], offset = token % BLOCK_SIZE;
+  const size_t from = (size_t(sequence * HKV + head) * Q + token - oldest_new) * D + column;
+  float row[8];
+#if KEY_BITS
+  unpack(load(new_keys + from), row);
+  if (KEY_BITS == 4) rotate(row, seat);
+  encode<KEY_BITS>(row, keys, to, offset, head, seat, writes);
+#endif
+#if VALUE_BITS
+  unpack(load(new_values + from), row);
+  encode<VALUE_BITS>(row, values, to, offset, head, seat, writes);
+#endif
+}
+#endif
 #endif
 
 float query[R][8], total[R][8];
@@ -58,6 +90,9 @@ UNROLL for (int r = 0; r < R; ++r) {
     query[r][i] *= active ? scale * (SOFTCAP ? 1.0f : LOG2E) : 0.0f;
     total[r][i] = 0.0f;
   }
+#if KEY_BITS == 4
+  rotate(query[r], seat);
+#endif
 }
 
 const int own_token = seat / PER_TOKEN;
@@ -68,6 +103,20 @@ float slope = 0.0f;
 slope = float(slopes[head * G + own_row / Q]) * LOG2E;
 #endif
 float top = NOTHING, sum = 0.0f;
+#if KEY_BITS
+float query_sum = 0.0f;  // of the own row
+UNROLL for (int r = 0; r < R; ++r) {
+  float row_sum = query[r][0];
+  UNROLL for (int i = 1; i < 8; ++i) row_sum += query[r][i];
+  UNROLL for (int distance = 1; distance < LANES; distance *= 2) row_sum += lane_xor(row_sum, distance);
+  if (r == seat / COPIES % R) query_sum = row_sum;
+}
+auto key_measures = keys + BLOCK_SIZE * KEY_ROW + head * BLOCK_SIZE;
+#endif
+#if VALUE_BITS
+float lowest = 0.0f;  // that all elements of V have, by weight
+auto value_measures = values + BLOCK_SIZE * VALUE_ROW + head * BLOCK_SIZE;
+#endif
 #if BLOCK_SIZE % TOKENS == 0
 int block = table[uint(min(start + part * TOKENS, end - 1)) / BLOCK_SIZE];  // of the coming trip
 #endif
@@ -77,27 +126,41 @@ for (int trip = start; trip < end; trip += TRIP) {  // the same trips for every 
 #if WRITE
   if (trip + TRIP > oldest_new) pool_barrier();
 #endif
-  decltype(load(keys)) raw_key[TOKENS], raw_value[TOKENS];
+  decltype(load(keys, Codes<KEY_BITS>())) raw_key[TOKENS];
+  decltype(load(values, Codes<VALUE_BITS>())) raw_value[TOKENS];
   // Past the end the last token is read again, so that stale slots are never touched. K comes in an
   // order of the seat's own, which spares the first sums a selection.
 #if BLOCK_SIZE % TOKENS == 0
   const uint first = min(base, end - 1);
-  const size_t row = size_t(block * BLOCK_SIZE + first % BLOCK_SIZE) * (HKV * D);
-  const int last = max(end - 1 - base, 0);
+  const size_t now = block;
+  const int offset = first % BLOCK_SIZE, last = max(end - 1 - base, 0);
   block = table[uint(min(base + TRIP, end - 1)) / BLOCK_SIZE];
+  auto key_row = key_rows + (now * KEY_BLOCK + offset * KEY_ROW);
+  auto value_row = value_rows + (now * VALUE_BLOCK + offset * VALUE_ROW);
   UNROLL for (int t = 0; t < TOKENS; ++t)
-    raw_key[t] = load(key_rows + row + min(t ^ own_token, last) * (HKV * D));
+    raw_key[t] = load(key_row + min(t ^ own_token, last) * KEY_ROW, Codes<KEY_BITS>());
   UNROLL for (int t = 0; t < TOKENS; ++t)
-    raw_value[t] = load(value_rows + row + min(t, last) * (HKV * D));
+    raw_value[t] = load(value_row + min(t, last) * VALUE_ROW, Codes<VALUE_BITS>());
+  const int own_offset = offset + min(own_token, last);
 #else
   UNROLL for (int t = 0; t < 2 * TOKENS; ++t) {
     const uint token = min(base + (t < TOKENS ? t ^ own_token : t - TOKENS), end - 1);
-    const int slot = table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+    const size_t from = table[token / BLOCK_SIZE];
+    const int offset = token % BLOCK_SIZE;
     if (t < TOKENS)
-      raw_key[t % TOKENS] = load(key_rows + size_t(slot) * (HKV * D));
+      raw_key[t % TOKENS] = load(key_rows + (from * KEY_BLOCK + offset * KEY_ROW), Codes<KEY_BITS>());
     else
-      raw_value[t % TOKENS] = load(value_rows + size_t(slot) * (HKV * D));
+      raw_value[t % TOKENS] = load(value_rows + (from * VALUE_BLOCK + offset * VALUE_ROW), Codes<VALUE_BITS>());
   }
+  const uint own = min(base + own_token, end - 1);
+  const size_t now = table[own / BLOCK_SIZE];
+  const int own_offset = own % BLOCK_SIZE;
+#endif
+#if KEY_BITS
+  const uint key_measure = key_measures[now * KEY_BLOCK + own_offset];
+#endif
+#if VALUE_BITS
+  const uint value_measure = value_measures[now * VALUE_BLOCK + own_offset];
 #endif
 
   float scores[TOKENS * R];
@@ -127,6 +190,9 @@ for (int trip = start; trip < end; trip += TRIP) {  // the same trips for every 
 
   const int token = base + own_token;
   float score = scores[0];
+#if KEY_BITS
+  score = fma(half_number(key_measure), score, half_number(key_measure >> 16) * query_sum);
+#endif
   if (SOFTCAP) {
     // tanh(x) = 1 - 2 / (exp(2 x) + 1)
     const float e = exp2_fast(2.0f * LOG2E * score / softcap);
@@ -148,22 +214,39 @@ for (int trip = start; trip < end; trip += TRIP) {  // the same trips for every 
       UNROLL for (int i = 0; i < 8; ++i) total[r][i] *= shrink_row;
     }
     sum *= shrink;
+#if VALUE_BITS
+    lowest *= shrink;
+#endif
     top = high;
   }
   const float weight = exp2_fast(score - top);
   sum += weight;
+#if VALUE_BITS
+  lowest = fma(weight, half_number(value_measure >> 16), lowest);
+  const float heavy = weight * half_number(value_measure);
+#else
+  const float heavy = weight;
+#endif
 
   UNROLL for (int t = 0; t < TOKENS; ++t) {
     float value[8];
     unpack(raw_value[t], value);
     UNROLL for (int r = 0; r < R; ++r) {
-      const float w = TEAM_FROM(weight, t * PER_TOKEN + r * COPIES);
+      const float w = TEAM_FROM(heavy, t * PER_TOKEN + r * COPIES);
       UNROLL for (int i = 0; i < 8; ++i) total[r][i] = fma(w, value[i], total[r][i]);
     }
   }
 }
 UNROLL for (int halving = 1; 1 << halving <= TOKENS; ++halving)
   sum += lane_xor(sum, LANES >> halving);
+#if VALUE_BITS
+UNROLL for (int halving = 1; 1 << halving <= TOKENS; ++halving)
+  lowest += lane_xor(lowest, LANES >> halving);
+UNROLL for (int r = 0; r < R; ++r) {
+  const float lowest_row = TEAM_FROM(lowest, r * COPIES);
+  UNROLL for (int i = 0; i < 8; ++i) total[r][i] += lowest_row;
+}
+#endif
 
 SHARED float tops[R][PARTS], sums[R][PARTS], parts[PARTS][D];
 if (seat < PER_TOKEN && seat % COPIES == 0) {
@@ -189,14 +272,14 @@ UNROLL for (int r = 0; r < R; ++r) {
     for (int d = thread_id; d < D; d += WARPS * 32) {
       float out = 0.0f;
       for (int p = 0; p < PARTS; ++p) out += parts[p][d];
-      out = weights > 0.0f ? out / weights : 0.0f;
+      out = weights == 0.0f ? 0.0f : out / weights;
       const int block_row = SPLIT ? group_y : sequence;
       outputs[(size_t(block_row) * HKV * ROWS + output_row) * D + d] = OUT(out);
     }
     if (SPLIT && thread_id == 0) {
       const size_t rows = size_t(plan[4]) * HKV * ROWS;
       outputs[rows * D + size_t(group_y) * HKV * ROWS + output_row] =
-          OUT(weights > 0.0f ? highest + log2_fast(weights) : NOTHING);
+          OUT(weights == 0.0f ? NOTHING : highest + log2_fast(weights));
     }
   }
   group_barrier();
