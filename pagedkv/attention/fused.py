@@ -140,18 +140,20 @@ class _Kernels(NamedTuple):
 class _Splits:
     """The variants of one kernel that a plan may launch: with or without writing and order."""
 
-    def __init__(self, backend: str, constants: kernels.Constants, extra: tuple[str, ...]) -> None:
-        self._of = backend, constants, extra
+    def __init__(
+        self, body: str, backend: str, constants: kernels.Constants, extra: tuple[str, ...]
+    ) -> None:
+        self._of = body, backend, constants, extra
         self._made: dict[tuple[bool, bool], Callable[..., list[mx.array]]] = {}
 
     def __call__(self, writes: bool, ordered: bool) -> Callable[..., list[mx.array]]:
         made = self._made.get((writes, ordered))
         if made is None:
-            backend, constants, extra = self._of
+            body, backend, constants, extra = self._of
             constants = (*constants, ("WRITE", int(writes)))
             new = ("new_keys", "new_values") if writes else ()
             after = ("after",) if ordered else ()
-            made = kernels.kernel("split", backend, constants, (*new, *after, *extra))
+            made = kernels.kernel(body, backend, constants, (*new, *after, *extra))
             self._made[writes, ordered] = made
         return made
 
@@ -197,11 +199,18 @@ def make_plan(
     rows_of_batch, heads, query_len, head_dim = queries
     _, block_size, kv_heads, _ = keys
     group = heads // kv_heads
-    rows = min(8, _power_of_two(group * query_len))  # query rows a thread group takes
-    chunks = -(-group * query_len // rows)
     lanes = lanes_of(head_dim)
-    # A team's scores fit its lanes; more tokens than these would not fit the registers.
-    tokens = min(lanes // rows, 8 if rows <= 2 else 4)
+    row_sizes = [row_bytes(head_dim, each, dtype) for each in bits]
+    # Query rows that a thread group takes, tokens that a warp reads in a trip.
+    if is_tensor := _multiplies_codes(backend, bits, head_dim, block_size, dtype):
+        rows = 8
+        tokens = warp_tokens = 16
+    else:
+        rows = min(8, _power_of_two(group * query_len))
+        # A team's scores fit its lanes; more tokens than these would not fit the registers.
+        tokens = min(lanes // rows, 8 if rows <= 2 else 4)
+        warp_tokens = 32 // lanes * tokens
+    chunks = -(-group * query_len // rows)
     lens = batch.lens
     starts = np.zeros_like(lens)
     if scores.window is not None:
@@ -211,9 +220,9 @@ def make_plan(
         starts,
         tuning,
         groups=kv_heads * chunks,
-        warp_tokens=32 // lanes * tokens,
-        token_bytes=sum(row_bytes(head_dim, each, dtype) for each in bits),
-        heavy=rows == 8 or dtype == mx.float32,
+        warp_tokens=warp_tokens,
+        token_bytes=sum(row_sizes),
+        heavy=not is_tensor and (rows == 8 or dtype == mx.float32),
     )
     items = len(work)
     divided = items > rows_of_batch
@@ -228,16 +237,20 @@ def make_plan(
 
     shape = (("D", head_dim), ("HKV", kv_heads), ("G", group), ("Q", query_len))
     sinks = scores.sinks is not None
+    by_lanes = (
+        ("R", rows),
+        ("TOKENS", tokens),
+        ("LOG2_LANES", lanes.bit_length() - 1),
+    )
     splits = _Splits(
+        "tensor" if is_tensor else "split",
         backend,
         (
             *shape,
             ("BLOCK_SIZE", block_size),
-            ("R", rows),
+            *((("MATRIX", 1),) if is_tensor else by_lanes),
             ("CHUNKS", chunks),
-            ("TOKENS", tokens),
             *row_constants(head_dim, bits),
-            ("LOG2_LANES", lanes.bit_length() - 1),
             ("WARPS", warps),
             ("T", TYPES[dtype]),
             ("SPLIT", int(divided)),
@@ -285,6 +298,23 @@ def make_plan(
                 **output,
             },
         ),
+    )
+
+
+def _multiplies_codes(
+    backend: str,
+    bits: tuple[int | None, int | None],
+    head_dim: int,
+    block_size: int,
+    dtype: mx.Dtype,
+) -> bool:
+    """Whether ``tensor.h`` can take such pools. It has queries in float16."""
+    return (
+        backend == "cuda"
+        and None not in bits
+        and head_dim in (64, 128)
+        and block_size % 16 == 0
+        and dtype != mx.float32
     )
 
 

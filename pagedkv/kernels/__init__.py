@@ -3,6 +3,7 @@
 ``split.h`` and ``merge.h`` attend, ``write.h`` and ``copy.h`` move what a pool holds: bodies of
 kernels in what C++ and Metal's language have in common. ``cuda.h`` and ``metal.h`` give them vector
 loads, shuffles and barriers, ``codes.h`` what makes codes of K and V where a pool has few bits.
+``tensor.h`` is for CUDA alone: ``split.h`` over codes, on its matrix units.
 
 MLX takes a kernel's inputs for constant. Those that write into a pool do it all the same, which is
 sound while whoever reads or writes the pool next takes an output of the last one who did as an
@@ -75,6 +76,7 @@ def _without_comments(text: str) -> str:
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "split": ("queries", "keys", "values", "block_tables", "plan"),
+    "tensor": ("queries", "keys", "values", "block_tables", "plan"),
     "merge": ("partials", "spans"),
     "write": ("keys", "values", "new_keys", "new_values", "slots", "after"),
     "copy": ("keys", "values", "copies", "after"),

@@ -85,3 +85,76 @@ FUNCTION void encode(
     to[codes_of<BITS>(block, offset, head) + seat * WORDS + i] = made[i];
   if (seat == 0) to[measure_of<BITS>(block, offset, head)] = word;
 }
+
+#ifdef MATRIX
+// For tensor.h, which only CUDA has.
+FUNCTION uint bits_of_pair(__half2 pair) {
+  return reinterpret_cast<const uint&>(pair);
+}
+template <int WORDS>
+FUNCTION void load_words(const uint* from, uint* to) {
+  if constexpr (WORDS % 4 == 0) {
+    UNROLL for (int i = 0; i < WORDS; i += 4) {
+      const uint4 x = stream(from + i);
+      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
+    }
+  } else if constexpr (WORDS == 2) {
+    const Codes<8> x = load(from, Codes<8>());
+    to[0] = x.low, to[1] = x.high;
+  } else {
+    to[0] = load(from, Codes<4>()).bits;
+  }
+}
+// sums [16, 8] += rows [16, 16] times columns [16, 8], in float16.
+FUNCTION void multiply(float* sums, const uint* rows, uint first, uint second) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(first), "r"(second));
+}
+// A matrix [8, 8] in float16, two of a row in each lane.
+FUNCTION uint transposed(uint x) {
+  uint y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// Codes in the digits of 1024 in float16.
+constexpr uint BASE = 0x64006400u;
+FUNCTION uint less_base(uint pair, float factor, float base) {
+  const __half2 numbers = reinterpret_cast<const __half2&>(pair);
+  return bits_of_pair(__hfma2(numbers, __float2half2_rn(factor), __float2half2_rn(base)));
+}
+// Four codes of one token, from 4 * step on, and 1024; of 4 bits the latter two times 16.
+template <int BITS>
+FUNCTION void unpack_columns(const uint* words, int step, uint& first, uint& second) {
+  if constexpr (BITS == 8) {
+    first = __byte_perm(words[step], BASE, 0x5150);
+    second = __byte_perm(words[step], BASE, 0x5352);
+  } else {
+    const uint word = words[step / 2] >> (step % 2 * 8);
+    first = (word & 0x000f000fu) | BASE;
+    second = (word & 0x00f000f0u) | BASE;
+  }
+}
+// Four codes of each of two tokens, from `some` on, as pairs of both.
+template <int BITS>
+FUNCTION void unpack_tokens(
+    const uint* one, const uint* other, int some, uint& first, uint& second, uint& third, uint& fourth) {
+  if constexpr (BITS == 8) {
+    const uint low = __byte_perm(one[some / 4], other[some / 4], 0x5140);
+    const uint high = __byte_perm(one[some / 4], other[some / 4], 0x7362);
+    first = less_base(__byte_perm(low, BASE, 0x5150), 1.0f, -1024.0f);
+    second = less_base(__byte_perm(low, BASE, 0x5352), 1.0f, -1024.0f);
+    third = less_base(__byte_perm(high, BASE, 0x5150), 1.0f, -1024.0f);
+    fourth = less_base(__byte_perm(high, BASE, 0x5352), 1.0f, -1024.0f);
+  } else {
+    const uint shift = some % 8 * 2;
+    const uint even = __byte_perm(one[some / 8], other[some / 8], 0x5410) >> shift;
+    const uint odd = __byte_perm(one[some / 8], other[some / 8], 0x7632) >> shift;
+    first = less_base((even & 0x000f000fu) | BASE, 1.0f, -1024.0f);
+    second = less_base((odd & 0x000f000fu) | BASE, 1.0f, -1024.0f);
+    third = less_base((even & 0x00f000f0u) | BASE, 0.0625f, -64.0f);
+    fourth = less_base((odd & 0x00f000f0u) | BASE, 0.0625f, -64.0f);
+  }
+}
+#endif
