@@ -20,6 +20,13 @@ def inputs(rng, batch, count):
     return [tokens(rng, batch, count, heads) for heads in (4, 2, 2)]
 
 
+@pytest.mark.parametrize("layer", [99, -1, 0.0])
+def test_there_are_no_slots_of_a_layer_that_is_not_there(layer):
+    paged = cache(num_blocks=4)
+    with paged.extend([paged.new_table()], [2]) as step, pytest.raises(ValueError, match="a layer"):
+        step.slots_of(layer)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_attend_writes_and_attends_causally(count):
     rng = np.random.default_rng(31)

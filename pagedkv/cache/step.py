@@ -17,6 +17,7 @@ from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.reservation import Reservation
 from pagedkv.host.schedule import Schedule
+from pagedkv.limits import id_below
 
 _UNCHANGED = "sequences that nobody changes before their step is over, but somebody did"
 
@@ -52,8 +53,12 @@ class Step:
         return self.slots_of(0)
 
     def slots_of(self, layer: int) -> SlotMapping:
-        """Return the slots of the new tokens in a layer's pools, sequence by sequence."""
-        group = self._pools.groups.group_of[layer]
+        """Return the slots of the new tokens in a layer's pools, sequence by sequence.
+
+        ValueError if there is no such layer.
+        """
+        group_of = self._pools.groups.group_of
+        group = group_of[id_below(len(group_of), layer, "a layer")]
         slots = self._slots.get(group)
         if slots is None:
             size = self._pools.block_size
