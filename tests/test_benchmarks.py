@@ -224,7 +224,7 @@ def test_smallest_cell_runs(name, monkeypatch):
     (function,) = benchmark_functions(cls)
     instance = cls()
     smallest_first = tuple(values[0] for values in cls.params)
-    cell = SMALLEST if SMALLEST[1:2] == smallest_first[1:2] else smallest_first
+    cell = SMALLEST if cls.params[1:2] == [common.CONTEXTS] else smallest_first
     cell = SMALLER.get(name, cell)
     getattr(instance, "setup", lambda *cell: None)(*cell)
     result = getattr(instance, function)(*cell)
