@@ -67,7 +67,7 @@ class Pools:
         self._dtype, self._device = dtype, mx.default_device().type
         heads = _of_each(kv_heads, self.num_layers, "kv_heads")
         dims = _of_each(head_dim, self.num_layers, "head_dim")
-        self._bits = _bits(bits)
+        self._bits = bits_of_each(bits)
         if any(self._bits) and any(dim % 8 for dim in dims):
             raise ValueError(f"expected head dims that are multiples of 8 for codes, got {dims}")
         self._rows = list(zip(heads, dims, strict=True))
@@ -374,12 +374,12 @@ class Pools:
             )
 
 
-def _bits(bits: Any) -> tuple[int | None, int | None]:
+def bits_of_each(bits: Any, name: str = "bits") -> tuple[int | None, int | None]:
     """Return the bits of K and V, of one number for both or one each."""
     given = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-    each = [None if one is None else positive_int32(one, "bits") for one in given]
+    each = [None if one is None else positive_int32(one, name) for one in given]
     if len(each) != 2 or not {*each} <= {None, *BITS}:
-        raise ValueError(f"expected bits of 8, 4 or None, or these of K and of V, got {bits}")
+        raise ValueError(f"expected {name} of 8, 4 or None, or these of K and of V, got {bits}")
     return each[0], each[1]
 
 

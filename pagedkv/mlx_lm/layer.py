@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from pagedkv.attention.gather import take_rows
+from pagedkv.attention.codes import take
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
@@ -242,7 +242,10 @@ class PagedLayer(ShapedLayer):
         if table.num_tokens:
             batch = sequences.batch_of([0]).of_group(kv.group_of(self.layer))
             rows = batch.rows(shape.kv_heads, 1, window)
-            keys, values = (take_rows(x[self.layer], rows) for x in (kv.keys, kv.values))
+            keys, values = (
+                take(pools[self.layer], rows, self._wide, shape.dtype, is_keys=is_keys)
+                for pools, is_keys in ((kv.keys, True), (kv.values, False))
+            )
             held = keys[..., : shape.key_dim], values[..., : shape.value_dim]
             mx.eval(held)
             if window is None:
@@ -290,9 +293,9 @@ class PagedLayer(ShapedLayer):
         raise ValueError("expected PagedStore.load: a paged cache belongs to a store")
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """Refuse `kv_bits`."""
+        """Refuse mlx-lm's `kv_bits`."""
         raise ValueError(
-            f"expected kv_bits=None, got {bits}: a paged store keeps K and V as they are"
+            f"expected kv_bits=None, got {bits}: a store has its own, PagedStore(model, kv_bits=8)"
         )
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pagedkv.attention.codes import row_bytes
 from pagedkv.cache.groups import Groups
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension
@@ -24,7 +25,12 @@ MARGIN = 16  # tokens that a draft model may have had wrong
 
 
 def pools_of(
-    shapes: list[LayerShape], block_size: int, *, num_blocks: int | None, num_bytes: int
+    shapes: list[LayerShape],
+    block_size: int,
+    *,
+    num_blocks: int | None,
+    num_bytes: int,
+    bits: tuple[int | None, int | None],
 ) -> PagedKVCache:
     """Return pools for paged layers under a budget, of blocks or else of bytes.
 
@@ -33,7 +39,7 @@ def pools_of(
     Raises
     ------
     UnsupportedModelError
-        If K and V are not of one dtype.
+        If K and V are not of one dtype, or do not fit codes of so many bits.
     ValueError
         If there is no room for a block.
     """
@@ -43,14 +49,18 @@ def pools_of(
     if len(dtypes) > 1:
         raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
     [dtype] = dtypes
+    if any(bits) and any(dim % 8 for dim in head_dims):
+        raise UnsupportedModelError(
+            f"expected kv_bits=None, or head dims that are multiples of 8, got {head_dims}"
+        )
     block_size = positive_int32(block_size, "block_size")
     is_one = len({*zip(kv_heads, head_dims, strict=True)}) == 1
     windows = [shape.window if is_one else None for shape in shapes]
     groups = Groups.of(windows)
     if num_blocks is None:
         slabs = shapes[: groups.num_slabs]
-        elements = len(groups.windows) * sum(x.kv_heads * x.head_dim for x in slabs)
-        block_bytes = 2 * block_size * elements * dtype.size
+        rows = [x.kv_heads * row_bytes(x.head_dim, each, dtype) for x in slabs for each in bits]
+        block_bytes = len(groups.windows) * block_size * sum(rows)
         num_blocks = num_bytes // block_bytes
         if num_blocks < 1:
             raise ValueError(f"expected memory for a block, {block_bytes} bytes at least")
@@ -63,6 +73,7 @@ def pools_of(
         dtype=dtype,
         windows=windows,
         margin=MARGIN,
+        bits=bits,
     )
 
 
@@ -77,6 +88,8 @@ class Memory:
         S, tokens in a block.
     num_blocks, num_bytes : int or None
         The budget, one of them.
+    bits : tuple of (int or None, int or None)
+        In how many bits K and V are kept, None as they are.
     is_whole : bool
         Whether a sequence is all in the pools: else a cached prefix would lack what is not.
 
@@ -98,7 +111,7 @@ class Memory:
     Raises
     ------
     UnsupportedModelError
-        If K and V are not of one dtype.
+        If K and V are not of one dtype, or do not fit codes of so many bits.
     ValueError
         If there is no room for a block.
     """
@@ -110,10 +123,13 @@ class Memory:
         *,
         num_blocks: int | None,
         num_bytes: int,
+        bits: tuple[int | None, int | None],
         is_whole: bool,
     ) -> None:
-        self.shapes, self.is_whole = shapes, is_whole
-        self.kv = pools_of(shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes)
+        self.shapes, self.bits, self.is_whole = shapes, bits, is_whole
+        self.kv = pools_of(
+            shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
+        )
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.dropped: deque[list[BlockTable]] = deque()
         self.endings: deque[Callable[[], None]] = deque()

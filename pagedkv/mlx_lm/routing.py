@@ -128,7 +128,10 @@ def generate_step(prompt: mx.array, model: Any, *stream: Any, **options: Any) ->
     if isinstance(cache, RoutedPrompt) or (cache is None and make):
         for name in ("kv_bits", "max_kv_size"):
             if options.get(name) is not None:
-                raise ValueError(f"expected {name}=None over a paged store, got {options[name]}")
+                hint = ": give kv_bits to PagedStore" if name == "kv_bits" else ""
+                raise ValueError(
+                    f"expected {name}=None over a paged store, got {options[name]}{hint}"
+                )
         if cache is None and make:
             tokens: Any = [] if options.get("input_embeddings") is not None else prompt.tolist()
             options["prompt_cache"] = cache = make(tokens)

@@ -11,6 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import make_prompt_cache
 
 from pagedkv.cache.kv_cache import PagedKVCache
+from pagedkv.cache.pools import bits_of_each
 from pagedkv.cache.step import ScheduledStep
 from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule
@@ -32,7 +33,7 @@ class ScheduledModel(Closing):
     ----------
     model : nn.Module
         A model of mlx-lm whose layers all keep K and V.
-    memory, num_blocks, block_size
+    memory, num_blocks, block_size, kv_bits
         As for `PagedStore`.
 
     Attributes
@@ -45,7 +46,8 @@ class ScheduledModel(Closing):
     UnsupportedModelError
         If a layer cannot be paged.
     ValueError
-        If the budget is missing, given twice, malformed or too small for a block.
+        If the budget is missing, given twice, malformed or too small for a block, or `kv_bits` is
+        something else.
     PagedKVError
         If the model has an open `PagedStore`.
 
@@ -68,7 +70,9 @@ class ScheduledModel(Closing):
         memory: int | str | None = None,
         num_blocks: int | None = None,
         block_size: int = 32,
+        kv_bits: int | tuple[int | None, int | None] | None = None,
     ) -> None:
+        bits = bits_of_each(kv_bits, "kv_bits")
         num_bytes = check_budget(model, memory, num_blocks)
         caches = make_prompt_cache(model)
         self._undo_routes = open_routes(self)
@@ -76,7 +80,7 @@ class ScheduledModel(Closing):
             shapes = layer_shapes(model, caches)
             _check_all_paged(model, shapes, len(caches))
             self.cache: PagedKVCache = pools_of(
-                shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes
+                shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
             )
         except BaseException:
             self._undo_routes()

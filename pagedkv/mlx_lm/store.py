@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
+from pagedkv.cache.pools import bits_of_each
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
@@ -40,6 +41,8 @@ class StoreStats:
         For each group of layers its window in tokens, None if it sees all, and its blocks in use.
     asked_tokens, cached_tokens : int
         Tokens of the prompts that caches were made for, and those that were found cached.
+    kv_bits : tuple of (int or None, int or None)
+        In how many bits K and V are kept, None as they are.
     """
 
     num_blocks: int
@@ -50,6 +53,7 @@ class StoreStats:
     groups: tuple[tuple[int | None, int], ...]
     asked_tokens: int
     cached_tokens: int
+    kv_bits: tuple[int | None, int | None]
 
 
 class PagedStore(Closing):
@@ -68,13 +72,19 @@ class PagedStore(Closing):
         Blocks in the pools.
     block_size : int
         S, tokens in a block.
+    kv_bits : int or tuple of (int or None, int or None), optional
+        In how many bits K and V are kept: 8, 4, or a number for K and one for V, such as
+        ``(8, 4)``. More tokens fit into the same memory then, and K and V are near to what the
+        model computed, no longer the same. None: as they are.
 
     Raises
     ------
     UnsupportedModelError
-        If a layer that keeps K and V cannot be paged.
+        If a layer that keeps K and V cannot be paged, or not with `kv_bits`: that takes head dims
+        that are multiples of 8.
     ValueError
-        If the budget is missing, given twice, malformed or too small for a block.
+        If the budget is missing, given twice, malformed or too small for a block, or `kv_bits` is
+        something else.
     PagedKVError
         If the model has an open store.
     """
@@ -86,7 +96,9 @@ class PagedStore(Closing):
         memory: int | str | None = None,
         num_blocks: int | None = None,
         block_size: int = 32,
+        kv_bits: int | tuple[int | None, int | None] | None = None,
     ) -> None:
+        bits = bits_of_each(kv_bits, "kv_bits")
         num_bytes = check_budget(model, memory, num_blocks)
         self._model, self._asked, self._cached = model, 0, 0
         caches = make_prompt_cache(model)
@@ -98,6 +110,7 @@ class PagedStore(Closing):
                 block_size,
                 num_blocks=num_blocks,
                 num_bytes=num_bytes,
+                bits=bits,
                 is_whole=len(shapes) == len(caches),
             )
         except BaseException:
@@ -255,6 +268,7 @@ class PagedStore(Closing):
             groups=tuple(zip(memory.kv.groups.windows, memory.kv.pool.group_frames(), strict=True)),
             asked_tokens=self._asked,
             cached_tokens=self._cached,
+            kv_bits=memory.bits,
         )
 
     def close(self) -> None:
