@@ -283,7 +283,9 @@ def test_a_model_that_cannot_be_paged_is_refused(path, folder, expected):
         (["--memory", "8GB", "--num-blocks", "3"], "not allowed with argument --memory"),
         (["--num-blocks", "0"], "--num-blocks"),
         (["--memory", "8GB", "--block-size", "-1"], "--block-size"),
-        (["--memory", "8GB", "--kv-bits", "4"], "expected no --kv-bits over a paged store, got 4"),
+        (["--memory", "8GB", "--kv-bits", "3"], "--kv-bits: invalid choice: '3'"),
+        (["--memory", "8GB", "--kv-bits", "4,8,4"], "--kv-bits: invalid choice: '4,8,4'"),
+        (["--memory", "8GB", "--kv-bit", "4"], "--kv-bits of the paged store, got 4 for mlx-lm's"),
         (["--memory", "8GB", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )
@@ -293,11 +295,45 @@ def test_malformed_options_are_refused(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "bits"),
+    [([], None), (["--kv-bits", "8"], 8), (["--kv-bits=4"], 4), (["--kv-bits", "8,4"], (8, 4))],
+)
+def test_bits_are_the_stores(monkeypatch, arguments, bits):
+    found = []
+
+    def main():
+        # As mlx-lm's own does, of what is left of the command line.
+        assert "kv-bits" not in " ".join(sys.argv)
+        server.server.ModelProvider("arguments")
+
+    monkeypatch.setattr(server, "Provider", lambda _, **budget: found.append(budget))
+    monkeypatch.setattr(server.server, "main", main)
+    server.main(["--model", "m", "--num-blocks", "3", *arguments])
+    assert found == [{"memory": None, "num_blocks": 3, "block_size": 32, "kv_bits": bits}]
+
+
+def test_a_store_of_few_bits_serves_a_batch_that_shares(path, batches):
+    with asked(path, kv_bits=(8, 4)) as server:
+        server.text(CHATS[0])
+        batches.clear()
+        found = server.together(CHATS)
+        assert max(batches) == 6
+        assert all(one.usage.completion_tokens == COUNT for one in found)
+        for one in found:
+            assert one.usage.prompt_tokens_details.cached_tokens >= SYSTEM_TOKENS
+        alone = server.chat(CHATS[0], seed=1, temperature=0.0)  # such are served one by one
+        assert alone.usage.prompt_tokens_details.cached_tokens >= SYSTEM_TOKENS
+        assert server.stats().kv_bits == (8, 4)
+
+
 def test_help_names_all_options(capsys):
     with pytest.raises(SystemExit, match="0"):
         server.main(["--help"])
     printed = capsys.readouterr().out
-    assert re.search(r"--memory BYTES.*--num-blocks.*--decode-concurrency", printed, re.DOTALL)
+    assert re.search(
+        r"--memory BYTES.*--num-blocks.*--kv-bits BITS.*--decode-concurrency", printed, re.DOTALL
+    )
 
 
 def test_the_command_serves_and_ends(path, expected):

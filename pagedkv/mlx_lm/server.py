@@ -26,6 +26,7 @@ from pagedkv.mlx_lm.routing import replaced
 from pagedkv.mlx_lm.store import PagedStore, parse_bytes
 
 CONNECTIONS = 128  # that wait until the server takes them
+KV_BITS = {"8": 8, "4": 4, "8,4": (8, 4)}
 
 
 class PromptCaches(LRUPromptCache):
@@ -123,7 +124,7 @@ class Provider(server.ModelProvider):
     Raises
     ------
     ValueError
-        If K and V are to be quantized, or the model is to be shared with other processes.
+        If mlx-lm is to quantize K and V, or the model is to be shared with other processes.
     """
 
     def __init__(self, cli_args: argparse.Namespace, **budget: Any) -> None:
@@ -131,7 +132,9 @@ class Provider(server.ModelProvider):
         self.caches: PromptCaches | None = None
         self._budget = budget
         if cli_args.kv_bits is not None:
-            raise ValueError(f"expected no --kv-bits over a paged store, got {cli_args.kv_bits}")
+            raise ValueError(
+                f"expected --kv-bits of the paged store, got {cli_args.kv_bits} for mlx-lm's cache"
+            )
         super().__init__(cli_args)
         if self.is_distributed:
             raise ValueError("expected one process: a paged store is not shared by several")
@@ -219,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budget.add_argument("--memory", metavar="BYTES", help="memory of K and V, such as 8GB")
     budget.add_argument("--num-blocks", type=int, help="or the number of blocks")
     parser.add_argument("--block-size", type=int, default=32, help="tokens in a block (32)")
+    kinds = "bits of K and V: 8, 4, or 8,4 for 8 of K and 4 of V"
+    parser.add_argument("--kv-bits", metavar="BITS", choices=KV_BITS, help=kinds)
     own, rest = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
@@ -230,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 positive_int32(getattr(own, name), f"--{name.replace('_', '-')}")
         if own.memory is not None:
             parse_bytes(own.memory)
+        own.kv_bits = KV_BITS.get(own.kv_bits)
     except ValueError as error:
         parser.error(str(error))
 
