@@ -27,7 +27,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish docs serve table adr compare noise detect week bisect doctor tune record screenshot
+.PHONY: help bench prove publish docs serve table adr compare noise detect week quality bisect doctor tune record screenshot
 .PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example requests trace format lock clean
 
@@ -44,6 +44,7 @@ help:
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
 	@echo "make week        the same for published regressions: 11 simulated nights, 10 minutes"
+	@echo "make quality     what K and V in 8 and 4 bits cost a small real model (92 MB) in quality; a GPU's work"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make report      all that a Mac can tell in 30 minutes, as a folder for a pull request"
@@ -120,6 +121,11 @@ noise: $(READY)
 detect week: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(ROUNDS),--rounds $(ROUNDS))
+
+# The model computes a million tokens: minutes on a GPU, days on a CPU.
+quality: $(READY)
+	@$(BIN)/python examples/smollm.py
+	$(AWAKE) $(BIN)/python -m tracking.quality $(OPTIONS)
 
 # GOOD and BAD are commits, GOOD the earlier; seven commits between take three comparisons.
 bisect: $(READY)

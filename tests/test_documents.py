@@ -185,6 +185,24 @@ def test_a_series_is_written_by_cell_and_commit(monkeypatch):
     ]
 
 
+def test_quality_is_written_by_format_and_measure(monkeypatch, tmp_path):
+    (tmp_path / "quality.csv").write_text(
+        "machine,text,format,measure,value,over 16\n"
+        "box,story,16,perplexity,12.5,+0.00%\n"
+        "box,story,16,found,0.9,+0.00%\n"
+        "box,story,8 and 4,perplexity,12.625,+1.00%\n"
+        "other,story,4,perplexity,13,n/a\n"
+    )
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    text = "<!-- results: quality machine=box -->\n<!-- end results -->\n"
+    assert documents.fill(text).splitlines()[1:-1] == [
+        "| text | format | perplexity | found |",
+        "| --: | --: | --: | --: |",
+        "| story | 16 | 12.5 | 0.9 |",
+        "| story | 8 and 4 | 12.625 (+1.00%) | not asked |",
+    ]
+
+
 @pytest.mark.skipif(
     not (ROOT / ".git").exists()
     or repository.git("rev-parse", "--is-shallow-repository") == "true",

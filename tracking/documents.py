@@ -142,6 +142,20 @@ def mark_csv(name, machine):
     return as_markdown(header, rows)
 
 
+def mark_quality(machine):
+    """Write what `make quality` recorded of a machine, formats with percent over 16."""
+    with (RESULTS / "quality.csv").open() as file:
+        rows = [row[1:] for row in list(csv.reader(file))[1:] if row[0] == machine]
+    cells = {
+        (text, name, measure): value if name == "16" else f"{value} ({over})"
+        for text, name, measure, value, over in rows
+    }
+    measures = list(dict.fromkeys(measure for _, _, measure, *_ in rows))
+    formats = dict.fromkeys((text, name) for text, name, *_ in rows)
+    table = [[*key, *(cells.get((*key, one), "not asked") for one in measures)] for key in formats]
+    return as_markdown(["text", "format", *measures], table)
+
+
 MARKS = {
     "adr-table": mark_adr_table,
     "headline": mark_headline,
@@ -152,6 +166,7 @@ MARKS = {
     "noise": mark_noise,
     "detection": functools.partial(mark_csv, "detection.csv"),
     "week": functools.partial(mark_csv, "week.csv"),
+    "quality": mark_quality,
 }
 
 

@@ -1,0 +1,207 @@
+"""Perplexity and needles with models whose answers are known, and what is recorded of them."""
+
+import csv
+import math
+import re
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx import nn
+from mlx.utils import tree_map
+from small_models import small_model
+
+from tracking import quality
+
+
+class Letters:
+    """A tokenizer that has a token for each character, and 0 at the end."""
+
+    eos_token_ids = (0,)
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return f"<user>{messages[0]['content']}<answer>"
+
+
+class Reader:
+    """A model that answers with the magic number if that is not too far above the question."""
+
+    def __init__(self, sight):
+        self.sight = sight
+
+    def __call__(self, tokens, cache):
+        cache += tokens[0].tolist()
+        prompt, _, answered = Letters().decode(cache).partition("<answer>")
+        found = re.search(r"magic number is (\d+)", prompt[-self.sight :])
+        answer = f"It is {found[1]}." if found else "I do not know"
+        then = (answer + "\0")[len(answered)]
+        return mx.repeat((mx.arange(128) == ord(then))[None, None], tokens.shape[1], axis=1)
+
+
+TEXT = [97 + number % 26 for number in range(2000)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Windows of 40 tokens in chunks of 9."""
+    monkeypatch.setattr(quality, "WINDOW", 40)
+    monkeypatch.setattr(quality, "CHUNK", 9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, smaller than usual: the logits are not those of chaos."""
+    model = small_model("llama", seed=1, head_dim=64, vocab_size=128)
+    model.update(tree_map(lambda x: 0.3 * x if x.ndim > 1 else x, model.parameters()))
+    return model
+
+
+def of_all_formats(model, tokens):
+    """Perplexity by format, in a store that has room for a window."""
+    found = {}
+    for name in quality.FORMATS:
+        with quality.caches(model, name, quality.WINDOW) as new_cache:
+            found[name] = quality.perplexity(model, tokens, new_cache)
+    return found
+
+
+def test_perplexity_of_uniform_logits_is_the_size_of_the_vocabulary():
+    model = small_model("llama", head_dim=64, vocab_size=128)
+    model.model.embed_tokens.weight = mx.zeros_like(model.model.embed_tokens.weight)
+    found = of_all_formats(model, TEXT[:100])
+    assert found == pytest.approx(dict.fromkeys(quality.FORMATS, 128))
+
+
+@pytest.mark.parametrize("count", [2, 40, 81, 100])
+def test_perplexity_is_that_of_windows_without_a_cache(model, count):
+    tokens = np.random.default_rng(0).integers(0, 128, count).tolist()
+    windows = [tokens[start : start + 40] for start in range(0, count, 40)]
+    losses = [
+        nn.losses.cross_entropy(model(mx.array([window[:-1]]))[0], mx.array(window[1:]))
+        for window in windows
+        if len(window) > 1
+    ]
+    with quality.caches(model, "16", quality.WINDOW) as new_cache:
+        found = quality.perplexity(model, tokens, new_cache)
+    assert found == pytest.approx(math.exp(mx.concatenate(losses).mean().item()), rel=1e-3)
+
+
+def test_fewer_bits_change_perplexity_more(model):
+    found = of_all_formats(model, np.random.default_rng(0).integers(0, 128, 200).tolist())
+    assert len(set(found.values())) == len(found)
+    far = {name: abs(value / found["16"] - 1) for name, value in found.items()}
+    assert 3 * far["8"] < far["8 and 4"] < 0.1
+    assert 3 * far["8"] < far["4"] < 0.1
+    assert 3 * far["mlx-lm 8"] < far["mlx-lm 4"] < 0.1
+
+
+def test_every_token_attends_over_codes_only(model):
+    """Also the first one, and those that follow in its chunk."""
+    one = {}
+    for name in ("16", "4"):
+        with quality.caches(model, name, quality.WINDOW) as new_cache:
+            one[name] = [logits for _, logits in quality.read(model, TEXT[:10], new_cache())]
+    assert [len(logits) for logits in one["4"]] == [1, 9]
+    for exact, coded in zip(one["16"], one["4"], strict=True):
+        assert not mx.any(mx.all(mx.abs(exact - coded) < 1e-4, axis=-1)).item()
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("length", [300, 1001])
+def test_a_prompt_has_its_needle_at_its_depth_and_its_length(depth, length):
+    prompt = quality.prompt_of(Letters(), TEXT, 12345, depth, length)
+    assert len(prompt) == length
+    needle = quality.NEEDLE.format(12345)
+    before, after = Letters().decode(prompt).split(needle)
+    assert after.endswith(quality.QUESTION + "<answer>")
+    before, after = before.removeprefix("<user>"), after.removesuffix(quality.QUESTION + "<answer>")
+    assert before + after == Letters().decode(TEXT)[: len(before + after)]
+    assert len(before) / len(before + after) == pytest.approx(depth, abs=0.01)
+
+
+@pytest.mark.parametrize("length", [100, 3000])
+def test_a_prompt_that_has_no_room_for_text_or_more_than_there_is_is_refused(length):
+    with pytest.raises(ValueError, match="expected room for 1 to 2000 tokens of the text"):
+        quality.prompt_of(Letters(), TEXT, 12345, 0.5, length)
+
+
+@pytest.mark.parametrize(("sight", "share"), [(1000, 1), (560, 0.6), (50, 0)])
+def test_share_of_needles_that_are_found(sight, share):
+    assert quality.share_found(Reader(sight), Letters(), TEXT, 1000, list) == share
+
+
+def rows(file):
+    with file.open() as lines:
+        header, *found = csv.reader(lines)
+    assert header == quality.HEADER
+    return found
+
+
+def test_values_are_recorded_among_those_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "FILE", tmp_path / "quality.csv")
+    quality.record("b", "text", "mlx-lm 4", "perplexity", 12.0)
+    assert rows(quality.FILE) == [["b", "text", "mlx-lm 4", "perplexity", "12", "n/a"]]
+    quality.record("b", "text", "4", "perplexity", 9)
+    quality.record("b", "text", "16", "perplexity", 8)
+    quality.record("a", "text", "16", "perplexity", 5.1234567)
+    quality.record("b", "text", "16", "perplexity", 10)
+    quality.record("b", "text", "16", "found", 0)
+    quality.record("b", "text", "4", "found", 0)
+    assert rows(quality.FILE) == [
+        ["a", "text", "16", "perplexity", "5.12346", "+0.00%"],
+        ["b", "text", "16", "perplexity", "10", "+0.00%"],
+        ["b", "text", "16", "found", "0", "n/a"],
+        ["b", "text", "4", "perplexity", "9", "-10.00%"],
+        ["b", "text", "4", "found", "0", "n/a"],
+        ["b", "text", "mlx-lm 4", "perplexity", "12", "+20.00%"],
+    ]
+
+
+@pytest.fixture
+def measure(model, tmp_path, monkeypatch):
+    """Run the command over a text; return the file that it writes."""
+    (tmp_path / "story").write_text(Letters().decode(TEXT))
+    monkeypatch.setattr(quality, "FILE", tmp_path / "quality.csv")
+    monkeypatch.setattr(quality, "DEPTHS", (0.5,))
+    monkeypatch.setattr(quality, "ANSWER", 2)
+
+    def run(*arguments):
+        command = ["quality", "--machine", "box", "--text", str(tmp_path / "story"), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        quality.main()
+        return quality.FILE
+
+    return run
+
+
+def test_the_command_measures_format_by_format(measure, monkeypatch):
+    small = small_model("llama", head_dim=64, vocab_size=128)
+    monkeypatch.setattr(quality, "load", lambda: (small, Letters()))
+    file = measure("--formats", "16", "mlx-lm 8", "--tokens", "50", "--needle", "160")
+    assert [row[:4] for row in rows(file)] == [
+        ["box", "story", name, what]
+        for name in ("16", "mlx-lm 8")
+        for what in ("perplexity of 50 tokens", "needles found in 160 tokens")
+    ]
+    assert len(rows(measure("--formats", "4", "--tokens", "50", "--needle"))) == 5
+    for arguments in (["--tokens", "2001"], ["--tokens", "1"], ["--needle", "1001"]):
+        with pytest.raises(SystemExit, match="expected 2 to 2000 tokens of the text, got"):
+            measure("--needle", *arguments)
+
+
+def test_without_a_model_it_says_where_to_get_it(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr("examples.smollm.FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match=r"no model in .*: python examples/smollm.py downloads it"):
+        measure()
+    assert not quality.FILE.exists()
