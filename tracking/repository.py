@@ -21,6 +21,7 @@ PHASES = (
     "step",
     "mlx-lm",
     "groups",
+    "bits",
 )
 """What the phases are called, by number."""
 
