@@ -36,7 +36,8 @@ SHOWN = 25  # lines of a step's output
 
 # Tests that compile and run the kernels, or hold mlx-lm's models over them to mlx-lm's tokens.
 KERNELS = (
-    "fused fused_writes attention layer_shapes order pools step kv_cache generate mlx_lm_tokens"
+    "fused fused_writes codes attention layer_shapes order pools step kv_cache generate "
+    "mlx_lm_tokens"
 )
 CELLS = r"\((1|4), (1024|4096), 32\)$"
 
