@@ -44,6 +44,16 @@ def test_quick_selection_is_four_cells_of_the_grid():
     assert len(chosen(GRID, "full")) == 24
 
 
+def test_quick_selection_knows_the_grid_beside_other_parameters():
+    names = ("bits", "batch", "context", "block_size")
+    more = benchmark("bits.Step.ratio", ("8", "4"), (1,), (4096, 32768), (32,), names=names)
+    assert chosen(more, "quick") == [
+        "bits.Step.ratio(8, 1, 4096, 32)",
+        "bits.Step.ratio(4, 1, 4096, 32)",
+    ]
+    assert len(chosen(more, "full")) == 4
+
+
 @pytest.mark.parametrize("size", ["quick", "full"])
 def test_benchmarks_with_other_parameters_are_whole_in_both_grids(size):
     assert len(chosen(TREE, size)) == 2

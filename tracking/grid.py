@@ -44,9 +44,10 @@ def series_name(name, cell):
 
 def belongs(cell, benchmark, grid):
     """Whether a cell, as asv names it, is measured in a grid; all are off the big grid."""
-    if grid == "full" or benchmark["param_names"] != PARAM_NAMES:
+    names = benchmark["param_names"]
+    if grid == "full" or not {*PARAM_NAMES} <= {*names}:
         return True
-    _, context, block_size = cell
+    context, block_size = (cell[names.index(name)] for name in PARAM_NAMES[1:])
     short = grid == "history" and benchmark["name"].startswith("step.")
     contexts = QUICK_CONTEXTS[:1] if short else QUICK_CONTEXTS
     return int(context) in contexts and int(block_size) in QUICK_BLOCK_SIZES
