@@ -22,11 +22,17 @@ from pagedkv.limits import INT32_MAX
 
 BITS = (8, 4)
 """Of a code."""
+MOST = 256  # numbers of a row
 ROTATED = 4  # bits of K that are rotated
 WORD = 32  # bits
 # Of a word's codes: which bit each begins at. Those of 4 bits are as kernels read them well.
 _PLACES = {8: (0, 8, 16, 24), 4: (0, 16, 4, 20, 8, 24, 12, 28)}
 _LARGEST = 65504.0  # of float16
+
+
+def has_codes(head_dim: int) -> bool:
+    """Whether there are codes for rows of so many numbers: what a team of lanes of a GPU takes."""
+    return head_dim % 8 == 0 and head_dim <= MOST
 
 
 def width(head_dim: int, bits: int | None) -> int:
@@ -44,7 +50,7 @@ def bits_of(pool: tuple[int, ...], dtype: mx.Dtype, head_dim: int) -> int | None
 
     ValueError if rows of `head_dim` numbers do not fit a pool of this shape and dtype.
     """
-    kinds = (None,) if dtype != mx.uint32 else BITS if head_dim % 8 == 0 else ()
+    kinds = (None,) if dtype != mx.uint32 else BITS if has_codes(head_dim) else ()
     for bits in kinds:
         if pool[3] == width(head_dim, bits):
             return bits
@@ -54,7 +60,9 @@ def bits_of(pool: tuple[int, ...], dtype: mx.Dtype, head_dim: int) -> int | None
 def encode(rows: mx.array, bits: int, *, rotate: bool) -> tuple[mx.array, mx.array]:
     """Return the codes of rows, and what measures them.
 
-    Numbers beyond 65,504, the largest of float16, are kept as that.
+    Numbers beyond 65,504, the largest of float16, are kept as that (of K that are rotated, numbers
+    as they are then). A step is 6e-8 at least: rows of smaller differences are all their lowest. A
+    row with a number that is not finite is none at all.
 
     Parameters
     ----------
@@ -74,9 +82,12 @@ def encode(rows: mx.array, bits: int, *, rotate: bool) -> tuple[mx.array, mx.arr
     if rotate:
         rows = rotated(rows)
     levels = 2**bits - 1
-    lowest = mx.clip(rows.min(axis=-1), -_LARGEST, _LARGEST).astype(mx.float16)
+    is_finite = mx.isfinite(rows).all(axis=-1)
+    rows = mx.clip(rows, -_LARGEST, _LARGEST)
+    lowest = rows.min(axis=-1).astype(mx.float16)
     spread = rows.max(axis=-1) - lowest.astype(mx.float32)
-    step = mx.clip(spread / levels, 0, _LARGEST).astype(mx.float16)
+    step = mx.maximum(spread / levels, 0).astype(mx.float16)
+    lowest, step = (mx.where(is_finite, x, mx.array(mx.nan, mx.float16)) for x in (lowest, step))
     measures = mx.stack([step, lowest], axis=-1).view(mx.uint32)[..., 0]
     step, lowest = step[..., None].astype(mx.float32), lowest[..., None].astype(mx.float32)
     steps = mx.where(step > 0, mx.round((rows - lowest) / step), 0)
@@ -92,8 +103,11 @@ def decode(
     parts = codes[..., None] >> mx.array(_PLACES[bits], mx.uint32)
     steps = (parts & (2**bits - 1)).reshape(*codes.shape[:-1], -1).astype(mx.float32)
     step, lowest = mx.split(measures[..., None].view(mx.float16).astype(mx.float32), 2, axis=-1)
-    rows = steps * step + lowest
-    return (rotated(rows) if rotate else rows).astype(dtype)
+    rows: mx.array = steps * step + lowest
+    rows = rotated(rows) if rotate else rows
+    if dtype == mx.float16:
+        rows = mx.clip(rows, -_LARGEST, _LARGEST)
+    return rows.astype(dtype)
 
 
 def rotated(rows: mx.array) -> mx.array:

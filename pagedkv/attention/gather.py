@@ -37,10 +37,12 @@ def gather_blocks(
     Raises
     ------
     ValueError
-        If the pool does not have the number of blocks and block size the tables were made for.
+        If the pool does not have the number of blocks and block size the tables were made for, or
+        holds codes.
     """
     layout = Layout(layout)
     check_pool("pool", pool.shape, batch, layout)
+    _check_numbers(pool)
     return take_blocks(pool, batch.block_tables, layout)
 
 
@@ -63,9 +65,11 @@ def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
     Raises
     ------
     ValueError
-        If the pool does not have the number of blocks and block size the tables were made for.
+        If the pool does not have the number of blocks and block size the tables were made for, or
+        holds codes.
     """
     _, _, kv_heads, _ = check_pool("pool", pool.shape, batch, Layout.BLOCK_MAJOR)
+    _check_numbers(pool)
     return take_rows(pool, batch.rows(kv_heads))
 
 
@@ -124,3 +128,8 @@ def take_blocks(pool: mx.array, block_tables: mx.array, layout: Layout) -> mx.ar
 def take_rows(pool: mx.array, rows: mx.array) -> mx.array:
     """Do what `gather_rows` says, without its checks, by `DecodeBatch.rows`."""
     return mx.take(pool.reshape(-1, pool.shape[3]), rows, axis=0)
+
+
+def _check_numbers(pool: mx.array) -> None:
+    if pool.dtype == mx.uint32:
+        raise ValueError("expected a pool of numbers, got one of codes: attend over it")

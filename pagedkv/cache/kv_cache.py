@@ -88,7 +88,7 @@ class PagedKVCache(Pools):
         Tokens that can be taken back from a sequence at any time, whatever the windows.
     bits : int or tuple of (int or None, int or None), optional
         In how many bits K and V are kept, or K and V each: 8 or 4, see `pagedkv.attention.codes`;
-        None as they are. D is a multiple of 8 then.
+        None as they are. D is a multiple of 8 then, 256 at most.
 
     Attributes
     ----------

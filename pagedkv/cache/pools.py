@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.codes import BITS, row_bytes, width
+from pagedkv.attention.codes import BITS, has_codes, row_bytes, width
 from pagedkv.attention.inputs import DTYPES, New, Shape
 from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
@@ -68,8 +68,8 @@ class Pools:
         heads = _of_each(kv_heads, self.num_layers, "kv_heads")
         dims = _of_each(head_dim, self.num_layers, "head_dim")
         self._bits = bits_of_each(bits)
-        if any(self._bits) and any(dim % 8 for dim in dims):
-            raise ValueError(f"expected head dims that are multiples of 8 for codes, got {dims}")
+        if any(self._bits) and not all(map(has_codes, dims)):
+            raise ValueError(f"expected head dims of 8, 16, ... 256 for codes, got {dims}")
         self._rows = list(zip(heads, dims, strict=True))
         self._shapes: list[tuple[Shape, Shape]] = []  # of the pools of K and V, by layer
         for kv_heads_of_layer, dim in self._rows:
@@ -331,6 +331,11 @@ class Pools:
         slab = self._slabs[layer]
         if len(batch.groups or (0,)) != len(self.groups.windows):
             raise ValueError("expected a batch of this cache, by its groups of layers")
+        head_dim = self._rows[layer][1]
+        if any(self._bits) and queries.shape[3:] != (head_dim,):  # which codes do not tell
+            raise ValueError(
+                f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries.shape}"
+            )
         pools, last = self._store.pools(slab), self._store.last(slab)
         return plan_for(queries, *pools, batch, scale, path, scores, last)
 

@@ -30,12 +30,12 @@ FUNCTION void rotate(thread float* x, int seat) {
 }
 
 // Returns the step and the lowest number of a row that the `active` lanes of a team have: no numbers
-// if one of it is none.
+// if one of it is not finite.
 FUNCTION uint measure(thread float* x, int levels, bool active) {
   float low = active ? x[0] : LARGEST, high = active ? x[0] : -LARGEST;
   float none = 0.0f;
   UNROLL for (int i = 0; i < 8; ++i) {
-    none = x[i] == x[i] ? none : 1.0f;
+    none = !active || x[i] - x[i] == 0.0f ? none : 1.0f;
     low = active ? min(low, x[i]) : low;
     high = active ? max(high, x[i]) : high;
   }
@@ -46,8 +46,8 @@ FUNCTION uint measure(thread float* x, int levels, bool active) {
   }
   if (none > 0.0f) return 0x7e007e00u;
   const uint lowest = half_bits(max(min(low, LARGEST), -LARGEST));
-  const float range = max(high - half_number(lowest), 0.0f);
-  return half_bits(min(range / float(levels), LARGEST)) | lowest << 16;
+  const float range = max(max(min(high, LARGEST), -LARGEST) - half_number(lowest), 0.0f);
+  return half_bits(range / float(levels)) | lowest << 16;
 }
 
 FUNCTION uint code(float x, uint word, int levels) {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.attention.codes import row_bytes
+from pagedkv.attention.codes import has_codes, row_bytes
 from pagedkv.cache.groups import Groups
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension
@@ -49,9 +49,9 @@ def pools_of(
     if len(dtypes) > 1:
         raise UnsupportedModelError(f"expected K and V of one dtype, got {dtypes}")
     [dtype] = dtypes
-    if any(bits) and any(dim % 8 for dim in head_dims):
+    if any(bits) and not all(map(has_codes, head_dims)):
         raise UnsupportedModelError(
-            f"expected kv_bits=None, or head dims that are multiples of 8, got {head_dims}"
+            f"expected kv_bits=None, or head dims of 8, 16, ... 256, got {head_dims}"
         )
     block_size = positive_int32(block_size, "block_size")
     is_one = len({*zip(kv_heads, head_dims, strict=True)}) == 1

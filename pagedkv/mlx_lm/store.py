@@ -81,7 +81,7 @@ class PagedStore(Closing):
     ------
     UnsupportedModelError
         If a layer that keeps K and V cannot be paged, or not with `kv_bits`: that takes head dims
-        that are multiples of 8.
+        that are multiples of 8, 256 at most.
     ValueError
         If the budget is missing, given twice, malformed or too small for a block, or `kv_bits` is
         something else.
