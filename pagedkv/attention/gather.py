@@ -9,6 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.codes import take
 from pagedkv.attention.inputs import Layout, check_pool, check_rank
 from pagedkv.limits import id_below
 
@@ -68,9 +69,9 @@ def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
         If the pool does not have the number of blocks and block size the tables were made for, or
         holds codes.
     """
-    _, _, kv_heads, _ = check_pool("pool", pool.shape, batch, Layout.BLOCK_MAJOR)
+    _, _, kv_heads, head_dim = check_pool("pool", pool.shape, batch, Layout.BLOCK_MAJOR)
     _check_numbers(pool)
-    return take_rows(pool, batch.rows(kv_heads))
+    return take(pool, batch.rows(kv_heads), head_dim, pool.dtype, is_keys=False)
 
 
 def append_block(
@@ -123,11 +124,6 @@ def take_blocks(pool: mx.array, block_tables: mx.array, layout: Layout) -> mx.ar
         return taken.reshape(rows, positions, kv_heads, head_dim).transpose(0, 2, 1, 3)
     taken = mx.take(pool, block_tables, axis=1)
     return taken.reshape(kv_heads, rows, positions, head_dim).transpose(1, 0, 2, 3)
-
-
-def take_rows(pool: mx.array, rows: mx.array) -> mx.array:
-    """Do what `gather_rows` says, without its checks, by `DecodeBatch.rows`."""
-    return mx.take(pool.reshape(-1, pool.shape[3]), rows, axis=0)
 
 
 def _check_numbers(pool: mx.array) -> None:
