@@ -1,6 +1,5 @@
 """What a machine finds of a slowdown that is really there: `make detect`."""
 
-import csv
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tracking.changes import measure
 from tracking.noise import recorded_noise
 from tracking.repository import commit_of, git
 from tracking.results import RESULTS
-from tracking.tables import write_csv
+from tracking.tables import read_csv, write_csv
 
 DETECTION = "overhead.Auto.ratio_vs_contiguous"
 SLOWDOWNS = (5, 10, 20)  # percent
@@ -71,10 +70,8 @@ def detect(times, rounds, *, machine, backend):
     rounds = rounds or noise.rounds
     where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "quick"}
     file = RESULTS / machine / "detection.csv"
-    rows = []
-    if file.exists():
-        with file.open() as lines:
-            rows = [row for row in list(csv.reader(lines))[1:] if row[1] != str(rounds)]
+    rows = read_csv(file)[1] if file.exists() else []
+    rows = [row for row in rows if row[1] != str(rounds)]
     base = slowed(0)
     for percent, count in [(0, times), *((percent, 1) for percent in SLOWDOWNS)]:
         other = commit_of(f"{slowed(percent)}^{{tree}}", f"slower by {percent}%, again")

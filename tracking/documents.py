@@ -5,7 +5,6 @@ next `<!-- end results -->` is what this module writes there.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import re
@@ -39,6 +38,7 @@ from tracking.tables import (
     by_number,
     headline,
     percent,
+    read_csv,
 )
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,15 +137,13 @@ def mark_noise(machine):
 
 def mark_csv(name, machine):
     """Write what `make detect` or `make week` recorded."""
-    with (RESULTS / machine / name).open() as file:
-        header, *rows = csv.reader(file)
-    return as_markdown(header, rows)
+    return as_markdown(*read_csv(RESULTS / machine / name))
 
 
 def mark_quality(machine):
     """Write what `make quality` recorded of a machine, formats with percent over 16."""
-    with (RESULTS / "quality.csv").open() as file:
-        rows = [row[1:] for row in list(csv.reader(file))[1:] if row[0] == machine]
+    _, rows = read_csv(RESULTS / "quality.csv")
+    rows = [row[1:] for row in rows if row[0] == machine]
     cells = {
         (text, name, measure): value if name == "16" else f"{value} ({over})"
         for text, name, measure, value, over in rows

@@ -11,7 +11,6 @@ quantised cache is filled in the same chunks.
 
 import argparse
 import contextlib
-import csv
 import itertools
 import math
 import platform
@@ -32,7 +31,7 @@ from pagedkv import blocks_needed
 from pagedkv.mlx_lm import PagedStore
 from tracking.project import machine_name, machine_options
 from tracking.results import RESULTS
-from tracking.tables import write_csv
+from tracking.tables import read_csv, write_csv
 
 FILE = RESULTS / "quality.csv"
 HEADER = ["machine", "text", "format", "measure", "value", "over 16"]
@@ -122,10 +121,8 @@ def share_found(model, tokenizer, text, length, new_cache):
 
 def record(machine, text, name, measure, value):
     """Write the value of a measure among what is recorded already."""
-    rows = {}
-    if FILE.exists():
-        with FILE.open() as lines:
-            rows = {tuple(row[:4]): row[4] for row in list(csv.reader(lines))[1:]}
+    recorded = read_csv(FILE)[1] if FILE.exists() else []
+    rows = {tuple(row[:4]): row[4] for row in recorded}
     rows[machine, text, name, measure] = f"{value:.6g}"
 
     def over(machine, text, name, measure):

@@ -187,6 +187,13 @@ def as_markdown(header, rows):
 FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
+def read_csv(file):
+    """Return (header, rows) of a table that `write_csv` wrote."""
+    with file.open() as lines:
+        header, *rows = csv.reader(lines)
+    return header, rows
+
+
 def write_csv(file, header, rows):
     """Write a small table of results, and print it."""
     write_text(file, as_csv(header, rows))
