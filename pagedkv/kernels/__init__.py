@@ -74,9 +74,10 @@ def _without_comments(text: str) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
+_ATTENDS = "queries", "keys", "values", "block_tables", "plan"
 INPUTS: Mapping[str, tuple[str, ...]] = {
-    "split": ("queries", "keys", "values", "block_tables", "plan"),
-    "tensor": ("queries", "keys", "values", "block_tables", "plan"),
+    "split": _ATTENDS,
+    "tensor": _ATTENDS,
     "merge": ("partials", "spans"),
     "write": ("keys", "values", "new_keys", "new_values", "slots", "after"),
     "copy": ("keys", "values", "copies", "after"),
