@@ -67,11 +67,15 @@ FUNCTION size_t measure_of(int block, int offset, int head) {
   return codes_of<BITS>(block, BLOCK_SIZE, 0) + head * BLOCK_SIZE + offset;
 }
 
-// Puts a team's row into a pool, if it `writes`: all lanes of a warp come here.
-template <int BITS>
+// Puts a new row, of which a lane reads eight numbers, into a pool, if it `writes`: all lanes of a warp
+// come here.
+template <int BITS, bool ROTATED, typename E>
 FUNCTION void encode(
-    thread float* row, const device uint* pool, int block, int offset, int head, int seat, bool writes) {
+    const device E* from, const device uint* pool, int block, int offset, int head, int seat, bool writes) {
   const bool active = D == LANES * 8 || seat * 8 < D;
+  float row[8];
+  unpack(load(from), row);
+  if (ROTATED) rotate(row, seat);
   constexpr int LEVELS = (1 << BITS) - 1, WORDS = BITS / 4;
   const uint word = measure(row, LEVELS, active);
   uint made[WORDS] = {};

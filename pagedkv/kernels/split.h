@@ -68,15 +68,11 @@ for (int i = 0; i < end - first_new; i += PARTS) {  // as often for every lane
   const bool writes = i + part < end - first_new;
   const int to = table[token / BLOCK_SIZE], offset = token % BLOCK_SIZE;
   const size_t from = (size_t(sequence * HKV + head) * Q + token - oldest_new) * D + column;
-  float row[8];
 #if KEY_BITS
-  unpack(load(new_keys + from), row);
-  if (KEY_BITS == 4) rotate(row, seat);
-  encode<KEY_BITS>(row, keys, to, offset, head, seat, writes);
+  encode<KEY_BITS, KEY_BITS == 4>(new_keys + from, keys, to, offset, head, seat, writes);
 #endif
 #if VALUE_BITS
-  unpack(load(new_values + from), row);
-  encode<VALUE_BITS>(row, values, to, offset, head, seat, writes);
+  encode<VALUE_BITS, false>(new_values + from, values, to, offset, head, seat, writes);
 #endif
 }
 #endif

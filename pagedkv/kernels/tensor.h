@@ -39,12 +39,8 @@ for (int i = 0; i < end - first_new; i += WARPS * 32 / LANES) {  // as often for
   const bool writes = i + team < end - first_new;
   const int to = table[token / BLOCK_SIZE], offset = token % BLOCK_SIZE;
   const size_t from = (size_t(sequence * HKV + head) * Q + token - oldest_new) * D + seat * 8;
-  float numbers[8];
-  unpack(load(new_keys + from), numbers);
-  if (KEY_BITS == 4) rotate(numbers, seat);
-  encode<KEY_BITS>(numbers, keys, to, offset, head, seat, writes);
-  unpack(load(new_values + from), numbers);
-  encode<VALUE_BITS>(numbers, values, to, offset, head, seat, writes);
+  encode<KEY_BITS, KEY_BITS == 4>(new_keys + from, keys, to, offset, head, seat, writes);
+  encode<VALUE_BITS, false>(new_values + from, values, to, offset, head, seat, writes);
 }
 #endif
 

@@ -23,15 +23,11 @@ const int block = slots[group_x] / BLOCK_SIZE, offset = slots[group_x] % BLOCK_S
 for (int first = 0; first < HKV; first += WARPS * 32 / LANES) {  // as often for every lane
   const int head = min(first + part, HKV - 1);
   const bool writes = first + part < HKV;
-  float row[8];
 #if KEY_BITS
-  unpack(load(new_keys + from + head * D + column), row);
-  if (KEY_BITS == 4) rotate(row, seat);
-  encode<KEY_BITS>(row, keys, block, offset, head, seat, writes);
+  encode<KEY_BITS, KEY_BITS == 4>(new_keys + from + head * D + column, keys, block, offset, head, seat, writes);
 #endif
 #if VALUE_BITS
-  unpack(load(new_values + from + head * D + column), row);
-  encode<VALUE_BITS>(row, values, block, offset, head, seat, writes);
+  encode<VALUE_BITS, false>(new_values + from + head * D + column, values, block, offset, head, seat, writes);
 #endif
 }
 #endif
