@@ -35,18 +35,26 @@ class Letters:
 
 
 class Reader:
-    """A model that answers with the magic number if that is not too far above the question."""
+    """A model that knows the magic number if that is not too far above the answer.
+
+    Of what it does not know the most probable is a 0: the first thing that is said is not found.
+    """
 
     def __init__(self, sight):
         self.sight = sight
 
     def __call__(self, tokens, cache):
+        start = len(cache)
         cache += tokens[0].tolist()
-        prompt, _, answered = Letters().decode(cache).partition("<answer>")
-        found = re.search(r"magic number is (\d+)", prompt[-self.sight :])
-        answer = f"It is {found[1]}." if found else "I do not know"
-        then = (answer + "\0")[len(answered)]
-        return mx.repeat((mx.arange(128) == ord(then))[None, None], tokens.shape[1], axis=1)
+        ends = range(start + 1, len(cache) + 1)
+        then = [self.after(Letters().decode(cache[:end])) for end in ends]
+        return (mx.arange(128) == mx.array([then]).T)[None]
+
+    def after(self, text):
+        prompt, _, answered = text.partition("<answer>")
+        found = re.search(r"number of Zanzibar is (\d+)", prompt[-self.sight :])
+        said = answered.removeprefix(quality.ANSWER)
+        return ord(f" {found[1]}."[len(said)]) if found and said in f" {found[1]}" else 0
 
 
 TEXT = [97 + number % 26 for number in range(2000)]
@@ -120,12 +128,15 @@ def test_every_token_attends_over_codes_only(model):
 @pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("length", [300, 1001])
 def test_a_prompt_has_its_needle_at_its_depth_and_its_length(depth, length):
-    prompt = quality.prompt_of(Letters(), TEXT, 12345, depth, length)
-    assert len(prompt) == length
+    prompt, answer = quality.prompt_of(Letters(), TEXT, 12345, depth, length)
+    assert len(prompt + answer) == length
+    assert Letters().decode(answer) == " 12345"
     needle = quality.NEEDLE.format(12345)
+    assert quality.ANSWER + " 12345" in needle
     before, after = Letters().decode(prompt).split(needle)
-    assert after.endswith(quality.QUESTION + "<answer>")
-    before, after = before.removeprefix("<user>"), after.removesuffix(quality.QUESTION + "<answer>")
+    asked = f"{quality.QUESTION}<answer>{quality.ANSWER}"
+    assert after.endswith(asked)
+    before, after = before.removeprefix("<user>"), after.removesuffix(asked)
     assert before + after == Letters().decode(TEXT)[: len(before + after)]
     assert len(before) / len(before + after) == pytest.approx(depth, abs=0.01)
 
@@ -137,8 +148,19 @@ def test_a_prompt_that_has_no_room_for_text_or_more_than_there_is_is_refused(len
 
 
 @pytest.mark.parametrize(("sight", "share"), [(1000, 1), (560, 0.6), (50, 0)])
-def test_share_of_needles_that_are_found(sight, share):
+def test_share_of_needles_that_are_found(sight, share, monkeypatch):
+    monkeypatch.setattr(quality, "TRIALS", 2)
     assert quality.share_found(Reader(sight), Letters(), TEXT, 1000, list) == share
+
+
+def test_a_needle_is_found_if_all_of_its_digits_are():
+    class Half(Reader):
+        def after(self, text):
+            return 0 if text.endswith(" 12") else super().after(text)
+
+    prompt, answer = quality.prompt_of(Letters(), TEXT, 12345, 0.5, 300)
+    assert quality.finds(Reader(300), prompt, answer, [])
+    assert not quality.finds(Half(300), prompt, answer, [])
 
 
 def rows(file):
@@ -174,7 +196,7 @@ def measure(model, tmp_path, monkeypatch):
     (tmp_path / "story").write_text(Letters().decode(TEXT))
     monkeypatch.setattr(quality, "FILE", tmp_path / "quality.csv")
     monkeypatch.setattr(quality, "DEPTHS", (0.5,))
-    monkeypatch.setattr(quality, "ANSWER", 2)
+    monkeypatch.setattr(quality, "TRIALS", 2)
 
     def run(*arguments):
         command = ["quality", "--machine", "box", "--text", str(tmp_path / "story"), *arguments]
@@ -198,6 +220,19 @@ def test_the_command_measures_format_by_format(measure, monkeypatch):
     for arguments in (["--tokens", "2001"], ["--tokens", "1"], ["--needle", "1001"]):
         with pytest.raises(SystemExit, match="expected 2 to 2000 tokens of the text, got"):
             measure("--needle", *arguments)
+
+
+def test_what_the_backend_cannot_compute_is_said_and_the_rest_measured(measure, monkeypatch):
+    class Fails(quality.QuantizedKVCache):
+        def update_and_fetch(self, keys, values):
+            raise RuntimeError("no implementation")
+
+    small = small_model("llama", head_dim=64, vocab_size=128)
+    monkeypatch.setattr(quality, "load", lambda: (small, Letters()))
+    monkeypatch.setattr(quality, "QuantizedKVCache", Fails)
+    with pytest.raises(SystemExit, match="not measured: mlx-lm 8: no implementation"):
+        measure("--formats", "mlx-lm 8", "4", "--tokens", "50", "--needle")
+    assert [row[2] for row in rows(quality.FILE)] == ["4"]
 
 
 def test_without_a_model_it_says_where_to_get_it(measure, tmp_path, monkeypatch):

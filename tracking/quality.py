@@ -1,8 +1,9 @@
 """What K and V in few bits cost a small real model on a real text: `make quality`.
 
-The model is SmolLM2-135M-Instruct in float16, the text Python's own reference as pydoc has it.
-Perplexity is that of windows of the text. Needles are numbers that are hidden in it at several
-depths: the model is asked for one at the end, and finds it or not.
+The model is SmolLM2-135M-Instruct, its weights made float16: few bits of weights are slow on some
+backends. The text is Python's own reference as pydoc has it. Perplexity is that of windows of it.
+Needles are numbers that are hidden in it at several depths: at the end the model is asked for one,
+and has found it if each of its tokens is the most probable.
 
 Each token attends over what the cache has made of K and V, also of its own: the first chunk is one
 token, because a paged cache attends over a longer one as it comes, before it is codes. mlx-lm's own
@@ -17,7 +18,6 @@ import platform
 import random
 import statistics
 import sys
-from collections import deque
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,6 +25,7 @@ import mlx.core as mx
 from asv.util import UserError
 from mlx import nn
 from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.utils import dequantize_model
 
 from examples.smollm import NoModelError, load
 from pagedkv import blocks_needed
@@ -42,11 +43,12 @@ CHUNK = 256  # tokens
 WINDOW = 2048  # tokens
 LENGTHS = (1024, 4096, 8192)  # of a prompt with a needle and its answer; the model knows no longer
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TRIALS = 2  # for each depth, with another number in another part of the text
-ANSWER = 16  # tokens
+TRIALS = 10  # for each depth, with another number in another part of the text
 
-NEEDLE = "\n\nThe magic number is {}. Remember it.\n\n"
-QUESTION = "\n\nWhat is the magic number that the text above tells you to remember?"
+SUBJECT = "he magic number of Zanzibar is"
+NEEDLE = f"\n\nT{SUBJECT} {{}}.\n\n"
+QUESTION = f"\n\nWhat is t{SUBJECT.removesuffix(' is')}?"
+ANSWER = f"T{SUBJECT}"  # begun
 PLACE = "[the text]"  # in the chat template
 
 
@@ -82,41 +84,36 @@ def perplexity(model, tokens, new_cache):
 
 
 def prompt_of(tokenizer, text, number, depth, length):
-    """Return a prompt of `length` tokens: a text with a number at a depth, 0 to 1, and a question.
+    """Return (prompt, answer), tokens: a text with a number at a depth, 0 to 1, and a question.
 
-    `text` are tokens, of which the first are taken.
+    `length` is that of both, and `text` are tokens, of which the first are taken.
     """
     messages = [{"role": "user", "content": PLACE + QUESTION}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    before, after = (tokenizer.encode(part) for part in chat.split(PLACE))
-    needle = tokenizer.encode(NEEDLE.format(number))
-    room = length - sum(map(len, (before, needle, after)))
+    before, after = (tokenizer.encode(part) for part in (chat + ANSWER).split(PLACE))
+    needle, answer = (tokenizer.encode(part.format(number)) for part in (NEEDLE, " {}"))
+    room = length - sum(map(len, (before, needle, after, answer)))
     if not 0 < room <= len(text):
         raise ValueError(f"expected room for 1 to {len(text)} tokens of the text, got {room}")
     place = round(depth * room)
-    return [*before, *text[:place], *needle, *text[place:room], *after]
+    return [*before, *text[:place], *needle, *text[place:room], *after], answer
 
 
-def answer(model, tokenizer, prompt, cache):
-    """Return what the model answers, the most probable token each time."""
-    answered, new = [], prompt
-    while len(answered) < ANSWER:
-        [(_, logits)] = deque(read(model, new, cache), maxlen=1)
-        new = [mx.argmax(logits[-1]).item()]
-        if new[0] in tokenizer.eos_token_ids:
-            break
-        answered += new
-    return tokenizer.decode(answered)
+def finds(model, prompt, answer, cache):
+    """Return whether a model goes on from a prompt with the answer, the most probable tokens."""
+    chunks = read(model, [*prompt, *answer[:-1]], cache)
+    likely = [token for _, logits in chunks for token in mx.argmax(logits, axis=-1).tolist()]
+    return likely[-len(answer) :] == answer
 
 
 def share_found(model, tokenizer, text, length, new_cache):
-    """Return the share of needles that are found in prompts of `length` tokens with the answer."""
+    """Return the share of needles that are found, in prompts of `length` tokens with the answer."""
     numbers, found = random.Random(0), []
     for depth, trial in itertools.product(DEPTHS, range(TRIALS)):
         number = numbers.randrange(10_000, 100_000)
-        prompt = prompt_of(tokenizer, text[trial * length :], number, depth, length - ANSWER)
-        found.append(str(number) in answer(model, tokenizer, prompt, new_cache()))
-    return sum(found) / len(found)
+        asked = prompt_of(tokenizer, text[trial * length :], number, depth, length)
+        found.append(finds(model, *asked, new_cache()))
+    return statistics.fmean(found)
 
 
 def record(machine, text, name, measure, value):
@@ -147,7 +144,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.quality", description=__doc__)
     machine_options(parser)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--tokens", type=int, default=16384, help="of perplexity's text")
+    parser.add_argument("--tokens", type=int, default=65536, help="of perplexity's text")
     parser.add_argument(
         "--needle", type=int, nargs="*", default=LENGTHS, metavar="TOKENS", help="(none: no needle)"
     )
@@ -160,16 +157,23 @@ def main():
         if args.text:
             source, text = args.text.name, args.text.read_text(encoding="utf-8")
         model, tokenizer = load()
+        model = dequantize_model(model)
         model.set_dtype(mx.float16)
         text = tokenizer.encode(text)
         for count in (args.tokens, *(TRIALS * length for length in args.needle)):
             if not 2 <= count <= len(text):
                 raise UserError(f"expected 2 to {len(text)} tokens of the text, got {count}")
+        failed = []
         for name in args.formats:
-            for found in measures(name, model, tokenizer, text, args.tokens, args.needle):
-                record(machine, source, name, *found)
+            try:
+                for found in measures(name, model, tokenizer, text, args.tokens, args.needle):
+                    record(machine, source, name, *found)
+            except RuntimeError as error:  # MLX has not every computation on every backend
+                failed.append(f"not measured: {name}: {error}")
     except (NoModelError, UserError, ValueError, OSError) as error:
         sys.exit(str(error))
+    if failed:
+        sys.exit("\n".join(failed))
     return 0
 
 
