@@ -190,6 +190,7 @@ def test_quality_is_written_by_format_and_measure(monkeypatch, tmp_path):
         "machine,text,format,measure,value,over 16\n"
         "box,story,16,perplexity,12.5,+0.00%\n"
         "box,story,16,found,0.9,+0.00%\n"
+        "box,story,4,found,0.7,-22.22%\n"
         "box,story,8 and 4,perplexity,12.625,+1.00%\n"
         "other,story,4,perplexity,13,n/a\n"
     )
@@ -199,6 +200,7 @@ def test_quality_is_written_by_format_and_measure(monkeypatch, tmp_path):
         "| text | format | perplexity | found |",
         "| --: | --: | --: | --: |",
         "| story | 16 | 12.5 | 0.9 |",
+        "| story | 4 | not asked | 0.7 |",
         "| story | 8 and 4 | 12.625 (+1.00%) | not asked |",
     ]
 

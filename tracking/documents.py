@@ -142,11 +142,13 @@ def mark_csv(name, machine):
 
 
 def mark_quality(machine):
-    """Write what `make quality` recorded of a machine, formats with percent over 16."""
+    """Write what `make quality` recorded of a machine, perplexity with percent over 16 bits."""
     _, rows = read_csv(RESULTS / "quality.csv")
     rows = [row[1:] for row in rows if row[0] == machine]
     cells = {
-        (text, name, measure): value if name == "16" else f"{value} ({over})"
+        (text, name, measure): f"{value} ({over})"
+        if "perplexity" in measure and name != "16"
+        else value
         for text, name, measure, value, over in rows
     }
     measures = list(dict.fromkeys(measure for _, _, measure, *_ in rows))

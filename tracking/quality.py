@@ -30,9 +30,10 @@ from mlx_lm.utils import dequantize_model
 from examples.smollm import NoModelError, load
 from pagedkv import blocks_needed
 from pagedkv.mlx_lm import PagedStore
+from tracking.files import write_text
 from tracking.project import machine_name, machine_options
 from tracking.results import RESULTS
-from tracking.tables import read_csv, write_csv
+from tracking.tables import as_csv, read_csv
 
 FILE = RESULTS / "quality.csv"
 HEADER = ["machine", "text", "format", "measure", "value", "over 16"]
@@ -127,7 +128,8 @@ def record(machine, text, name, measure, value):
         return f"{100 * (value / base - 1):+.2f}%" if base else "n/a"
 
     order = sorted(rows, key=lambda row: (*row[:2], FORMATS.index(row[2])))
-    write_csv(FILE, HEADER, [[*row, rows[row], over(*row)] for row in order])
+    write_text(FILE, as_csv(HEADER, [[*row, rows[row], over(*row)] for row in order]))
+    print(f"{name}: {measure}: {value:.6g}", flush=True)
 
 
 def measures(name, model, tokenizer, text, tokens, lengths):
