@@ -262,6 +262,22 @@ def test_chunks_of_layers_with_a_window_are_counted_as_long_as_they_are():
         assert len(run(parts)[0][uid]) == COUNT
 
 
+def test_no_sequence_is_counted_with_longer_chunks_than_its_prompt():
+    """Four of 205 tokens, each with 52 frames that see all and 9 in each window, are 280."""
+    model = small_model("gemma3_text")
+    prompts = [long_prompt(5, start) for start in range(4)]
+    expected = [alone(model, prompt, 200) for prompt in prompts]
+    with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 frames
+        generator = generator_of(model, max_tokens=200, prefill_step_size=600)
+        uids = generator.insert(prompts)
+        found, most = run(generator)
+        assert most == 4
+        assert [found[uid] for uid in uids] == expected
+        store.check(5, 1123, 600)
+        with pytest.raises(ValueError, match="expected prompt and answer of 1128 tokens at most"):
+            store.check(5, 1124, 600)
+
+
 def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():
     model = small_model("gemma3_text")
     expected = alone(model, long_prompt(200, 5))

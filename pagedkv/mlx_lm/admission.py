@@ -18,6 +18,7 @@ from pagedkv.mlx_lm.sequences import Sequences
 
 # A sequence, the tokens that it will have at most, and how many of them are computed at once.
 _Entry = tuple[BlockTable, int, int]
+_ToCome = tuple[int, float]  # tokens of the prompt and of the answer
 CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once, if nothing else is said
 _SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a BatchGenerator
 
@@ -59,7 +60,7 @@ class Admission:
         self._memory.check_open()
         kv = self._memory.kv
         blocks = blocks_needed(prompt_tokens + max_tokens, kv.block_size)
-        at_once = blocks_needed(chunk, kv.block_size)
+        at_once = blocks_needed(_at_once(prompt_tokens, chunk), kv.block_size)
         if kv.pool.frames_needed(blocks, at_once) > kv.pool.num_frames:
             longest = self._longest(at_once)
             raise ValueError(
@@ -114,7 +115,7 @@ class Admission:
             sequences = sequences_of(item[_CACHE])
             if sequences is not None:
                 held.pop(id(sequences), None)
-                to_come = [_to_come(item[_SEGMENTS], item[_MAX_TOKENS])]
+                to_come = [(sum(map(len, item[_SEGMENTS])), item[_MAX_TOKENS])]
                 entries += _entries(sequences, to_come, generator.prefill_step_size)
             others = [
                 (table, table.num_tokens, 1)
@@ -163,27 +164,29 @@ class Admission:
         return False
 
 
-def _running(generator: BatchGenerator) -> Iterator[tuple[Sequences, list[int], int]]:
-    """Yield what a generator computes, the tokens to come of each, and how many at once."""
+def _running(generator: BatchGenerator) -> Iterator[tuple[Sequences, list[_ToCome], int]]:
+    """Yield what a generator computes, what is to come of each, and how many tokens at once."""
     prompts, answers = generator._prompt_batch, generator._generation_batch
     if sequences := sequences_of(prompts.prompt_cache):
         parts = zip(generator._currently_processing, prompts.max_tokens, strict=True)
-        to_come = [_to_come(item[0], most) for item, most in parts]
+        to_come = [(sum(map(len, item[0])), most) for item, most in parts]
         yield sequences, to_come, generator.prefill_step_size
     if sequences := sequences_of(answers.prompt_cache):
         # A token that was sampled is computed when it is handed out, the last one too.
         counts = zip(answers.max_tokens, answers._num_tokens, strict=True)
-        yield sequences, [most - done for most, done in counts], 1
+        yield sequences, [(0, most - done) for most, done in counts], 1
 
 
-def _entries(sequences: Sequences, to_come: list[int], at_once: int) -> list[_Entry]:
-    pairs = zip(sequences.tables, to_come, strict=True)
-    return [(table, table.num_tokens + more, at_once) for table, more in pairs]
+def _entries(sequences: Sequences, to_come: list[_ToCome], chunk: int) -> list[_Entry]:
+    return [
+        (table, table.num_tokens + prompt + int(answer), _at_once(prompt, chunk))
+        for table, (prompt, answer) in zip(sequences.tables, to_come, strict=True)
+    ]
 
 
-def _to_come(segments: list[list[int]], max_tokens: int) -> int:
-    """Return the tokens that are still to be computed of prompt and answer."""
-    return sum(map(len, segments)) + int(max_tokens)
+def _at_once(prompt: int, chunk: int) -> int:
+    """Return how many tokens of a prompt and its answer are computed at once."""
+    return max(1, min(prompt, chunk))
 
 
 def _can_give_up(item: tuple[Any, ...]) -> bool:
