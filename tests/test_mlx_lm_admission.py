@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, speculative_generate_step
 from mlx_lm.models.cache import LRUPromptCache
 from small_models import small_model
 
@@ -276,6 +276,41 @@ def test_no_sequence_is_counted_with_longer_chunks_than_its_prompt():
         store.check(5, 1123, 600)
         with pytest.raises(ValueError, match="expected prompt and answer of 1128 tokens at most"):
             store.check(5, 1124, 600)
+
+
+def test_drafts_are_counted_as_computed_at_once():
+    """A pass appends 16 drafts and a token, whatever the prompt: five blocks beside a window's."""
+    model, draft = small_model("gemma3_text"), small_model("gemma3_text")
+    options = {"num_draft_tokens": 16, "max_tokens": 50}
+    expected = [
+        token for token, *_ in speculative_generate_step(mx.array([5]), model, draft, **options)
+    ]
+    for num_blocks, fits in ((11, False), (13, False), (14, True)):
+        with (
+            PagedStore(model, num_blocks=num_blocks, block_size=4) as store,
+            PagedStore(draft, num_blocks=99, block_size=4) as drafts,
+        ):
+            if not fits:
+                with pytest.raises(ValueError, match="expected prompt and answer of"):
+                    store.check(1, 50, drafted=16)
+                continue
+            store.check(1, 50, drafted=16)
+            cache = [*store.cache(), *drafts.cache()]
+            found = speculative_generate_step(
+                mx.array([5]), model, draft, prompt_cache=cache, **options
+            )
+            assert [token for token, *_ in found] == expected
+
+
+@pytest.mark.parametrize(
+    "numbers", [(5, 5, -1), (5, 5, 0), (5, 5, "x"), (5, 5, None), (-1, 5, 7), (5, 5, 7, -1)]
+)
+def test_what_is_no_number_of_tokens_is_refused(model, numbers):
+    with (
+        PagedStore(model, num_blocks=10, block_size=4) as store,
+        pytest.raises(ValueError, match=r"expected \w+ (to be an integer|in \[1)"),
+    ):
+        store.check(*numbers)
 
 
 def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():

@@ -12,6 +12,7 @@ from mlx_lm.generate import BatchGenerator
 
 from pagedkv.errors import OutOfBlocksError
 from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.limits import count_of, positive_int32
 from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.sequences import Sequences
@@ -40,7 +41,9 @@ class Admission:
         self._generators: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
         memory.givers.append(self._give_up)
 
-    def check(self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK) -> None:
+    def check(
+        self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK, drafted: int = 0
+    ) -> None:
         """Refuse what would not fit if it were alone.
 
         Parameters
@@ -49,20 +52,25 @@ class Admission:
             Tokens of the prompt, and of the answer at most.
         chunk : int
             Tokens of a prompt that are computed at once, mlx-lm's `prefill_step_size`.
+        drafted : int
+            Tokens of an answer that are computed beside the next one, mlx-lm's `num_draft_tokens`.
 
         Raises
         ------
         ValueError
-            If prompt and answer together have more tokens than the store.
+            If prompt and answer together have more tokens than the store, or one of these is no
+            number of tokens.
         PagedKVError
             If the store is closed.
         """
         self._memory.check_open()
         kv = self._memory.kv
-        blocks = blocks_needed(prompt_tokens + max_tokens, kv.block_size)
-        at_once = blocks_needed(_at_once(prompt_tokens, chunk), kv.block_size)
+        tokens = count_of(prompt_tokens, "prompt_tokens") + count_of(max_tokens, "max_tokens")
+        drafted = count_of(drafted, "drafted")
+        most = max(1 + drafted, _at_once(prompt_tokens, positive_int32(chunk, "chunk")))
+        blocks, at_once = (blocks_needed(n, kv.block_size) for n in (tokens + drafted, most))
         if kv.pool.frames_needed(blocks, at_once) > kv.pool.num_frames:
-            longest = self._longest(at_once)
+            longest = max(0, self._longest(at_once) - drafted)
             raise ValueError(
                 f"expected prompt and answer of {longest} tokens at most, the whole paged "
                 f"store, got a prompt of {prompt_tokens} and max_tokens of {max_tokens}"

@@ -166,9 +166,9 @@ class Provider(server.ModelProvider):
     def check(self, prompt_tokens: int, args: Any) -> None:
         """Raise ValueError if a request is larger than the store."""
         if self.store is not None:
-            ahead = args.num_draft_tokens if self.draft_model is not None else 0
+            drafted = args.num_draft_tokens if self.draft_model is not None else 0
             chunk = self.cli_args.prefill_step_size
-            self.store.check(prompt_tokens, args.max_tokens + ahead, chunk)
+            self.store.check(prompt_tokens, args.max_tokens, chunk, drafted)
 
 
 class Responses(server.ResponseGenerator):

@@ -199,9 +199,11 @@ class PagedStore(Closing):
         [table] = sequences.tables
         return self.memory.keep(table, tokens, namespace)
 
-    def check(self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK) -> None:
+    def check(
+        self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK, drafted: int = 0
+    ) -> None:
         """Refuse a request that would not fit if it were alone, see `Admission.check`."""
-        self._maker.check(prompt_tokens, max_tokens, chunk)
+        self._maker.check(prompt_tokens, max_tokens, chunk, drafted)
 
     def load(self, file_name: str) -> PromptCache:
         """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
@@ -321,8 +323,8 @@ class _Maker(RoutedMaker):
     def is_open(self) -> bool:  # type: ignore[override]
         return self._store.is_open
 
-    def check(self, prompt_tokens: int, max_tokens: int, chunk: int) -> None:
-        self._admission.check(prompt_tokens, max_tokens, chunk)
+    def check(self, prompt_tokens: int, max_tokens: int, chunk: int, drafted: int = 0) -> None:
+        self._admission.check(prompt_tokens, max_tokens, chunk, drafted)
 
     def admit(self, generator: Any, count: int) -> int:
         return self._admission.admit(generator, count)
