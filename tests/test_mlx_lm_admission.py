@@ -313,6 +313,26 @@ def test_what_is_no_number_of_tokens_is_refused(model, numbers):
         store.check(*numbers)
 
 
+def test_what_forks_copy_is_counted_in_windows_as_well():
+    """Two pairs of forks: both copies may be made while the block that they share is held."""
+    model = small_model("gemma3_text")
+    expected = [alone(model, [base, last], 2) for base in (10, 20) for last in (1, 2)]
+    for num_blocks in (4, 5, 6):
+        with PagedStore(model, num_blocks=num_blocks, block_size=4):
+            generator = generator_of(model, max_tokens=2)
+            uids = []
+            for base in (10, 20):
+                held = computed(model, [base])
+                uids += generator.insert(
+                    [[1], [2]],
+                    caches=[copy.deepcopy(held) for _ in range(2)],
+                    all_tokens=[[base], [base]],
+                )
+                del held
+            found, _ = run(generator)
+            assert [found[uid] for uid in uids] == expected
+
+
 def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():
     model = small_model("gemma3_text")
     expected = alone(model, long_prompt(200, 5))

@@ -145,13 +145,15 @@ class Admission:
         ids = [table.block_ids for table, *_ in entries]
         held = np.concatenate([np.empty(0, np.int32), *ids])
         holders = np.bincount(held, minlength=kv.pool.num_blocks)
-        more = 0
+        more, copied = 0, set()
         for table, tokens, _ in entries:
             more += blocks_needed(tokens, kv.block_size) - len(table.ids)
-            if table.num_tokens % kv.block_size:  # its last block is copied if others hold it
-                more += bool(holders[table.ids[-1]] > 1)
+            if table.num_tokens % kv.block_size and holders[table.ids[-1]] > 1:
+                more += 1  # its last block is copied, while others hold it
+                copied.add(table.ids[-1])
         blocks = int(np.count_nonzero(holders)) + more
-        windows = 0
+        # What is copied is there beside the copies, which are counted with their sequences.
+        windows = len(copied) * (kv.pool.frames_needed(1, 1) - kv.pool.frames_seeing_all(1))
         for _, tokens, at_once in entries:
             size, most = (blocks_needed(count, kv.block_size) for count in (tokens, at_once))
             windows += kv.pool.frames_needed(size, most) - kv.pool.frames_seeing_all(size)
