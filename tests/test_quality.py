@@ -235,6 +235,20 @@ def test_what_the_backend_cannot_compute_is_said_and_the_rest_measured(measure, 
     assert [row[2] for row in rows(quality.FILE)] == ["4"]
 
 
+def test_what_cannot_be_measured_or_recorded_is_refused_before_anything_is(measure, monkeypatch):
+    small = small_model("llama", head_dim=64, vocab_size=128)
+    monkeypatch.setattr(quality, "load", lambda: (small, Letters()))
+    with pytest.raises(SystemExit, match="expected room for 1 to 2000 tokens of the text, got -"):
+        measure("--formats", "4", "--tokens", "50", "--needle", "30")
+    assert not quality.FILE.exists()
+    for row in ("box,story,4", "box,story,16 bits,perplexity,5,n/a"):
+        broken = ",".join(quality.HEADER) + f"\n{row}\n"
+        quality.FILE.write_text(broken)
+        with pytest.raises(SystemExit, match=r"quality.csv: expected rows of machine, text, form"):
+            measure("--formats", "4", "--tokens", "50", "--needle")
+        assert quality.FILE.read_text() == broken
+
+
 def test_without_a_model_it_says_where_to_get_it(measure, tmp_path, monkeypatch):
     monkeypatch.setattr("examples.smollm.FOLDER", tmp_path)
     with pytest.raises(SystemExit, match=r"no model in .*: python examples/smollm.py downloads it"):

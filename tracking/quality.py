@@ -117,10 +117,18 @@ def share_found(model, tokenizer, text, length, new_cache):
     return statistics.fmean(found)
 
 
+def recorded():
+    """Return the values that are recorded, by (machine, text, format, measure)."""
+    rows = read_csv(FILE)[1] if FILE.exists() else []
+    for row in rows:
+        if len(row) != len(HEADER) or row[2] not in FORMATS:
+            raise ValueError(f"{FILE}: expected rows of {', '.join(HEADER)}, got {row}")
+    return {tuple(row[:4]): row[4] for row in rows}
+
+
 def record(machine, text, name, measure, value):
     """Write the value of a measure among what is recorded already."""
-    recorded = read_csv(FILE)[1] if FILE.exists() else []
-    rows = {tuple(row[:4]): row[4] for row in recorded}
+    rows = recorded()
     rows[machine, text, name, measure] = f"{value:.6g}"
 
     def over(machine, text, name, measure):
@@ -165,6 +173,9 @@ def main():
         for count in (args.tokens, *(TRIALS * length for length in args.needle)):
             if not 2 <= count <= len(text):
                 raise UserError(f"expected 2 to {len(text)} tokens of the text, got {count}")
+        for length in args.needle:
+            prompt_of(tokenizer, text, 10_000, 0.5, length)  # refuses one that is too short
+        recorded()  # or refuses a broken file
         failed = []
         for name in args.formats:
             try:
