@@ -199,7 +199,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 soak: $(READY)
 	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler_machine.py -k soak
