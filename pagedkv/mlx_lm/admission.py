@@ -67,7 +67,7 @@ class Admission:
         kv = self._memory.kv
         tokens = count_of(prompt_tokens, "prompt_tokens") + count_of(max_tokens, "max_tokens")
         drafted = count_of(drafted, "drafted")
-        most = max(1 + drafted, _at_once(prompt_tokens, positive_int32(chunk, "chunk")))
+        most = _at_once(prompt_tokens, positive_int32(chunk, "chunk"), drafted)
         blocks, at_once = (blocks_needed(n, kv.block_size) for n in (tokens + drafted, most))
         if kv.pool.frames_needed(blocks, at_once) > kv.pool.num_frames:
             longest = max(0, self._longest(at_once) - drafted)
@@ -153,8 +153,9 @@ class Admission:
                 copied.add(table.ids[-1])
         blocks = int(np.count_nonzero(holders)) + more
         # What is copied is there beside the copies, which are counted with their sequences.
-        windows = len(copied) * (kv.pool.frames_needed(1, 1) - kv.pool.frames_seeing_all(1))
-        for _, tokens, at_once in entries:
+        counts = [(tokens, at_once) for _, tokens, at_once in entries] + [(1, 1)] * len(copied)
+        windows = 0
+        for tokens, at_once in counts:
             size, most = (blocks_needed(count, kv.block_size) for count in (tokens, at_once))
             windows += kv.pool.frames_needed(size, most) - kv.pool.frames_seeing_all(size)
         return kv.pool.frames_seeing_all(blocks) + windows
@@ -194,9 +195,9 @@ def _entries(sequences: Sequences, to_come: list[_ToCome], chunk: int) -> list[_
     ]
 
 
-def _at_once(prompt: int, chunk: int) -> int:
+def _at_once(prompt: int, chunk: int, drafted: int = 0) -> int:
     """Return how many tokens of a prompt and its answer are computed at once."""
-    return max(1, min(prompt, chunk))
+    return max(1 + drafted, min(prompt, chunk))
 
 
 def _can_give_up(item: tuple[Any, ...]) -> bool:
