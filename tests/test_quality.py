@@ -18,9 +18,7 @@ from tracking import quality
 
 
 class Letters:
-    """A tokenizer that has a token for each character, and 0 at the end."""
-
-    eos_token_ids = (0,)
+    """A tokenizer that has a token for each character."""
 
     def encode(self, text):
         return [ord(letter) for letter in text]

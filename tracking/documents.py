@@ -42,6 +42,7 @@ from tracking.tables import (
 )
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DIGITS = {"track_tokens": 0, "track_instructions": 0, "track_error": 4}  # others: 2
 MARKER = re.compile(
     r"(<!-- results: (\S+)((?: \S+=\S+)*) -->\n).*?(<!-- end results -->)", re.DOTALL
 )
@@ -68,8 +69,7 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
         tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
     params = params.split(",") if params else PARAM_NAMES
     factor = {"ms": 1e3, "us": 1e6}[unit] if ".time_" in benchmark else 1
-    digits = {"track_tokens": 0, "track_instructions": 0, "track_error": 4}
-    digits = digits.get(benchmark.rpartition(".")[2], 2)
+    digits = DIGITS.get(benchmark.rpartition(".")[2], 2)
 
     def row(cell):
         found = [table.get(cell, MISSING) for table in tables.values()]

@@ -46,10 +46,9 @@ LENGTHS = (1024, 4096, 8192)  # of a prompt with a needle and its answer; the mo
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRIALS = 10  # for each depth, with another number in another part of the text
 
-SUBJECT = "he magic number of Zanzibar is"
-NEEDLE = f"\n\nT{SUBJECT} {{}}.\n\n"
-QUESTION = f"\n\nWhat is t{SUBJECT.removesuffix(' is')}?"
-ANSWER = f"T{SUBJECT}"  # begun
+NEEDLE = "\n\nThe magic number of Zanzibar is {}.\n\n"
+QUESTION = "\n\nWhat is the magic number of Zanzibar?"
+ANSWER = "The magic number of Zanzibar is"  # begun
 PLACE = "[the text]"  # in the chat template
 
 
