@@ -124,9 +124,12 @@ def test_what_is_not_there_is_said_and_not_replaced_in_silence(at):
     assert "There is no batch 77 here" in said
     overhead.choose("batch", "4")
     assert not overhead.visible("#notice")
-    commit = overhead.chosen()["commit"]
+    commit = next(x for x in measured_commits(CPU) if x not in measured_commits("h200"))[:8]
+    overhead.choose("machine", CPU)
+    overhead.choose("commit", commit)
     overhead.choose("machine", "h200")
     now = overhead.chosen()["commit"]
+    assert now != commit
     assert overhead.text("#notice") == f"There is no commit {commit} here: shown is {now}."
 
 
