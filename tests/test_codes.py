@@ -348,9 +348,9 @@ def test_a_block_takes_as_many_bytes_as_it_says():
     assert usage.allocated_bytes == held == 16 * usage.block_bytes
 
 
-@pytest.mark.parametrize("bits", [2, 16, 0, "8", (8,), (8, 4, 4), (8, 3), 8.0])
+@pytest.mark.parametrize("bits", [2, 16, 0, -8, False, "8", (8,), (8, 4, 4), (8, 3), 8.0])
 def test_other_bits_are_refused(bits):
-    with pytest.raises(ValueError, match="bits"):
+    with pytest.raises(ValueError, match="expected bits of 8, 4 or None, or these of K and of V"):
         cache_of(bits)
 
 
@@ -362,18 +362,25 @@ def test_head_dims_have_to_fit(head_dim):
         PagedKVCache(**sizes, head_dim=head_dim, bits=8)
 
 
-def test_queries_of_another_head_dim_change_nothing():
-    """Rows of 128 numbers in 4 bits take as many words as rows of 64 in 8."""
-    cache, rng = cache_of(4, head_dim=128), np.random.default_rng(6)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [
+        (64, mx.float16, "queries of shape"),  # in 8 bits 64 take as many words as 128 in 4
+        (128, mx.float32, "queries of mlx.core.float16, got mlx.core.float32"),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 4, (8, 4)], ids=str)
+def test_queries_of_others_than_the_cache_change_nothing(bits, head_dim, dtype, message):
+    cache, rng = cache_of(bits, head_dim=128), np.random.default_rng(6)
     table = cache.new_table()
     new = [random(rng, (1, 2, 3, 128), mx.float16) for _ in "kv"]
-    queries = random(rng, (1, 8, 3, 64), mx.float16)
-    with pytest.raises(ValueError, match="queries of shape"), cache.extend([table], [3]) as step:
+    queries = random(rng, (1, 8, 3, head_dim), dtype)
+    with pytest.raises(ValueError, match=message), cache.extend([table], [3]) as step:
         step.attend(0, queries, *new, scale=1.0)
     assert table.num_tokens == 0
     with cache.extend([table], [3]) as step:
         cache.write(0, *new, step.slots)
-    with pytest.raises(ValueError, match="queries of shape"):
+    with pytest.raises(ValueError, match=message):
         cache.attend(0, queries, cache.batch([table]), scale=1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -332,10 +333,13 @@ class Pools:
         if len(batch.groups or (0,)) != len(self.groups.windows):
             raise ValueError("expected a batch of this cache, by its groups of layers")
         head_dim = self._rows[layer][1]
-        if any(self._bits) and queries.shape[3:] != (head_dim,):  # which codes do not tell
-            raise ValueError(
-                f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries.shape}"
-            )
+        if any(self._bits):  # codes tell neither
+            if queries.shape[3:] != (head_dim,):
+                raise ValueError(
+                    f"expected queries of shape [B, Hq, Q, {head_dim}], got {queries.shape}"
+                )
+            if queries.dtype != self._dtype:
+                raise ValueError(f"expected queries of {self._dtype}, got {queries.dtype}")
         pools, last = self._store.pools(slab), self._store.last(slab)
         return plan_for(queries, *pools, batch, scale, path, scores, last)
 
@@ -382,10 +386,13 @@ class Pools:
 def bits_of_each(bits: Any, name: str = "bits") -> tuple[int | None, int | None]:
     """Return the bits of K and V, of one number for both or one each."""
     given = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-    each = [None if one is None else positive_int32(one, name) for one in given]
-    if len(each) != 2 or not {*each} <= {None, *BITS}:
-        raise ValueError(f"expected {name} of 8, 4 or None, or these of K and of V, got {bits}")
-    return each[0], each[1]
+    try:
+        keys, values = (None if one is None else operator.index(one) for one in given)
+        if {keys, values} <= {None, *BITS}:
+            return keys, values
+    except (TypeError, ValueError):  # not integers, or not two
+        pass
+    raise ValueError(f"expected {name} of 8, 4 or None, or these of K and of V, got {bits!r}")
 
 
 def _of_each(sizes: Any, num_layers: int, name: str) -> list[int]:
