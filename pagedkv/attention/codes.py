@@ -61,8 +61,9 @@ def encode(rows: mx.array, bits: int, *, rotate: bool) -> tuple[mx.array, mx.arr
     """Return the codes of rows, and what measures them.
 
     Numbers beyond 65,504, the largest of float16, are kept as that (of K that are rotated, numbers
-    as they are then). A step is 6e-8 at least: rows of smaller differences are all their lowest. A
-    row with a number that is not finite is none at all.
+    as they are then). A step is 6e-8 at least: rows of smaller differences are all their lowest,
+    and where it is below 6e-5 a number may be off by 3e-8 for each step that it is above the
+    lowest, besides half a step. A row with a number that is not finite is none at all.
 
     Parameters
     ----------

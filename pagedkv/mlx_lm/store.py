@@ -75,7 +75,9 @@ class PagedStore(Closing):
     kv_bits : int or tuple of (int or None, int or None), optional
         In how many bits K and V are kept: 8, 4, or a number for K and one for V, such as
         ``(8, 4)``. More tokens fit into the same memory then, and K and V are near to what the
-        model computed, no longer the same. None: as they are.
+        model computed, no longer the same. The first chunk of a prompt of which nothing is cached
+        still attends over its own as they were computed: answers may differ by what was cached
+        and by the size of chunks. None: as they are.
 
     Raises
     ------
