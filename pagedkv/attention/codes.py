@@ -14,7 +14,9 @@ Shapes: N blocks, S block size, Hkv KV heads, D head dim, T tokens.
 
 from __future__ import annotations
 
+import operator
 from math import gcd
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,6 +30,18 @@ WORD = 32  # bits
 # Of a word's codes: which bit each begins at. Those of 4 bits are as kernels read them well.
 _PLACES = {8: (0, 8, 16, 24), 4: (0, 16, 4, 20, 8, 24, 12, 28)}
 _LARGEST = 65504.0  # of float16
+
+
+def bits_of_each(bits: Any, name: str = "bits") -> tuple[int | None, int | None]:
+    """Return the bits of K and V, of one number for both or one each; ValueError for others."""
+    given = bits if isinstance(bits, (tuple, list)) else (bits, bits)
+    try:
+        each = [None if one is None else operator.index(one) for one in given]
+    except TypeError:
+        each = []
+    if len(each) != 2 or not {*each} <= {None, *BITS}:
+        raise ValueError(f"expected {name} of 8, 4 or None, or these of K and of V, got {bits!r}")
+    return each[0], each[1]
 
 
 def has_codes(head_dim: int) -> bool:

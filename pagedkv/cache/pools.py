@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.codes import BITS, has_codes, row_bytes, width
+from pagedkv.attention.codes import bits_of_each, has_codes, row_bytes, width
 from pagedkv.attention.inputs import DTYPES, New, Shape
 from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
@@ -381,18 +380,6 @@ class Pools:
             raise ValueError(
                 f"expected {self._dtype}, got keys of {keys.dtype} and values of {values.dtype}"
             )
-
-
-def bits_of_each(bits: Any, name: str = "bits") -> tuple[int | None, int | None]:
-    """Return the bits of K and V, of one number for both or one each."""
-    given = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-    try:
-        keys, values = (None if one is None else operator.index(one) for one in given)
-        if {keys, values} <= {None, *BITS}:
-            return keys, values
-    except (TypeError, ValueError):  # not integers, or not two
-        pass
-    raise ValueError(f"expected {name} of 8, 4 or None, or these of K and of V, got {bits!r}")
 
 
 def _of_each(sizes: Any, num_layers: int, name: str) -> list[int]:

@@ -10,8 +10,8 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import make_prompt_cache
 
+from pagedkv.attention.codes import bits_of_each
 from pagedkv.cache.kv_cache import PagedKVCache
-from pagedkv.cache.pools import bits_of_each
 from pagedkv.cache.step import ScheduledStep
 from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule

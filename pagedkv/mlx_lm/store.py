@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
-from pagedkv.cache.pools import bits_of_each
+from pagedkv.attention.codes import bits_of_each
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
