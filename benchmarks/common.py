@@ -69,6 +69,13 @@ def layers(batch, context, block_size):
     return max(fewest, min(most, step_bytes // kv_bytes(batch, context, block_size)))
 
 
+def settle():
+    """Wait for everything in flight, on MLX's default stream and on the one mlx-lm generates on."""
+    mx.synchronize()
+    if (module := sys.modules.get("mlx_lm.generate")) is not None:
+        mx.synchronize(module.generation_stream)
+
+
 def require_gpu():
     """Raise NotImplementedError (n/a) on a CPU, where the answer says nothing new."""
     if not on_gpu():

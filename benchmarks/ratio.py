@@ -20,7 +20,9 @@ class RatioBenchmark(TimeBenchmark):
     time of the baselines before and after it, so that linear drift cancels and neither ever follows
     itself: what one leaves in a cache is the other's. Stored like timings, so asv's statistics,
     comparisons, `--quick` and attributes (`rounds`, `repeat`, `warmup_time`) apply. `repeat` is
-    (fewest samples, most samples, seconds after which none is started) or a number.
+    (fewest samples, most samples, seconds after which none is started) or a number. A method
+    `between`, if there is one, runs after each call and outside of its time: it waits for work that
+    the call started and does not answer for, and prepares the next call.
     """
 
     name_regex = re.compile(r"^ratio_.+$")
@@ -30,36 +32,55 @@ class RatioBenchmark(TimeBenchmark):
         self.type = "ratio"
         self.unit = _get_first_attr(attr_sources, "unit", "x")
         self.better = _get_first_attr(attr_sources, "better", "smaller")
+        self._between = _get_first_attr(attr_sources, "between", _nothing)
 
     def run(self, *params):
         """Sample the pair and return the ratios in asv's format."""
         candidate, baseline = self.func(*params)
-        samples = ratios(candidate, baseline, repeat=self.repeat, warmup_time=self.warmup_time)
+        samples = ratios(
+            candidate,
+            baseline,
+            repeat=self.repeat,
+            warmup_time=self.warmup_time,
+            between=self._between,
+        )
         # asv prints every digit that it is given
         return {"samples": [round(sample, 4) for sample in samples], "number": 1}
 
 
-def ratios(candidate, baseline, *, repeat, warmup_time):
+def _nothing():
+    pass
+
+
+def ratios(candidate, baseline, *, repeat, warmup_time, between=_nothing):
     """Return samples of the time of `candidate` over that of `baseline`, taken in turns.
 
-    `repeat` and `warmup_time` (seconds) are those of `RatioBenchmark`.
+    `repeat`, `warmup_time` (seconds) and `between` are those of `RatioBenchmark`.
     """
+
+    def seconds_of(call):
+        start = time.perf_counter()
+        call()
+        taken = time.perf_counter() - start
+        between()
+        return taken
+
     fewest, most, seconds = _repeat(repeat)
     warm_until = time.perf_counter() + max(warmup_time, 0)
-    baseline()
-    candidate()
+    seconds_of(baseline)
+    seconds_of(candidate)
     while time.perf_counter() < warm_until:
-        baseline()
-        candidate()
+        seconds_of(baseline)
+        seconds_of(candidate)
 
     samples = []
     deadline = time.perf_counter() + seconds
     collecting = gc.isenabled()
     gc.disable()
     try:
-        before = _seconds(baseline)
+        before = seconds_of(baseline)
         while len(samples) < fewest or (len(samples) < most and time.perf_counter() < deadline):
-            middle, after = _seconds(candidate), _seconds(baseline)
+            middle, after = seconds_of(candidate), seconds_of(baseline)
             samples.append(2 * middle / (before + after))
             before = after
     finally:
@@ -73,9 +94,3 @@ def _repeat(repeat):
     if isinstance(repeat, (tuple, list)):
         return repeat
     return (repeat, repeat, 0.0) if repeat else (5, 25, 4.0)
-
-
-def _seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

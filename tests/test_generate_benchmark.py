@@ -2,9 +2,11 @@
 
 import builtins
 
+import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import generation_stream
 from small_models import small_model
 
 from benchmarks import common, generate
@@ -51,6 +53,50 @@ def test_both_sides_say_the_same_at_the_same_length(kind, cell, lengths, monkeyp
     # As many steps as asv may ask for, both sides in turns, fit the store.
     most = (kind.repeat[1] + 2) * generate.STEPS + 16
     assert most <= generate.MOST
+    measured.store.close()
+
+
+@pytest.fixture
+def in_flight(monkeypatch):
+    """The streams that nothing has waited for since something was started."""
+    found, start, wait = set(), mx.async_eval, mx.synchronize
+
+    def async_eval(*arrays):
+        found.update(("default", "mlx-lm's"))
+        start(*arrays)
+
+    def synchronize(*streams):
+        wait(*streams)
+        found.difference_update(
+            "mlx-lm's" if stream is generation_stream else "default" for stream in streams or [None]
+        )
+
+    monkeypatch.setattr(mx, "async_eval", async_eval)
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "cell"), [(generate.Decode, (2, 8)), (generate.Skewed, (32,))])
+def test_nothing_of_a_side_is_in_flight_while_the_other_is_timed(kind, cell, in_flight):
+    measured = kind()
+    measured.setup(*cell)
+    measured.plain.next()
+    assert in_flight
+    for call in measured.ratio_tokens_per_second(*cell):
+        call()
+        assert not in_flight
+    measured.store.close()
+
+
+def test_nothing_of_a_first_token_is_in_flight_while_the_next_is_timed(in_flight):
+    measured = generate.FirstToken()
+    measured.setup(32)
+    for call in measured.ratio_first_token(32):
+        assert not in_flight
+        call()
+        assert in_flight  # the second token, which is not timed
+        measured.between()
+    assert not in_flight
     measured.store.close()
 
 

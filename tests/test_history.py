@@ -192,7 +192,7 @@ def recording(tmp_path, monkeypatch):
             chosen = [any(re.search(p, label) for p in patterns) for label in labels]
             if any(chosen):
                 values = [1.0 if one else NAN for one in chosen]
-                rows[name] = [values, described["params"], "1", asv.calls, 0.1]
+                rows[name] = [values, described["params"], described["version"], asv.calls, 0.1]
         if not rows:
             return 1  # No benchmarks selected
         if asv.calls == asv.killed_at:
