@@ -5,6 +5,7 @@ through mlx-lm's own `BatchGenerator` or `generate_step` and compute the same pr
 """
 
 import copy
+from inspect import signature
 
 import mlx.core as mx
 import numpy as np
@@ -67,10 +68,27 @@ def require_prompts(tokens):
         raise NotApplicableError(f"prompts of {tokens} tokens take a CPU minutes", "too slow")
 
 
-def store_for(model, lengths):
-    """Return a paged store with room for sequences that grow from so many tokens."""
+def store_for(model, lengths, **options):
+    """Return a paged store with room for sequences that grow from so many tokens.
+
+    n/a where a store takes no such options.
+    """
     blocks = sum(-(-(length + MOST) // BLOCK_SIZE) + 1 for length in lengths)
-    return import_mlx_lm().PagedStore(model, num_blocks=blocks, block_size=BLOCK_SIZE)
+    store = import_mlx_lm().PagedStore
+    for name in options:
+        if name not in signature(store).parameters:
+            raise NotImplementedError(f"PagedStore has no {name} at this commit")
+    return store(model, num_blocks=blocks, block_size=BLOCK_SIZE, **options)
+
+
+def first_token(model, prompt, cache):
+    """Return the first token after a prompt, an array; mlx-lm begins the second before it."""
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(prompt, model, max_tokens=1, prompt_cache=cache)
+    token, _ = next(steps)
+    steps.close()
+    return token
 
 
 class _Decoding:
@@ -97,7 +115,7 @@ class _Decoding:
         settle()
 
 
-class _Stored:
+class Stored:
     """Closes its store, if it got so far as to open one."""
 
     store = None
@@ -107,7 +125,7 @@ class _Stored:
             self.store.close()
 
 
-class _Paired(_Stored):
+class _Paired(Stored):
     """Decode steps over mlx-lm's caches and over a store, of the same prompts.
 
     Version 2: neither side's steps are in flight while the other is timed.
@@ -167,7 +185,7 @@ class Skewed(_Paired):
         return self.pair()
 
 
-class FirstToken(_Stored):
+class FirstToken(Stored):
     """Time to the first token of a prompt whose first tokens are cached, over none being cached.
 
     mlx-lm begins the second token before it hands out the first; since version 2 neither call waits
@@ -194,13 +212,9 @@ class FirstToken(_Stored):
         settle()
 
     def first(self, namespace):
-        from mlx_lm.generate import generate_step
-
         prompt = mx.array(self.prompt)
         cache = self.store.cache(self.prompt, namespace=namespace)
-        steps = generate_step(prompt, self.model, max_tokens=1, prompt_cache=cache)
-        next(steps)
-        steps.close()
+        first_token(self.model, prompt, cache)
         return cache.cached
 
     between = staticmethod(settle)

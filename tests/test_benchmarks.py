@@ -16,13 +16,13 @@ from asv_runner.statistics import compute_stats
 from small_models import small_model
 
 import benchmarks
-from benchmarks import common, counted, generate, host, kinds, ratio
+from benchmarks import common, counted, generate, host, kinds, prompt, ratio
 from benchmarks.kinds import TimeBenchmark, TrackBenchmark
 from benchmarks.ratio import RatioBenchmark
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
-SMALLER = {"memory.Bandwidth": (1,)}  # MiB
+SMALLER = {"memory.Bandwidth": (1,), "prompt.Chunk": ("9 after 448",)}  # MiB, tokens
 # What was bumped, because its numbers mean something else since.
 VERSIONS = {"generate.Decode": "2", "generate.Skewed": "2", "generate.FirstToken": "2"}
 MODULES = [name for _, name, _ in pkgutil.iter_modules(benchmarks.__path__)]
@@ -164,18 +164,22 @@ def test_require_path_notices_a_wrong_result():
         common.require_path(cell, "auto")
 
 
+def attribute(cls, function, name):
+    """Return an attribute as asv looks for it: of the function, then of the class."""
+    return getattr(getattr(cls, function), name, None) or getattr(cls, name)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_class_describes_itself(name):
     cls = CLASSES[name]
     assert cls.version == VERSIONS.get(name, "1")
     assert len(cls.param_names) == len(cls.params)
     assert cls.__doc__
-    assert len(benchmark_functions(cls)) == 1
-    (function,) = benchmark_functions(cls)
-    if not function.startswith("time_"):
-        assert cls.unit
-    if function.startswith("track_"):
-        assert cls.better in ("smaller", "larger")
+    for function in benchmark_functions(cls):
+        if not function.startswith("time_"):
+            assert attribute(cls, function, "unit")
+        if function.startswith("track_"):
+            assert attribute(cls, function, "better") in ("smaller", "larger")
 
 
 def test_numpys_version_is_a_number_that_orders_versions(monkeypatch):
@@ -191,6 +195,8 @@ ON_A_GPU = {
     "decode.Mixed",
     "overhead.Batch16",
     "overhead.Fused",
+    "prompt.Cold",
+    "prompt.ColdKernels",
     "step.Batch16",
     "step.BoundBatch16",
     "step.WaitingBatch16",
@@ -202,7 +208,13 @@ ON_A_GPU = {
 def test_what_needs_a_gpu_is_not_applicable_without(name):
     instance = CLASSES[name]()
     with pytest.raises(NotImplementedError, match=r"measured on a GPU|fused does not run on"):
-        instance.setup(*(values[0] for values in instance.params))
+        instance.setup(*cached(instance), *(values[0] for values in instance.params))
+
+
+def cached(instance):
+    """Return what asv gives a benchmark before its parameters."""
+    found = instance.setup_cache() if hasattr(instance, "setup_cache") else None
+    return () if found is None else (found,)
 
 
 def runs_here():
@@ -218,25 +230,27 @@ def runs_here():
 @pytest.mark.parametrize("name", runs_here())
 def test_smallest_cell_runs(name, monkeypatch):
     cls = CLASSES[name]
-    if name.startswith(("generate.", "server.")):
+    if name.startswith(("generate.", "prompt.", "server.")):
         pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
         monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))  # quick on a CPU
+        monkeypatch.setattr(prompt, "gemma", lambda: small_model("gemma3_text"))
     if hasattr(cls, "num_blocks"):  # pools of gigabytes, far larger than a cell's tables
         monkeypatch.setattr(cls, "num_blocks", 64)
-    (function,) = benchmark_functions(cls)
     instance = cls()
     smallest_first = tuple(values[0] for values in cls.params)
     cell = SMALLEST if cls.params[1:2] == [common.CONTEXTS] else smallest_first
-    cell = SMALLER.get(name, cell)
+    cell = (*cached(instance), *SMALLER.get(name, cell))
     getattr(instance, "setup", lambda *cell: None)(*cell)
-    result = getattr(instance, function)(*cell)
-    if function.startswith("ratio_"):
-        for call in result:
-            call()
-    elif function.startswith("track_"):
-        assert result > 0
-    else:
-        assert result is None
+    for function in benchmark_functions(cls):
+        result = getattr(instance, function)(*cell)
+        if function.startswith("ratio_"):
+            for call in result:
+                call()
+                getattr(instance, "between", lambda: None)()
+        elif function.startswith("track_"):
+            assert result > 0
+        else:
+            assert result is None
     getattr(instance, "teardown", lambda *cell: None)(*cell)
 
 

@@ -79,6 +79,18 @@ def test_old_commits_take_their_steps_at_the_shortest_context_alone():
     assert measured == [True, False]
 
 
+def test_old_commits_compute_the_shortest_prompt_alone():
+    first = benchmark("prompt.FirstToken.ratio_speed", (512, 2048), names=["prompt"])
+    hit = benchmark("prompt.Cached.ratio_time", (448, 2048), (32, 256), names=["cached", "new"])
+    assert chosen(first, "history") == [f"{first['name']}(512)"]
+    assert chosen(hit, "history") == [f"{hit['name']}(448, 32)"]
+    assert [len(chosen(one, "quick")) for one in (first, hit)] == [2, 4]
+    names = [first["name"], hit["name"], "prompt.FirstToken.ratio_null", "prompt.Memory.track_peak"]
+    assert grid.in_run(names, "history") == names[:2]
+    assert grid.in_run(names, "quick") == [*names[:2], names[3]]
+    assert grid.in_run(names, "full") == names
+
+
 def test_a_quick_run_starts_asv_once_for_a_module():
     names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
     assert grid.in_one_run(names, "quick") == [names[:2], names[2:]]
@@ -87,9 +99,12 @@ def test_a_quick_run_starts_asv_once_for_a_module():
 
 
 def test_benchmarks_that_runs_name_exist():
-    for name in grid.HISTORY:
-        module, cls, _ = name.split(".")
-        assert hasattr(importlib.import_module(f"benchmarks.{module}"), cls)
+    listed = suite()
+    for prefix in (*grid.HISTORY, *grid.SHORTEST, *grid.LONG):
+        assert any(name.startswith(prefix) for name in listed)
+    for prefix, shortest in grid.SHORTEST.items():
+        asked = [one for name, one in listed.items() if name.startswith(prefix)]
+        assert all(shortest in grid.cells(one) for one in asked)
 
 
 NAN = math.nan

@@ -1,8 +1,8 @@
 """Which cells of which benchmarks a run asks for.
 
 The grid "full" is all of them, "quick" a few contexts at one block size. "history" is what a quick
-run asks of old commits: a few benchmarks, and the step, whose cells take ten seconds and more, at
-the shortest context.
+run asks of old commits: a few benchmarks, and those whose cells take ten seconds and more at the
+shortest context.
 """
 
 import itertools
@@ -20,6 +20,8 @@ HISTORY = (
     "append.Auto.",
     "prefill.Write.",
     "prefix_cache.Match.",
+    "prompt.Cached.ratio_",
+    "prompt.FirstToken.ratio_speed",
     "scheduler.Decode.",
     "scheduler.Instructions.",
     "scheduler.Allocated.",
@@ -30,6 +32,10 @@ HISTORY = (
     "step.Allocated.",
     "step.Retired.",
 )
+# Of these, old commits are asked for one cell in a quick run: a prompt takes a CPU seconds.
+SHORTEST = {"prompt.Cached.": ("448", "32"), "prompt.FirstToken.": ("512",)}
+# Of these, a quick run asks for nothing: together they take a CPU six minutes.
+LONG = ("prompt.Attention", "prompt.Bits.", "prompt.FirstToken.ratio_null", "prompt.Windows.")
 
 
 def cells(benchmark):
@@ -45,6 +51,10 @@ def series_name(name, cell):
 def belongs(cell, benchmark, grid):
     """Whether a cell, as asv names it, is measured in a grid; all are off the big grid."""
     names = benchmark["param_names"]
+    if grid == "history":
+        for prefix, shortest in SHORTEST.items():
+            if benchmark["name"].startswith(prefix):
+                return cell == shortest
     if grid == "full" or not {*PARAM_NAMES} <= {*names}:
         return True
     context, block_size = (cell[names.index(name)] for name in PARAM_NAMES[1:])
@@ -70,12 +80,12 @@ def selection(benchmark, grid):
 def in_run(names, grid):
     """Return the benchmarks that a grid asks for.
 
-    The experiments that settled a decision are in the full grid alone.
+    The experiments that settled a decision are in the full grid alone, and so is what takes long.
     """
     if grid == "full":
         return list(names)
     if grid == "quick":
-        return [name for name in names if not name.startswith("settled.")]
+        return [name for name in names if not name.startswith(("settled.", *LONG))]
     return [name for name in names if name.startswith(HISTORY)]
 
 
