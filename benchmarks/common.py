@@ -76,6 +76,37 @@ def settle():
         mx.synchronize(module.generation_stream)
 
 
+def host_share(call, between, times=3):
+    """Return how much of the time of a call its thread computed, and did not wait.
+
+    `between` runs after each call, in neither time.
+    """
+    computed = passed = 0.0
+    for measured in (False, *[True] * times):
+        before = time.thread_time(), time.perf_counter()
+        call()
+        after = time.thread_time(), time.perf_counter()
+        if measured:
+            computed += after[0] - before[0]
+            passed += after[1] - before[1]
+        between()
+    return computed / passed
+
+
+def series_of_host_share(self, *cell):
+    """Return how much of the package's time is the host's, of the thread that calls.
+
+    A class with a ratio has it as `track_host_share`, and a method `ours` that returns the
+    package's side. Near 1 the processor bounds what is measured, and the ratio moves with the
+    processor's speed.
+    """
+    return host_share(self.ours(), getattr(self, "between", settle))
+
+
+series_of_host_share.unit = "of wall time"
+series_of_host_share.better = "smaller"
+
+
 def require_gpu():
     """Raise NotImplementedError (n/a) on a CPU, where the answer says nothing new."""
     if not on_gpu():

@@ -10,7 +10,7 @@ from inspect import signature
 import mlx.core as mx
 import numpy as np
 
-from .common import DTYPE, feature, on_gpu, require_memory, settle
+from .common import DTYPE, feature, on_gpu, require_memory, series_of_host_share, settle
 from .kinds import NotApplicableError
 
 STEPS = 8  # of a sample
@@ -155,6 +155,11 @@ class _Paired(Stored):
     def pair(self):
         """Return what makes the ratio one of speeds: mlx-lm's time over the store's."""
         return self.plain.steps, self.paged.steps
+
+    def ours(self):
+        return self.paged.steps
+
+    track_host_share = series_of_host_share
 
 
 class Decode(_Paired):

@@ -30,6 +30,7 @@ from .common import (
     random,
     require_gpu,
     require_memory,
+    series_of_host_share,
     settle,
 )
 from .generate import BLOCK_SIZE, first_token, import_mlx_lm, require_prompts, store_for
@@ -117,6 +118,11 @@ class _Uncached(_Sampled):
 
     def ratio_speed(self, *cell):
         return self.plain, self.paged
+
+    def ours(self):
+        return self.paged
+
+    track_host_share = series_of_host_share
 
 
 class FirstToken(_Uncached):
@@ -218,6 +224,11 @@ class Cached(_Sampled):
     def ratio_time(self, cached, new):
         return self.paged, self.plain
 
+    def ours(self):
+        return self.paged
+
+    track_host_share = series_of_host_share
+
 
 class Chunk(_Sampled):
     """Time of a chunk of a prompt after a context, without logits, mlx-lm's over the store's.
@@ -265,7 +276,12 @@ class Chunk(_Sampled):
         return logits
 
     def ratio_speed(self, chunk):
-        return lambda: self.compute(self.own), lambda: self.compute(self.cache)
+        return lambda: self.compute(self.own), self.ours()
+
+    def ours(self):
+        return lambda: self.compute(self.cache)
+
+    track_host_share = series_of_host_share
 
 
 class Attention:
@@ -357,6 +373,11 @@ class Attention:
 
     def ratio_time(self, context, head_dim):
         return self.paged, self.contiguous
+
+    def ours(self):
+        return self.paged
+
+    track_host_share = series_of_host_share
 
 
 class AttentionBits(Attention):

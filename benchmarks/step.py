@@ -27,6 +27,7 @@ from .common import (
     require_fast,
     require_gpu,
     require_memory,
+    series_of_host_share,
 )
 from .counted import allocated, instructions, require_retired, retired
 
@@ -161,6 +162,11 @@ class Auto(_Step):
 
     def ratio_step_vs_contiguous(self, batch, context, block_size):
         return self.pair()
+
+    def ours(self):
+        return self.pair()[0]
+
+    track_host_share = series_of_host_share
 
 
 class Batch16(Auto):

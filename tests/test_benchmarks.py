@@ -254,6 +254,49 @@ def test_smallest_cell_runs(name, monkeypatch):
     getattr(instance, "teardown", lambda *cell: None)(*cell)
 
 
+def test_host_share_is_of_the_calls_after_the_first(monkeypatch):
+    clock = Clock(candidate=[99, 4, 6], baseline=[])
+    clock.thread_time = lambda: clock.computed
+    clock.computed = 0.0
+    monkeypatch.setattr(common, "time", clock)
+    call = clock.caller("candidate")
+
+    def measured():
+        clock.computed += 2
+        call()
+
+    def between():
+        clock.now += 1000
+        clock.computed += 1000
+
+    assert common.host_share(measured, between, times=2) == (2 + 2) / (4 + 6)
+    assert clock.calls == ["candidate"] * 3
+
+
+def test_a_call_that_waits_has_no_share_and_one_that_computes_has_all():
+    assert common.host_share(lambda: time.sleep(0.02), lambda: None) < 0.5
+    assert common.host_share(lambda: sum(range(10**5)), lambda: None) > 0.2
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if hasattr(CLASSES[n], "track_host_share")])
+def test_host_share_is_of_the_packages_side(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "host_share", lambda call, between: asked.append(call) or 0.5)
+    instance = CLASSES[name]()
+    instance.ours = lambda: "ours"
+    assert instance.track_host_share(1, 2) == 0.5
+    assert asked == ["ours"]
+    assert attribute(CLASSES[name], "track_host_share", "unit") == "of wall time"
+    assert attribute(CLASSES[name], "track_host_share", "better") == "smaller"
+
+
+def test_asv_takes_what_a_method_says_before_what_its_class_says():
+    instance = CLASSES["generate.Decode"]()
+    listed = TrackBenchmark("x", instance.track_host_share, [instance.track_host_share, instance])
+    assert (listed.unit, listed.better) == ("of wall time", "smaller")
+    assert (instance.unit, instance.better) == ("x mlx-lm", "larger")
+
+
 def ratio_benchmark(function, **attributes):
     source = type("Source", (), {"ratio_it": staticmethod(function), **attributes})
     return RatioBenchmark("ratio_it", function, [source])

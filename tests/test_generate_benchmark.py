@@ -50,6 +50,7 @@ def test_both_sides_say_the_same_at_the_same_length(kind, cell, lengths, monkeyp
         call()
     assert len(passes) == 2 * generate.STEPS
     assert all(len(responses) == len(lengths) for responses in passes)
+    assert measured.ours() == paged
     # As many steps as asv may ask for, both sides in turns, fit the store.
     most = (kind.repeat[1] + 2) * generate.STEPS + 16
     assert most <= generate.MOST

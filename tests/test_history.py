@@ -91,6 +91,13 @@ def test_old_commits_compute_the_shortest_prompt_alone():
     assert grid.in_run(names, "full") == names
 
 
+def test_host_shares_are_in_the_full_grid_alone():
+    names = ["step.Auto.ratio_step_vs_contiguous", "step.Auto.track_host_share"]
+    assert set(names) < set(suite())
+    assert grid.in_run(names, "full") == names
+    assert grid.in_run(names, "quick") == grid.in_run(names, "history") == names[:1]
+
+
 def test_a_quick_run_starts_asv_once_for_a_module():
     names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
     assert grid.in_one_run(names, "quick") == [names[:2], names[2:]]

@@ -61,6 +61,23 @@ def test_both_sides_say_the_same_first_token_of_an_uncached_prompt(kind, own, se
     assert measured.store.stats().asked_tokens == 5 * 100
 
 
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (prompt.FirstToken, (40,)),
+        (prompt.Bits, (40,)),
+        (prompt.Windows, (40,)),
+        (prompt.Cached, (32, 5)),
+    ],
+)
+def test_the_hosts_share_is_that_of_the_store(kind, cell, set_up, caches):
+    measured = set_up(kind, *cell)
+    caches.clear()
+    assert 0 < measured.track_host_share(*cell) < 1.5
+    assert len(caches) == 4
+    assert all(hasattr(cache[0], "sequences") for cache in caches)
+
+
 def test_different_prompts_have_different_first_tokens(set_up):
     """Else the tests here would see nothing."""
     measured = set_up(prompt.FirstToken, 100)
