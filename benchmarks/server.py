@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ class RefusedError(RuntimeError):
     """Raised if a server answers, but not with what was asked for."""
 
 
-class _Server:
+class Server:
     """A server in a process of its own, until `close`."""
 
     def __init__(self, module, folder, *options):
@@ -100,27 +101,47 @@ class _Server:
 
     def ask(self, method, path, body=None):
         """Return the answer to a request, from JSON; RefusedError if it is not 200."""
+        with self._answer(method, path, body) as response:
+            return json.loads(response.read())
+
+    @contextmanager
+    def _answer(self, method, path, body):
+        """Hand out the answer to a request while its connection is open."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             headers = {"Content-Type": "application/json"}
             connection.request(method, path, body and json.dumps(body), headers)
             response = connection.getresponse()
-            text = response.read()
             if response.status != 200:
+                text = response.read()
                 raise RefusedError(f"{path} was answered by {response.status}: {text!r}")
-            return json.loads(text)
+            yield response
         finally:
             connection.close()
 
-    def ask_again(self, path, body):
-        """Ask until the server takes the connection: mlx-lm's cuts off all but five that wait."""
+    def ask_again(self, path, body, ask=None):
+        """Ask until the server takes the connection: mlx-lm's cuts off all but five that wait.
+
+        `ask` is what asks, `ask` of this server by default.
+        """
         while True:
             try:
-                return self.ask("POST", path, body)
+                return (ask or self.ask)("POST", path, body)
             except ConnectionError:
                 if self.process.poll() is not None:
                     raise
                 time.sleep(0.05)
+
+    def stream(self, method, path, body):
+        """Return the parts of a streamed answer, from JSON, and when each came, in seconds."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with self._answer(method, path, body) as response:
+            parts = []
+            for line in response:
+                kind, _, text = line.decode().strip().partition(": ")
+                if kind == "data" and text != "[DONE]":
+                    parts.append((time.perf_counter(), json.loads(text)))
+            return parts
 
     def said(self):
         """Return what it printed, but for the requests that it logs."""
@@ -131,6 +152,24 @@ class _Server:
         self.process.kill()
         self.process.wait()
         self.log.close()
+
+
+def save_llama(folder):
+    """Write the random llama of `generate.py` as `save_served` does; return it."""
+    model = generate.llama()
+    sizes = dataclasses.asdict(model.args).items()
+    save_served(model, {name: size for name, size in sizes if size is not None}, Path(folder))
+    return model
+
+
+def text_of(tokens):
+    """Return text of tokens, the numbers of words."""
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def budget_of(num_bytes):
+    """Return the option of a server that gives a store so many bytes."""
+    return "--memory", f"{-(-num_bytes // 2**20)}MiB"
 
 
 class Requests:
@@ -154,7 +193,8 @@ class Requests:
         # Requests of a client in a sample; tokens that all share, of a question, of an answer.
         sizes = (2, 2048, 64, 32) if on_gpu() else (1, 128, 16, 8)
         self.requests, self.shared, self.question, self.answer = sizes
-        model = generate.llama()
+        self.folder = tempfile.TemporaryDirectory()
+        model = save_llama(self.folder.name)
         self.vocabulary = model.args.vocab_size - len(MARKS)
         # Of each client, and of ten prompts that either server keeps.
         tokens = (self.shared + self.question + self.answer + 8) * (clients + 10)
@@ -162,14 +202,10 @@ class Requests:
         require_memory(4 * num_bytes)
         self.rng = np.random.default_rng(0)
         self.system = self.words(self.shared)
-        self.folder = tempfile.TemporaryDirectory()
-        sizes = dataclasses.asdict(model.args).items()
-        config = {name: size for name, size in sizes if size is not None}
-        save_served(model, config, Path(self.folder.name))
         del model
-        self.own = _Server("mlx_lm.server", self.folder.name)
-        budget = f"{-(-num_bytes // 2**20)}MiB"
-        self.paged = _Server("pagedkv.mlx_lm.server", self.folder.name, "--memory", budget)
+        self.own = Server("mlx_lm.server", self.folder.name)
+        budget = budget_of(num_bytes)
+        self.paged = Server("pagedkv.mlx_lm.server", self.folder.name, *budget)
         self.pool = ThreadPoolExecutor(clients)
 
     def teardown(self, clients):
@@ -181,7 +217,7 @@ class Requests:
 
     def words(self, count):
         """Return text of so many random tokens."""
-        return " ".join(f"w{word}" for word in self.rng.integers(0, self.vocabulary, count))
+        return text_of(self.rng.integers(0, self.vocabulary, count))
 
     def answers(self, server, clients):
         """Ask for all answers of a sample, and return them."""

@@ -16,7 +16,7 @@ from asv_runner.statistics import compute_stats
 from small_models import small_model
 
 import benchmarks
-from benchmarks import common, counted, generate, host, kinds, prompt, ratio
+from benchmarks import common, counted, generate, host, kinds, prompt, ratio, trace
 from benchmarks.kinds import TimeBenchmark, TrackBenchmark
 from benchmarks.ratio import RatioBenchmark
 
@@ -230,10 +230,12 @@ def runs_here():
 @pytest.mark.parametrize("name", runs_here())
 def test_smallest_cell_runs(name, monkeypatch):
     cls = CLASSES[name]
-    if name.startswith(("generate.", "prompt.", "server.")):
+    if name.startswith(("generate.", "prompt.", "server.", "trace.")):
         pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
         monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))  # quick on a CPU
         monkeypatch.setattr(prompt, "gemma", lambda: small_model("gemma3_text"))
+        small = trace.Shape(4, 8, (6, 0.5, 2, 9), (3, 0.5, 2, 4), 8)
+        monkeypatch.setattr(trace, "shape", lambda: small)
     if hasattr(cls, "num_blocks"):  # pools of gigabytes, far larger than a cell's tables
         monkeypatch.setattr(cls, "num_blocks", 64)
     instance = cls()

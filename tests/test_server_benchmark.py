@@ -42,7 +42,7 @@ def test_both_servers_answer_the_same_as_often(measured, monkeypatch):
 
 def test_a_server_that_does_not_start_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)did not start: .*arguments: --nosuch"):
-        server._Server("mlx_lm.server", tmp_path, "--nosuch")
+        server.Server("mlx_lm.server", tmp_path, "--nosuch")
 
 
 def test_a_refused_request_is_an_error(measured):

@@ -34,8 +34,15 @@ HISTORY = (
 )
 # Of these, old commits are asked for one cell in a quick run: a prompt takes a CPU seconds.
 SHORTEST = {"prompt.Cached.": ("448", "32"), "prompt.FirstToken.": ("512",)}
-# Of these, a quick run asks for nothing: together they take a CPU six minutes.
-LONG = ("prompt.Attention", "prompt.Bits.", "prompt.FirstToken.ratio_null", "prompt.Windows.")
+# Of these, a quick run asks for nothing: they take a CPU half a minute a cell and more.
+LONG = (
+    "prompt.Attention",
+    "prompt.Bits.",
+    "prompt.Chunk.",
+    "prompt.FirstToken.ratio_null",
+    "prompt.Windows.",
+    "trace.Served.",
+)
 HOST_SHARE = ".track_host_share"  # takes the set-up of a ratio once more
 
 
