@@ -27,7 +27,7 @@ COMPARED = (
     "scheduler.Instructions.",
     "scheduler.Allocated.",
     "scheduler.Retired.",
-    "step.Auto.",
+    "step.Auto.ratio_",
     "step.Instructions.",
     "step.Allocated.",
     "step.Retired.",

@@ -63,7 +63,7 @@ def steps_on(machine):
         Step("tests", 6, (*run, "pytest", "--tb=short", "--maxfail=20", "-rf", *tests)),
         Step("tune", 4, (*run, "tracking.tune", *short)),
         # asv saves at the end of a run: two lose less than one. The first installs MLX.
-        Step("step", 5, (*one, rf"^step\.Auto\..*{CELLS}")),
+        Step("step", 5, (*one, rf"^step\.Auto\.ratio_.*{CELLS}")),
         Step("attention", 3, (*one, rf"^overhead\.Auto\..*{CELLS}")),
         Step("noise", 6, (*make, "noise", f"MACHINE={machine}", "TIMES=1")),
         Step("quick grid", MINUTES, (*run, "tracking.history", "run", "--head", *here)),
