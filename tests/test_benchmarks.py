@@ -22,7 +22,12 @@ from benchmarks.ratio import RatioBenchmark
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
-SMALLER = {"memory.Bandwidth": (1,), "prompt.Chunk": ("9 after 448",)}  # MiB, tokens
+SMALLER = {
+    "memory.Bandwidth": (1,),  # MiB
+    "prompt.Attention": (64, 64),
+    "prompt.AttentionBits": (64, 64),
+    "prompt.Chunk": ("9 after 448",),
+}
 # What was bumped, because its numbers mean something else since.
 VERSIONS = {"generate.Decode": "2", "generate.Skewed": "2", "generate.FirstToken": "2"}
 MODULES = [name for _, name, _ in pkgutil.iter_modules(benchmarks.__path__)]
