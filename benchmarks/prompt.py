@@ -6,20 +6,13 @@ faster.
 """
 
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from inspect import signature
 from itertools import count
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from . import generate
+from . import cold, generate
 from .common import (
     DTYPE,
     KV_HEADS,
@@ -460,99 +453,6 @@ def peak(call):
     return mx.get_peak_memory()
 
 
-COUNTING = """
-import mlx.core as mx
-
-called, make = set(), mx.fast.cuda_kernel
-
-def cuda_kernel(*arguments, **options):
-    kernel = make(*arguments, **options)
-
-    def call(*arguments, **options):
-        called.add(id(kernel))
-        return kernel(*arguments, **options)
-
-    return call
-
-mx.fast.cuda_kernel = cuda_kernel
-"""
-"""Counts the kernels that are made from here on and called, in `called`."""
-
-COLD = f"""{COUNTING}
-import importlib.util, json, sys
-
-folder, asked = sys.argv[1:]
-spec = importlib.util.spec_from_file_location(
-    "benchmarks", folder + "/__init__.py", submodule_search_locations=[folder]
-)
-sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(package)
-from benchmarks.prompt import answer_cold
-
-said = answer_cold(**json.loads(asked))
-print(json.dumps(dict(said, kernels=len(called))))
-"""
-"""A process that answers with the package of its path and these benchmarks."""
-
-
-def cold(side, prompt, prompts, answers):
-    """Answer prompts over a side in a new process that finds no compiled kernel.
-
-    Parameters
-    ----------
-    side : str
-        "store" or "mlx-lm".
-    prompt : int
-        Tokens of the first prompt, of which the first token alone is asked for.
-    prompts, answers : list of int
-        Tokens of the others, which are answered in batches, and of their answers.
-
-    Returns
-    -------
-    dict
-        What `answer_cold` does, and how many kernels of the package were called.
-    """
-    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path if folder)
-    with tempfile.TemporaryDirectory() as folder:
-        asked = {"side": side, "prompt": prompt, "prompts": prompts, "answers": answers}
-        asked["began"] = time.monotonic()
-        package = str(Path(__file__).parent)
-        # The folder is no checkout, whose package would be another commit's.
-        process = subprocess.run(
-            [sys.executable, "-c", COLD, package, json.dumps(asked)],
-            env={**os.environ, "PYTHONPATH": path, "MLX_PTX_CACHE_DIR": folder},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-def answer_cold(side, began, prompt, prompts, answers):
-    """Answer as `cold` asks for; return tokens, and seconds since `began`."""
-    from mlx_lm.generate import BatchGenerator
-    from mlx_lm.models.cache import make_prompt_cache
-
-    model = generate.llama()
-    first, *others = generate.prompts_of(model, [prompt, *prompts])
-    lengths = [length + answer for length, answer in zip(prompts, answers, strict=True)]
-    store = store_for(model, [prompt, *lengths]) if side == "store" else None
-    make = store.cache if store else lambda tokens: make_prompt_cache(model)
-    said = {"tokens": [[first_token(model, mx.array(first), make(first))]]}
-    said["first_token"] = time.monotonic() - began
-    generator = BatchGenerator(model)
-    uids = generator.insert(others, answers, caches=[make(tokens) for tokens in others])
-    found = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            found[response.uid].append(response.token)
-    settle()
-    said["answers"] = time.monotonic() - began
-    said["tokens"] += found.values()
-    return said
-
-
 class _Cold:
     version = "1"
     timeout = 900
@@ -572,7 +472,7 @@ class _Cold:
             "prompts": rng.integers(32, 3001, 20).tolist(),
             "answers": rng.integers(8, 65, 20).tolist(),
         }
-        return {side: cold(side, **asked) for side in ("mlx-lm", "store")}
+        return {side: cold.answers_of(side, **asked) for side in ("mlx-lm", "store")}
 
     setup_cache.timeout = 900
 

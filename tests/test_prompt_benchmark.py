@@ -8,7 +8,7 @@ pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from small_models import small_model
 
-from benchmarks import common, generate, prompt
+from benchmarks import cold, common, generate, prompt
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +251,7 @@ def test_memory_is_measured_of_the_same_tokens(caches, monkeypatch):
 
 
 def test_a_process_answers_the_same_over_both_sides():
-    found = [prompt.cold(side, 12, [5, 9], [3, 4]) for side in ("mlx-lm", "store")]
+    found = [cold.answers_of(side, 12, [5, 9], [3, 4]) for side in ("mlx-lm", "store")]
     plain, paged = (one["tokens"] for one in found)
     assert [len(tokens) for tokens in plain] == [1, 3, 4]
     assert plain == paged
@@ -262,7 +262,7 @@ def test_kernels_count_that_are_made_and_called(monkeypatch):
     called = []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **named: lambda *given: called.append(named))
     counted = {}
-    exec(prompt.COUNTING, counted)
+    exec(cold.COUNTING, counted)
     first, second, _ = (mx.fast.cuda_kernel(name=name) for name in "abc")
     for kernel in (first, second, first):
         kernel(1)
