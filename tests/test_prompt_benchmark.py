@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from small_models import small_model
 
@@ -76,6 +77,25 @@ def test_the_hosts_share_is_that_of_the_store(kind, cell, set_up, caches):
     assert 0 < measured.track_host_share(*cell) < 1.5
     assert len(caches) == 4
     assert all(hasattr(cache[0], "sequences") for cache in caches)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (prompt.FirstToken, (40,)),
+        (prompt.Cached, (32, 5)),
+        (prompt.Chunk, ("9 after 40",)),
+        (prompt.Attention, (64, 64)),
+    ],
+)
+def test_all_streams_are_waited_for_between_calls(kind, cell, monkeypatch):
+    measured, waited, wait = kind(), [], mx.synchronize
+    measured.setup(*cell)
+    monkeypatch.setattr(
+        mx, "synchronize", lambda *streams: waited.append(streams) or wait(*streams)
+    )
+    measured.between()
+    assert waited == [(), (generation_stream,)]
 
 
 def test_different_prompts_have_different_first_tokens(set_up):

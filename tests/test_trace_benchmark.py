@@ -209,6 +209,34 @@ def test_both_servers_answer_a_trace_alike(monkeypatch):
             assert getattr(measured, f"track_{name}")(found, arrivals) > 0
 
 
+def test_waiting_begins_when_a_request_arrives(monkeypatch):
+    slept = []
+
+    class Clock:
+        sleep = staticmethod(slept.append)
+        perf_counter = staticmethod(lambda: 50.0)
+
+    class Server:
+        @staticmethod
+        def ask_again(path, body, ask):
+            assert [one["role"] for one in body["messages"]] == ["user"]
+            text = {"choices": [{"delta": {"content": body["messages"][0]["content"]}}]}
+            usage = {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}
+            return [(60.0, text), (62.0, text), (63.0, usage)]
+
+        stream = None
+
+    monkeypatch.setattr(trace, "time", Clock)
+    requests = [trace.Request([], [token], 2) for token in (1, 2)]
+    found, seconds = trace.ask_all(Server, requests, [1.0, 4.0])
+    assert sorted(slept) == [1.0, 4.0]
+    assert [(text, times) for text, times, _ in found] == [
+        ("w1w1", [9.0, 11.0]),
+        ("w2w2", [6.0, 8.0]),
+    ]
+    assert seconds == 11.0  # from the first arrival on
+
+
 def test_an_answer_of_another_length_is_an_error():
     class Server:
         @staticmethod
