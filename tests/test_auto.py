@@ -36,7 +36,7 @@ class Fake:
         self.now = 0.0
         self.seconds = {"fused": 0.001, "gather_rows": 0.002, "gather_rows_grouped": 0.003}
         self.calls = []
-        self.prepare = paths._prepare_rows
+        self.prepare = paths._prepare_grouped
         self.wrong = lambda out: out
         self.rounding = lambda out: out
 
@@ -44,15 +44,17 @@ class Fake:
         def call(*arguments):
             self.calls.append(name)
             self.now += self.seconds[name]
-            out = really(*arguments)
-            return self.wrong(out) if name == "fused" else self.rounding(out)
+            out, last = really(*arguments)
+            return (self.wrong(out) if name == "fused" else self.rounding(out)), last
 
         return call
 
     def paths(self):
         table = dict(paths.DECODE_PATHS)
         table["fused"] = replace(
-            table["gather_rows_grouped"], prepare=lambda *arguments: self.prepare(*arguments)
+            table["gather_rows_grouped"],
+            prepare=lambda *arguments: self.prepare(*arguments),
+            writes=False,
         )
         for name in self.seconds:
             table[name] = replace(table[name], attend=self.attend(name, table[name].attend))
@@ -318,8 +320,8 @@ def test_the_fused_kernel_itself(emulator, monkeypatch, right, wrong, bits):
     """Its Metal text, whole and broken, on a clock that shows the gather slow."""
     source = kernels.source
 
-    def broken(body, backend, constants):
-        header, text = source(body, backend, constants)
+    def broken(body, *others):
+        header, text = source(body, *others)
         assert body != "split" or right in text
         return header, text.replace(right, wrong) if right else text
 

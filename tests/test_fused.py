@@ -88,8 +88,8 @@ def test_a_missing_barrier_shows(attend, emulator, monkeypatch):
     """The emulator would not pass kernels that lack what a real GPU needs."""
     source = kernels.source
 
-    def without_barriers(body, backend, constants):
-        header, text = source(body, backend, constants)
+    def without_barriers(body, *others):
+        header, text = source(body, *others)
         return header, text.replace("group_barrier();", "")
 
     monkeypatch.setattr(kernels, "source", without_barriers)
@@ -143,33 +143,31 @@ def test_metal_text(body):
 
 
 def test_small_inputs_are_constant():
-    made = signature("f", ["a", "b"], [(mx.float16, 8), (mx.int32, 7)], mx.float32, "")
+    made = signature("f", ["a", "b"], [(mx.float16, 8), (mx.int32, 7)], {"outputs": mx.float32}, "")
     assert (
         made
         == "void f(const device half* a, const constant int* b, device float* outputs) {\n\n}\n"
     )
 
 
-@pytest.mark.parametrize("body", kernels.INPUTS)
-def test_cuda_text_is_short_and_tells_versions_apart(body, tmp_path, monkeypatch):
-    header, text = kernels.source(body, "cuda", (("D", 64),))
-    assert f'#include "{kernels.FOLDER / "cuda.h"}"\n#define D 64\n' == header
-    assert f'#include "{kernels.FOLDER / f"{body}.h"}"' in text
-    assert len(header + text) < 1000
-    # What MLX passes if it finds it named, it has to find here.
-    body_text = (kernels.FOLDER / f"{body}.h").read_text()
-    asked = set(re.findall(r"\w+_(?:shape|strides|ndim)\b", body_text))
-    assert asked == set(re.findall(r"\w+_(?:shape|strides|ndim)\b", text))
-    for path in kernels.FOLDER.glob("*.h"):
-        (tmp_path / path.name).write_text(path.read_text())
-    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
-    kernels.source.cache_clear()
-    before = kernels.source(body, "cuda", (("D", 64),))[1]
-    with (tmp_path / "cuda.h").open("a") as file:
-        file.write("int changed;\n")
-    kernels.source.cache_clear()
-    assert kernels.source(body, "cuda", (("D", 64),))[1] != before
-    kernels.source.cache_clear()
+def test_a_cuda_kernel_is_a_translation_unit_by_itself():
+    constants = (("D", 64), ("WARPS", 4), ("T", "Float16"))
+    inputs, outputs = ("keys", "block_tables", "plan", "after"), ("gathered_keys", "done")
+    made = kernels.CudaKernel("gather", constants, inputs, outputs, ("length", "tile"))
+    text = made.text([mx.uint32, mx.int32, mx.int32, mx.bfloat16], [mx.float16, mx.float32])
+    assert (
+        'extern "C" __global__ void __launch_bounds__(WARPS * 32) pagedkv_gather('
+        "const unsigned* keys, const int* block_tables, const int* plan, "
+        "const __nv_bfloat16* after, __half* gathered_keys, float* done, const int length, "
+        "const int tile, const int max_blocks) {\n"
+        "const int group_x = blockIdx.x"
+    ) in text
+    assert (
+        text.index("#include <cuda_fp16.h>") < text.index("#define D 64\n") < text.index("extern")
+    )
+    assert "mlx" not in text
+    other = kernels.CudaKernel("copy", (("D", 64),), ("keys", "copies"), ("outputs",))
+    assert "max_blocks" not in other.text([mx.float32, mx.int32], [mx.float32])
 
 
 REFUSED = {
@@ -199,7 +197,7 @@ def test_emulated_float16_rounds_as_numpy(emulator, x):
         "outputs[threadgroup_position_in_grid.x + thread_position_in_threadgroup.x] = half(x[0]);"
     )
     inputs = [mx.array([x], dtype=mx.float32)]
-    (out,) = emulator.run("", text, ["x"], inputs, mx.float16, (32,), [1, 1, 1], 32)
+    (out,) = emulator.run("", text, ["x"], inputs, {"outputs": mx.float16}, [(32,)], [1, 1, 1], 32)
     expected = np.full(32, x, np.float32).astype(np.float16)
     assert np.array(out).tobytes() == expected.tobytes()
 
@@ -210,10 +208,9 @@ def test_threads_that_wait_at_different_places_are_told_of(emulator):
 
     def run(text):
         place = "threadgroup_position_in_grid.x + thread_position_in_threadgroup.x"
-        inputs = [mx.zeros(8)]
-        return emulator.run(
-            "", f"const int at = {place};\n{text}", ["x"], inputs, mx.float32, (32,), [1, 1, 1], 32
-        )
+        inputs, outputs = [mx.zeros(8)], {"outputs": mx.float32}
+        text = f"const int at = {place};\n{text}"
+        return emulator.run("", text, ["x"], inputs, outputs, [(32,)], [1, 1, 1], 32)
 
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
     with pytest.raises(AssertionError, match="different places"):

@@ -118,8 +118,8 @@ def test_a_plan_goes_on_with_longer_contexts(attend, query_len, window):
 def test_a_missing_barrier_after_writing_shows(attend, monkeypatch):
     source = kernels.source
 
-    def without_barrier(body, backend, constants):
-        header, text = source(body, backend, constants)
+    def without_barrier(body, *others):
+        header, text = source(body, *others)
         return header, text.replace("pool_barrier();", ";")
 
     monkeypatch.setattr(kernels, "source", without_barrier)

@@ -15,6 +15,7 @@ import pytest
 from emulator import signature
 
 from pagedkv import kernels
+from pagedkv.attention.chunk import SCALARS
 
 CLANG = shutil.which("clang") or shutil.which("clang-14")
 HERE = Path(__file__).parent
@@ -39,22 +40,32 @@ def compiler(tmp_path_factory):
         pytest.skip("no clang with C++ for OpenCL")
 
 
-def unit(body, constants, extra=(), *, text=lambda text: text, small=0):
+def unit(
+    body,
+    constants,
+    extra=(),
+    *,
+    text=lambda text: text,
+    small=0,
+    outputs=("outputs",),
+    scalars=(),
+):
     """A kernel as MLX would write it around the text; `small` inputs come as `constant`."""
-    header, source = kernels.source(body, "metal", constants)
+    header, source = kernels.source(body, "metal", constants, scalars)
     of = dict(constants)
     kinds = {"partials": mx.float32, "slopes": mx.float32, "sinks": mx.float32}
     bits = zip(("keys", "values"), kernels.BITS, strict=True)
     kinds |= {pool: mx.uint32 for pool, name in bits if of.get(name)}
-    integers = ("block_tables", "plan", "spans", "slots", "copies")
-    names = [*kernels.INPUTS[body], *extra]
+    integers = ("block_tables", "plan", "spans", "slots", "copies", "numbers")
+    names = [*kernels.INPUTS[body], *extra, *["numbers"] * bool(scalars)]
     inputs = [
         (mx.int32 if name in integers else kinds.get(name, TYPES[of["T"]]), 1 if small else 8)
         if name not in ("keys", "values", "queries", "partials", "new_keys", "new_values")
         else (kinds.get(name, TYPES[of["T"]]), 8)
         for name in names
     ]
-    written = signature("kernel_text", names, inputs, TYPES[of["OUT"]], text(source))
+    out = TYPES[of.get("OUT", of["T"])]
+    written = signature("kernel_text", names, inputs, dict.fromkeys(outputs, out), text(source))
     return f'#include "{HERE / "metal_types.h"}"\n{header}\n__kernel {written}'
 
 
@@ -87,8 +98,21 @@ def variants(number):
 
 def test_every_variant_of_attention(tmp_path):
     for constants, extra, small in variants(60):
-        right, said = compiles(unit("split", constants, extra, small=small), tmp_path)
+        right, said = compiles(
+            unit("split", constants, extra, small=small, scalars=("advance",)), tmp_path
+        )
         assert right, f"{constants}: {said}"
+
+
+@pytest.mark.parametrize("has_base", [0, 1])
+def test_small_arrays(has_base, tmp_path):
+    given = tuple(f"given{number}" for number in range(16))
+    every = "GIVEN(given0, given1)" if has_base else "GIVEN(0, given0)"
+    constants = (("WARPS", 8), ("BASE", has_base), ("EVERY_GIVEN", every), ("T", "Float32"))
+    extra = ("base",) * has_base
+    made = unit("patch", constants, extra, scalars=("size", *given))
+    right, said = compiles(made, tmp_path)
+    assert right, said
 
 
 @pytest.mark.parametrize("body", ["merge", "write", "copy"])
@@ -103,6 +127,26 @@ def test_the_other_kernels(body, tmp_path):
         assert right, f"{name}: {said}"
 
 
+def test_gathering(tmp_path):
+    outputs = "gathered_keys", "gathered_values", "done", "gathered_queries"
+    for name, bits, write, small in itertools.product(TYPES, FORMATS, (0, 1), (0, 1)):
+        vector = 4 if name == "Float32" else 8
+        sizes = (("D", 80), ("HKV", 2), ("HQ", 8), ("BLOCK_SIZE", 16), ("TOKENS", 16))
+        constants = (
+            ("WARPS", 16),
+            *sizes,
+            ("VECTOR", vector if any(bits) or small else 1),
+            ("LANES", 16),
+            *zip(kernels.BITS, bits, strict=True),
+            *(("T", name), ("WRITE", write), ("QUERIES", 1 - small), ("SPANS", small)),
+        )
+        extra = (*["new_keys", "new_values"] * write, "after", "spans" if small else "queries")
+        given = {"outputs": outputs[: 4 - small], "scalars": SCALARS}
+        made = unit("gather", constants, extra, small=small, **given)
+        right, said = compiles(made, tmp_path)
+        assert right, f"{constants}: {said}"
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -115,7 +159,8 @@ def test_what_metal_would_refuse_is_refused(right, wrong, tmp_path):
     constants, extra, _ = next(
         made for made in variants(60) if dict(made[0])["WRITE"] and not dict(made[0])["KEY_BITS"]
     )
-    broken = unit("split", constants, extra, text=lambda t: t.replace(right, wrong), small=1)
-    assert broken != unit("split", constants, extra, small=1)
+    given = {"small": 1, "scalars": ("advance",)}
+    broken = unit("split", constants, extra, text=lambda t: t.replace(right, wrong), **given)
+    assert broken != unit("split", constants, extra, **given)
     assert not compiles(broken, tmp_path)[0]
-    assert compiles(unit("split", constants, extra, small=1), tmp_path)[0]
+    assert compiles(unit("split", constants, extra, **given), tmp_path)[0]

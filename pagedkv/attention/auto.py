@@ -11,6 +11,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from pagedkv.attention import chunk
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.codes import put, take
 from pagedkv.attention.findings import kind_of
@@ -120,18 +121,17 @@ def _trial(
     def attend(name: str) -> Callable[[], mx.array]:
         path = DECODE_PATHS[name]
         prepared = cache(lambda: path.prepare(batch, call, scores))
-        return lambda: path.attend(*arrays, prepared(), scores)
+        return lambda: path.attend(*arrays, prepared(), scores)[0]
 
     def exact() -> mx.array:
-        """Gather in float32."""
-        gather = DECODE_PATHS[rivals[1]]
+        """Gather in float32, by MLX's own operations."""
         keys, values = (numbers(pool, i, mx.float32) for i, pool in enumerate(own_pools))
         shape, dtype = keys.shape, mx.float32
         exactly = call._replace(
             keys=shape, values=shape, dtype=dtype, keys_dtype=dtype, values_dtype=dtype
         )
-        prepared = gather.prepare(own, exactly, scores)
-        return gather.attend(queries.astype(mx.float32), keys, values, prepared, scores)
+        prepared = chunk.make_plan(own, "cpu", exactly, scores, grouped=True)
+        return prepared.attend(queries.astype(mx.float32), keys, values, scores)[0]
 
     def written() -> mx.array:
         """Let the kernel write the queries' own K and V into copies that lack them."""
@@ -151,7 +151,7 @@ def _trial(
         mx.eval(new, lacking, whole)
         small = call._replace(keys=whole[0].shape, values=whole[1].shape)
         prepared = kernel.prepare(own, small, scores)
-        out = kernel.attend(queries, *lacking, prepared, scores, None, tuple(new))
+        out, _ = kernel.attend(queries, *lacking, prepared, scores, None, tuple(new))
         mx.eval(out)
         for i, (pool, wanted) in enumerate(zip(lacking, whole, strict=True)):
             got, expected = (numbers(x, i, mx.float32) for x in (pool, wanted))
@@ -162,7 +162,7 @@ def _trial(
         if has_codes:  # of numbers that codes stood for: others, by a little
             gather = DECODE_PATHS[rivals[1]]
             prepared = gather.prepare(own, small, scores)
-            right = gather.attend(queries, *whole, prepared, scores)
+            right, _ = gather.attend(queries, *whole, prepared, scores)
             if not (mx.linalg.norm(out - right) <= OFF * mx.linalg.norm(right)).item():
                 raise ValueError("expected attention over what was written, got another output")
             return calls[KERNEL]()

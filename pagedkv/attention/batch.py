@@ -148,6 +148,12 @@ class DecodeBatch:
         sizes = self.block_size, self.num_blocks
         return self.once(("group", group), DecodeBatch, self.groups[group], *sizes, self.lens)
 
+    def part(self, rows: slice) -> DecodeBatch:
+        """Return some of the sequences, which lie side by side."""
+        groups = tuple(tables[rows] for tables in self.groups)
+        lead = groups[0] if groups else self.block_tables[rows]
+        return DecodeBatch(lead, self.block_size, self.num_blocks, self.lens[rows], groups)
+
     @cached_property
     def context_lens(self) -> mx.array:
         """Tokens to attend over, shape [B], int32."""
@@ -213,77 +219,49 @@ class DecodeBatch:
             first, and L is the most that a sequence has from there on; a shorter one repeats its
             first, so that whatever its blocks held before is never read.
         """
+        first = self.seen_from(query_len, window)
+        seen = self.lens - first
+        length, every = int(seen.max()), np.arange(len(seen))
+        arguments = every, first, seen, length, kv_heads
+        return self.once(("rows", kv_heads, query_len, window), self.rows_from, *arguments)
 
-        def make() -> mx.array:
-            in_int32 = self.num_blocks * self.block_size * kv_heads <= INT32_MAX
-            dtype = mx.int32 if in_int32 else mx.int64
-            first, lens = self.seen_from(query_len, window), self.lens
-            positions = mx.arange(int((lens - first).max()))
-            if first.any() or self.shortest < self.longest:
-                begin = mx.array(first.astype(np.int32))[:, None]
-                positions = positions + begin
-                positions = mx.where(positions < self.context_lens[:, None], positions, begin)
-                blocks = mx.take_along_axis(self.block_tables, positions // self.block_size, axis=1)
-            else:
-                blocks = mx.take(self.block_tables, positions // self.block_size, axis=1)
-            offsets = (positions % self.block_size).astype(dtype)
-            slots = blocks.astype(dtype) * self.block_size + offsets
-            heads = mx.arange(kv_heads, dtype=dtype)[:, None]
-            return slots[:, None, :] * kv_heads + heads
-
-        return self.once(("rows", kv_heads, *self._seen(query_len, window)), make)
-
-    def distances(self, query_len: int = 1, window: int | None = None) -> mx.array:
-        """Return how far each position of `rows` lies behind each of the last `query_len` tokens.
+    def rows_from(
+        self,
+        sequences: NDArray[np.integer],
+        first: NDArray[np.integer],
+        tokens: NDArray[np.integer],
+        length: int,
+        kv_heads: int,
+    ) -> mx.array:
+        """Return where consecutive positions lie in a block-major pool, as `rows` does.
 
         Parameters
         ----------
-        query_len, window
-            As for `seen_from`.
+        sequences, first, tokens : ndarray
+            Of R spans the row of the batch, the first position and how many there are, [R] each.
+        length : int
+            L, no less than these.
+        kv_heads : int
+            Hkv, KV heads of the pool.
 
         Returns
         -------
         mx.array
-            Position less the query's own, int32, shape [B, 1, Q, L]; positive where the position
-            comes after it. Kept and shared, as `rows`.
+            Shape [R, Hkv, L]; a shorter span repeats its first position.
         """
-
-        def make() -> mx.array:
-            first = self.seen_from(query_len, window)
-            positions = mx.arange(int((self.lens - first).max()))
-            own = mx.array((self.lens - first).astype(np.int32))[:, None]
-            own = own + (mx.arange(query_len) - query_len)
-            return positions - own[:, None, :, None]
-
-        return self.once(("distances", query_len, *self._seen(query_len, window)), make)
-
-    def causal_mask(self, query_len: int = 1, window: int | None = None) -> mx.array | None:
-        """Return which positions of `rows` each of the last `query_len` tokens may see.
-
-        Parameters
-        ----------
-        query_len, window
-            As for `seen_from`.
-
-        Returns
-        -------
-        mx.array or None
-            True where query i may see a position, bool, shape [B, 1, Q, L]; None when it would be
-            True everywhere. Kept and shared, as `rows`.
-        """
-
-        def make() -> mx.array:
-            behind = self.distances(query_len, window)
-            mask = behind <= 0
-            return mask if window is None else mask & (behind > -window)
-
-        seen = self.lens - self.seen_from(query_len, window)
-        if query_len == 1 and (seen == seen[0]).all():
-            return None
-        return self.once(("mask", query_len, window), make)
-
-    def _seen(self, query_len: int, window: int | None) -> tuple[int, ...]:
-        """Return what tells apart arrays over what is seen: nothing if that is everything."""
-        if window is None or window + query_len > self.longest:
-            return ()
-        return query_len, window
+        in_int32 = self.num_blocks * self.block_size * kv_heads <= INT32_MAX
+        dtype = mx.int32 if in_int32 else mx.int64
+        positions = mx.arange(length)
+        tables = self.block_tables
+        if len(sequences) != len(self.lens) or (sequences != np.arange(len(sequences))).any():
+            tables = tables[mx.array(sequences.astype(np.int32))]
+        if first.any() or (tokens < length).any():
+            begin, seen = mx.array(np.stack([first, tokens]).astype(np.int32))[..., None]
+            positions = begin + mx.where(positions < seen, positions, 0)
+            blocks = mx.take_along_axis(tables, positions // self.block_size, axis=1)
+        else:
+            blocks = mx.take(tables, positions // self.block_size, axis=1)
+        offsets = (positions % self.block_size).astype(dtype)
+        slots = blocks.astype(dtype) * self.block_size + offsets
+        heads = mx.arange(kv_heads, dtype=dtype)[:, None]
+        return slots[:, None, :] * kv_heads + heads

@@ -106,7 +106,7 @@ def decode_attention(
     """
     check_one_token(queries)
     plan = plan_for(queries, keys, values, batch, scale, path, scores)
-    return plan.attend(queries, keys, values, scores)
+    return plan.attend(queries, keys, values, scores)[0]
 
 
 def paged_attention(
@@ -145,7 +145,7 @@ def paged_attention(
         If the path cannot run this dtype, shape, Q or option on the default device.
     """
     plan = plan_for(queries, keys, values, batch, scale, path, scores)
-    return plan.attend(queries, keys, values, scores)
+    return plan.attend(queries, keys, values, scores)[0]
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ class Plan:
     warps: int
     _tables: mx.array
     _numbers: mx.array  # what the kernel reads beside the tables
-    _growth: mx.array  # what one more token of each sequence adds to it
     _room: int  # tokens by which all may grow before it is better to cut anew
     _kernels: _Kernels
+    _advance: int = 0  # tokens by which all have grown
 
     def attend(
         self,
@@ -97,12 +97,12 @@ class Plan:
         if slopes is not None:
             inputs.append(slopes)
         splits, split, joins, spans, merge = self._kernels
-        attends = splits(new is not None, after is not None)
+        attends, advance = splits(new is not None, after is not None), (self._advance,)
         if self.launches == 1:
             if sinks is not None:
                 inputs.append(sinks)
-            return attends(inputs=inputs, **split)[0]
-        [parts] = attends(inputs=inputs, **split)
+            return attends(inputs=inputs, scalars=advance, **split)[0]
+        [parts] = attends(inputs=inputs, scalars=advance, **split)
         inputs = [parts, spans]
         if sinks is not None:
             inputs.append(sinks)
@@ -112,18 +112,16 @@ class Plan:
         """Return the plan of the same sequences, each `by` tokens longer; None to cut anew."""
         if not 0 <= by <= self._room:
             return None
-        # On the device: a new array from the host costs MLX on CUDA more than all the rest, since
-        # memory moves between the two by page faults.
-        growth = self._growth if by == 1 else by * self._growth
+        # Nothing is moved to the device: how far they have grown comes with each launch.
         return Plan(
             self.items,
             self.launches,
             self.warps,
             batch.block_tables,
-            self._numbers + growth,
-            self._growth,
+            self._numbers,
             self._room - by,
             self._kernels,
+            self._advance + by,
         )
 
 
@@ -153,7 +151,8 @@ class _Splits:
             constants = (*constants, ("WRITE", int(writes)))
             new = ("new_keys", "new_values") if writes else ()
             after = ("after",) if ordered else ()
-            made = kernels.kernel(body, backend, constants, (*new, *after, *extra))
+            extra = (*new, *after, *extra)
+            made = kernels.kernel(body, backend, constants, extra, scalars=("advance",))
             self._made[writes, ordered] = made
         return made
 
@@ -230,11 +229,6 @@ def make_plan(
     header[2], header[4] = scores.window or 0, items
     numbers = np.concatenate([header, work.ravel()]).astype(np.int32)
     spans = np.concatenate([[items, 0], rows_of_work.ravel()]).astype(np.int32)
-    # One more token of each sequence: every context is longer, and so is the item at its end.
-    growth = np.zeros_like(numbers)
-    growth[HEADER:].reshape(-1, 4)[:, 3] = 1
-    growth[HEADER:].reshape(-1, 4)[rows_of_work[:, 1] - 1, 2] = 1
-
     shape = (("D", head_dim), ("HKV", kv_heads), ("G", group), ("Q", query_len))
     sinks = scores.sinks is not None
     by_lanes = (
@@ -259,6 +253,7 @@ def make_plan(
             ("ALIBI", int(scores.alibi_slopes is not None)),
             ("SINKS", int(sinks and not divided)),
             ("OUT", "Float32" if divided else TYPES[dtype]),
+            *_types(scores),
         ),
         (("slopes",) if scores.alibi_slopes is not None else ())
         + (("sinks",) if sinks and not divided else ()),
@@ -266,7 +261,11 @@ def make_plan(
     joins = kernels.kernel(
         "merge",
         backend,
-        (*shape, ("WARPS", tuning.merge_warps), ("SINKS", int(sinks)), ("OUT", TYPES[dtype])),
+        (
+            *shape,
+            *(("WARPS", tuning.merge_warps), ("SINKS", int(sinks)), ("OUT", TYPES[dtype])),
+            *_types(scores),
+        ),
         ("sinks",) if sinks else (),
     )
     output = {"output_shapes": [queries], "output_dtypes": [dtype]}
@@ -280,8 +279,7 @@ def make_plan(
         launches=1 + divided,
         warps=warps,
         _tables=batch.block_tables,
-        _numbers=mx.array(numbers),
-        _growth=mx.array(growth),
+        _numbers=kernels.array_of(numbers, backend),
         _room=tile,
         _kernels=_Kernels(
             splits,
@@ -291,7 +289,7 @@ def make_plan(
                 **(partial if divided else output),
             },
             joins,
-            mx.array(spans),
+            kernels.array_of(spans, backend),
             {
                 "grid": (heads * query_len * tuning.merge_warps * 32, rows_of_batch, 1),
                 "threadgroup": (tuning.merge_warps * 32, 1, 1),
@@ -316,6 +314,12 @@ def _multiplies_codes(
         and block_size % 16 == 0
         and dtype != mx.float32
     )
+
+
+def _types(scores: ScoreOptions) -> kernels.Constants:
+    """Return the dtypes of options that are arrays."""
+    arrays = (("SLOPES_T", scores.alibi_slopes), ("SINKS_T", scores.sinks))
+    return tuple((name, TYPES[array.dtype]) for name, array in arrays if array is not None)
 
 
 def lanes_of(head_dim: int) -> int:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from pagedkv.attention import fused
+from pagedkv.attention import chunk, fused
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.codes import take
 from pagedkv.attention.gather import take_blocks
-from pagedkv.attention.inputs import DTYPES, Call, Layout, New, Shape
+from pagedkv.attention.inputs import DTYPES, Call, Layout, Shape
 from pagedkv.attention.scores import ScoreOptions
+
+Attended = tuple[mx.array, mx.array | None]
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,17 @@ class DecodePath:
     layout : Layout
         The pool layout it reads.
     attend : callable
-        (queries, keys, values, prepared, scores) -> output, arguments already checked. One that
-        `writes` also takes (after, new, tables), see `AttentionPlan.attend`.
+        (queries, keys, values, prepared, scores, after, new, tables) -> (output, last), arguments
+        already checked. The last three as for `AttentionPlan.attend`, `new` and `tables` of paths
+        that `writes` alone; `last` is computed once the pools were read and written, None if that
+        is the output.
     prepare : callable
         (batch, call, scores) -> what `attend` takes for every layer; it must not hold the batch.
     advance : callable or None
         (prepared, batch, by) -> the same for a batch that goes on by so many tokens, or None to
         prepare anew. Paths without it always do.
     writes : bool
-        Whether it can put new tokens' K and V into the pools itself.
+        Whether on a GPU it can put new tokens' K and V into the pools itself.
     supports : callable
         (device, dtype, head_dim) -> whether it can run.
     causal : bool
@@ -53,7 +56,7 @@ class DecodePath:
     """
 
     layout: Layout
-    attend: Callable[..., mx.array]
+    attend: Callable[..., Attended]
     prepare: Callable[[DecodeBatch, Call, ScoreOptions], Any]
     supports: Callable[[mx.Device, mx.Dtype, int], bool]
     advance: Callable[[Any, DecodeBatch, int], Any] | None = None
@@ -71,29 +74,12 @@ class Blocks(NamedTuple):
     block_tables: mx.array  # [B, M]
     mask: mx.array | None  # [B, 1, 1, M * S]
 
-    def ordered(self, after: mx.array) -> Blocks:
+    def ordered(self, after: mx.array | None) -> Blocks:
         """Return the same, known only when `after` is computed."""
-        return self._replace(block_tables=_ordered(self.block_tables, after))
-
-
-class Rows(NamedTuple):
-    """What a gather of rows takes from a batch."""
-
-    scale: float
-    rows: mx.array  # [B, Hkv, L]
-    mask: mx.array | None  # [B, 1, Q, L]
-    distances: mx.array | None  # [B, 1, Q, L]
-    headroom: mx.array  # HEADROOM, float32
-
-    def ordered(self, after: mx.array) -> Rows:
-        """Return the same, known only when `after` is computed."""
-        return self._replace(rows=_ordered(self.rows, after))
-
-
-def _ordered(indices: mx.array, after: mx.array) -> mx.array:
-    """Return indices that are not known before `after` is: what they are for comes later still."""
-    nothing = after.reshape(-1)[:1].view(mx.uint8)[:1] & 0
-    return indices + nothing.astype(indices.dtype)
+        if after is None:
+            return self
+        nothing = after.reshape(-1)[:1].view(mx.uint8)[:1] & 0
+        return self._replace(block_tables=self.block_tables + nothing.astype(mx.int32))
 
 
 def _gather_then_sdpa(
@@ -110,66 +96,54 @@ def _gather_then_sdpa(
 
 
 def _gather_block_major(
-    queries: mx.array, keys: mx.array, values: mx.array, blocks: Blocks, scores: ScoreOptions
-) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, blocks, Layout.BLOCK_MAJOR)
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    blocks: Blocks,
+    scores: ScoreOptions,
+    after: mx.array | None = None,
+    *_: Any,
+) -> Attended:
+    blocks = blocks.ordered(after)
+    return _gather_then_sdpa(queries, keys, values, blocks, Layout.BLOCK_MAJOR), None
 
 
 def _gather_head_major(
-    queries: mx.array, keys: mx.array, values: mx.array, blocks: Blocks, scores: ScoreOptions
-) -> mx.array:
-    return _gather_then_sdpa(queries, keys, values, blocks, Layout.HEAD_MAJOR)
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    blocks: Blocks,
+    scores: ScoreOptions,
+    after: mx.array | None = None,
+    *_: Any,
+) -> Attended:
+    blocks = blocks.ordered(after)
+    return _gather_then_sdpa(queries, keys, values, blocks, Layout.HEAD_MAJOR), None
 
 
+# Each a function of its own: what ran is told from the calls of a profile.
 def _gather_rows(
-    queries: mx.array, keys: mx.array, values: mx.array, gather: Rows, scores: ScoreOptions
-) -> mx.array:
-    sinks = scores.sinks
-    return mx.fast.scaled_dot_product_attention(
-        queries,
-        take(keys, gather.rows, queries.shape[3], queries.dtype, is_keys=True),
-        take(values, gather.rows, queries.shape[3], queries.dtype, is_keys=False),
-        scale=gather.scale,
-        mask=gather.mask,
-        sinks=None if sinks is None else sinks.astype(queries.dtype),
-    )
-
-
-# A float16 product of queries and K ends at 65,504. Queries this much smaller leave room for scores
-# up to 2**20. More would cost digits where K is many thousand times as large as the queries.
-HEADROOM = 2.0**4
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    plan: chunk.Plan,
+    scores: ScoreOptions,
+    *access: Any,
+) -> Attended:
+    """Gather K and V, then MLX's own attention; see `pagedkv.attention.chunk`."""
+    return plan.attend(queries, keys, values, scores, *access)
 
 
 def _gather_rows_grouped(
-    queries: mx.array, keys: mx.array, values: mx.array, gather: Rows, scores: ScoreOptions
-) -> mx.array:
-    """All query heads of a KV head in one matrix product; K and V are read once for them."""
-    scale, rows, mask, distances, headroom = gather
-    batch, heads, query_len, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    grouped = (queries * (scale / HEADROOM)).reshape(batch, kv_heads, -1, head_dim)
-    taken = take(keys, rows, head_dim, queries.dtype, is_keys=True)
-    logits = grouped @ taken.swapaxes(2, 3)  # [B, Hkv, G * Q, L]
-    logits = logits * headroom  # in float32 from here, which is no slower
-    by_query = (batch, kv_heads, heads // kv_heads, query_len, logits.shape[-1])
-    if scores.softcap is not None:
-        logits = scores.softcap * mx.tanh(logits / scores.softcap)
-    if distances is not None and scores.alibi_slopes is not None:
-        slopes = scores.alibi_slopes.astype(mx.float32).reshape(kv_heads, -1, 1, 1)
-        logits = logits.reshape(by_query) + slopes * distances[:, :, None]
-        logits = logits.reshape(*by_query[:2], -1, by_query[-1])
-    if mask is not None:
-        masked = mx.where(mask[:, :, None], logits.reshape(by_query), -mx.inf)
-        logits = masked.reshape(logits.shape)
-    if scores.sinks is None:
-        weights = mx.softmax(logits, axis=-1)
-    else:
-        sinks = scores.sinks.astype(mx.float32).reshape(1, kv_heads, -1, 1, 1)
-        sinks = mx.broadcast_to(sinks, (*by_query[:-1], 1)).reshape(*logits.shape[:-1], 1)
-        weights = mx.softmax(mx.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
-    taken = take(values, rows, head_dim, queries.dtype, is_keys=False)
-    out = weights.astype(queries.dtype) @ taken
-    return out.reshape(batch, heads, query_len, head_dim)
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    plan: chunk.Plan,
+    scores: ScoreOptions,
+    *access: Any,
+) -> Attended:
+    """Gather K and V, then matrix products; see `pagedkv.attention.chunk`."""
+    return plan.attend(queries, keys, values, scores, *access)
 
 
 def _fused(
@@ -178,27 +152,22 @@ def _fused(
     values: mx.array,
     plan: fused.Plan,
     scores: ScoreOptions,
-    after: mx.array | None = None,
-    new: New | None = None,
-    tables: mx.array | None = None,
-) -> mx.array:
+    *access: Any,
+) -> Attended:
     """Read K and V where they lie; see `pagedkv.attention.fused`."""
-    return plan.attend(queries, keys, values, scores, after, new, tables)
+    return plan.attend(queries, keys, values, scores, *access), None
 
 
 def _prepare_blocks(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Blocks:
     return Blocks(call.scale, batch.block_tables, batch.mask)
 
 
-def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> Rows:
-    query_len, kv_heads = call.queries[2], call.keys[2]
-    return Rows(
-        call.scale,
-        batch.rows(kv_heads, query_len, scores.window),
-        batch.causal_mask(query_len, scores.window),
-        None if scores.alibi_slopes is None else batch.distances(query_len, scores.window),
-        mx.array(HEADROOM),
-    )
+def _prepare_rows(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> chunk.Plan:
+    return chunk.make_plan(batch, backend_of(mx.Device(call.device)), call, scores, grouped=False)
+
+
+def _prepare_grouped(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> chunk.Plan:
+    return chunk.make_plan(batch, backend_of(mx.Device(call.device)), call, scores, grouped=True)
 
 
 def _prepare_fused(batch: DecodeBatch, call: Call, scores: ScoreOptions) -> fused.Plan:
@@ -229,6 +198,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
             _gather_rows,
             _prepare_rows,
             _any_head_dim,
+            writes=True,
             causal=True,
             codes=True,
             options=frozenset({"window", "sinks"}),
@@ -236,8 +206,9 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
         "gather_rows_grouped": DecodePath(
             Layout.BLOCK_MAJOR,
             _gather_rows_grouped,
-            _prepare_rows,
+            _prepare_grouped,
             _any_head_dim,
+            writes=True,
             causal=True,
             codes=True,
             options=EVERY_OPTION,

@@ -58,7 +58,7 @@ class AttentionPlan:
         after: mx.array | None = None,
         new: New | None = None,
         tables: mx.array | None = None,
-    ) -> mx.array:
+    ) -> tuple[mx.array, mx.array | None]:
         """Attend in one layer, with arguments of this kind.
 
         Parameters
@@ -70,15 +70,18 @@ class AttentionPlan:
         new : tuple of (mx.array, mx.array), optional
             K and V of the query tokens, [B, Hkv, Q, D] each, to be put into the pools first, if the
             path `writes`. MLX does not know of it: what reads or writes the pools next has to take
-            the output as its `after`.
+            what this returns as its `after`.
         tables : mx.array, optional
             Block tables in place of the batch's, if the path `writes`; `over` is for the others.
+
+        Returns
+        -------
+        tuple of (mx.array, mx.array or None)
+            The output, and what is computed once the pools were read and written: None for the
+            output itself.
         """
-        if self.path.writes:
-            prepared = self.prepared
-            return self.path.attend(queries, keys, values, prepared, scores, after, new, tables)
-        prepared = self.prepared if after is None else self.prepared.ordered(after)
-        return self.path.attend(queries, keys, values, prepared, scores)
+        prepared = self.prepared
+        return self.path.attend(queries, keys, values, prepared, scores, after, new, tables)
 
     def advanced(self, batch: DecodeBatch, by: int) -> AttentionPlan | None:
         """Return the plan of the same sequences, each `by` tokens longer; None to plan anew."""

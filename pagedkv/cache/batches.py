@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from pagedkv import kernels
 from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.paths import backend_of
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.rows import Rows
 
@@ -56,7 +58,7 @@ class Batches:
         """
         rows, lens = self.rows, self.rows.seen.lens
         if rows.changed:
-            self._send(rows.block_tables, rows.changed)
+            self._send(rows.room, rows.changed)
             rows.changed = []
         grown = lens - self._lens
         by = int(grown[0])
@@ -75,10 +77,10 @@ class Batches:
 
         MLX on CUDA moves memory from the host by page faults: the less the better.
         """
-        before = self._places
+        before, backend = self._places, backend_of(mx.default_device())
         if before.shape[1:] != ids.shape:
             self._places = self._pool.places(ids).copy()
-            sent = mx.array(self._places)
+            sent = kernels.array_of(self._places, backend).reshape(self._places.shape)
         else:
             sent = self._sent
             rows = sorted(set(rows))
@@ -88,10 +90,11 @@ class Batches:
             before[:, rows] = places
             if 0 < len(groups) <= FEW:
                 where = np.ravel_multi_index((groups, which, columns), before.shape)
-                moved = np.stack([where, before[groups, which, columns]]).astype(np.int32)
-                where, what = mx.array(moved)
-                flat = sent.reshape(-1)
-                flat[where] = what
+                what, flat = before[groups, which, columns], sent.reshape(-1)
+                if backend == "cuda":
+                    flat = kernels.patched(flat, where, what)
+                else:
+                    flat[mx.array(where.astype(np.int32))] = mx.array(what)
                 sent = flat.reshape(before.shape)
             elif len(groups):
                 sent = mx.array(before)

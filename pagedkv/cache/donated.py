@@ -54,8 +54,8 @@ class Donated:
         new: New | None = None,
         tables: mx.array | None = None,
     ) -> mx.array:
-        """Attend over what has been written."""
-        return plan.attend(queries, *self.pools(layer), scores, tables=tables)
+        """Attend over what has been written, `new` too."""
+        return plan.attend(queries, *self.pools(layer), scores, None, new, tables)[0]
 
     def write(self, layer: int, new: New, slots: mx.array) -> None:
         """Put tokens of K and V, [B, Hkv, L, D] each, into their slots, [B * L] int32."""
@@ -77,6 +77,10 @@ class Donated:
         mx.eval(blocks)  # a reader that has not run would make MLX copy the pool
         for pools, copied in zip((self._keys, self._values), blocks, strict=True):
             pools[:] = [_replaced(p, targets, b) for p, b in zip(pools, copied, strict=True)]
+
+    def start(self) -> list[mx.array]:
+        """Return what to wait for."""
+        return [*self._keys, *self._values]
 
     def wait(self) -> None:
         """Wait for what is in flight, so that it holds no pool."""

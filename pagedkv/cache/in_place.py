@@ -59,6 +59,7 @@ class InPlace:
         self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
+        self._started = self._last[:]
         self._marks: list[ReferenceType[Mark]] = []
         self._begun = 0  # marks so far
 
@@ -98,7 +99,10 @@ class InPlace:
         `tables` are in place of the plan's, as for `AttentionPlan.attend`.
         """
         keys, values = self._keys[layer], self._values[layer]
-        out = plan.attend(queries, keys, values, scores, self._last[layer], new, tables)
+        out, last = plan.attend(queries, keys, values, scores, self._last[layer], new, tables)
+        if last is not None:
+            self._last[layer] = last
+            return out
         if FEW <= plan.output_bytes <= SMALL:
             # Another Python object: what is assigned to one of them is not assigned to the other.
             self._last[layer] = out.reshape(out.shape)
@@ -157,6 +161,13 @@ class InPlace:
             output_shapes=[(8,)],
             output_dtypes=[self._dtype],
         )
+
+    def start(self) -> list[mx.array]:
+        """Have every access computed; wait only for those that were started before."""
+        started, self._started = self._started, self._last[:]
+        mx.async_eval(self._started)  # type: ignore[no-untyped-call]
+        mx.eval(started)
+        return []
 
     def wait(self) -> None:
         """Wait for every access.
@@ -218,4 +229,4 @@ class InPlace:
 
     def _forget(self, last: list[mx.array]) -> None:
         mx.synchronize()  # what did run ends before what comes now
-        self._last = last
+        self._last, self._started = last, last[:]

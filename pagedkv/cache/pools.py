@@ -237,11 +237,13 @@ class Pools:
         plan: AttentionPlan,
         queries: mx.array,
         new: New,
-        slots: Callable[[int], SlotMapping],
+        slots: Callable[[int], SlotMapping] | None,
         scores: ScoreOptions,
         batch: DecodeBatch,
     ) -> mx.array:
         """Write tokens and attend with them, as `plan` says; `slots` returns a layer's if needed.
+
+        Without `slots` they are written already.
 
         ValueError if the tokens do not fit the layer. Nothing has changed then.
         """
@@ -252,13 +254,16 @@ class Pools:
         store, slab, tables = self._store, self._slabs[layer], None
         if self._group_of[layer]:
             plan, tables = self._by_group(layer, plan, batch, scores)
-        if store.writes(plan):
-            return store.attend(slab, plan, queries, scores, new, tables)
-        store.write(slab, new, slots(layer).slots)
-        return store.attend(slab, plan, queries, scores, None, tables)
+        if slots is not None and not store.writes(plan):
+            store.write(slab, new, slots(layer).slots)
+        return store.attend(slab, plan, queries, scores, new, tables)
+
+    def writes(self, plan: AttentionPlan) -> bool:
+        """Whether what attends by a plan also writes."""
+        return self._store.writes(plan)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks in every layer, in place; `extend` and `steps` do it by themselves.
+        """Copy whole blocks in every layer, in place; `extend` and `step` do it by themselves.
 
         Parameters
         ----------
@@ -301,6 +306,14 @@ class Pools:
         slab = self._slabs[layer]
         last = self._store.last(slab)
         return [*self._store.pools(slab)] if last is None else [last]
+
+    def start(self) -> list[mx.array]:
+        """Have all accesses so far computed, and let the host go on.
+
+        On a GPU this waits for what the last call started, so that two passes at most are under
+        way. On a CPU, where nothing runs beside the host, it returns what to wait for.
+        """
+        return self._store.start()
 
     def group_of(self, layer: int) -> int:
         """Return the group of a layer; 0 for what is none."""
@@ -352,7 +365,7 @@ class Pools:
         group = self._group_of[layer]
         if not group:
             return plan, None
-        if plan.path.writes:
+        if self._store.writes(plan):
             return plan, batch.groups[group]
         return batch.once((plan.call, group), plan.over, batch, group, scores), None
 

@@ -118,6 +118,11 @@ class Rows:
         """Block ids, shape [B, M]; a shorter row repeats its first. Written over as tables grow."""
         return self._array[:, : max(self._widths.max(), 1)]
 
+    @property
+    def room(self) -> NDArray[np.int32]:
+        """As `block_tables`, with an M that is larger and seldom changes."""
+        return self._array
+
     def follow(self) -> Seen:
         """Look at the tables, and return what they hold now."""
         before = self.seen
@@ -225,7 +230,7 @@ class Rows:
         widths = [len(blocks) for blocks in ids]
         missing = max(widths) - self._array.shape[1]
         if missing > 0:
-            more = np.repeat(self._array[:, :1], missing, axis=1)
+            more = np.repeat(self._array[:, :1], max(missing, self._array.shape[1] // 2), axis=1)
             self._array = np.concatenate([self._array, more], axis=1)
         if appended and min(widths) > 1:
             self._array[rows, np.array(widths) - 1] = [blocks[-1] for blocks in ids]

@@ -67,27 +67,45 @@ FUNCTION size_t measure_of(int block, int offset, int head) {
   return codes_of<BITS>(block, BLOCK_SIZE, 0) + head * BLOCK_SIZE + offset;
 }
 
-// Puts a new row, of which a lane reads eight numbers, into a pool, if it `writes`: all lanes of a warp
-// come here.
-template <int BITS, bool ROTATED, typename E>
+// Puts a new row, eight numbers of which a lane has, into a pool, if it `writes`: all lanes of a warp come
+// here. Leaves in `row` what its codes stand for, rotated if that is how they are kept.
+template <int BITS, bool ROTATED>
 FUNCTION void encode(
-    const device E* from, const device uint* pool, int block, int offset, int head, int seat, bool writes) {
+    thread float* row, const device uint* pool, int block, int offset, int head, int seat, bool writes) {
   const bool active = D == LANES * 8 || seat * 8 < D;
-  float row[8];
-  unpack(load(from), row);
   if (ROTATED) rotate(row, seat);
   constexpr int LEVELS = (1 << BITS) - 1, WORDS = BITS / 4;
   const uint word = measure(row, LEVELS, active);
   uint made[WORDS] = {};
   UNROLL for (int i = 0; i < 8; ++i) {
     const int place = BITS == 8 ? 8 * (i % 4) : i / 2 * 4 + i % 2 * 16;
-    made[BITS == 8 ? i / 4 : 0] |= code(row[i], word, LEVELS) << place;
+    const uint steps = code(row[i], word, LEVELS);
+    made[BITS == 8 ? i / 4 : 0] |= steps << place;
+    row[i] = fma(float(steps), half_number(word), half_number(word >> 16));
   }
   if (!writes || !active) return;
   device uint* to = writable(pool);
   UNROLL for (int i = 0; i < WORDS; ++i)
     to[codes_of<BITS>(block, offset, head) + seat * WORDS + i] = made[i];
   if (seat == 0) to[measure_of<BITS>(block, offset, head)] = word;
+}
+template <int BITS, bool ROTATED, typename E>
+FUNCTION void encode(
+    const device E* from, const device uint* pool, int block, int offset, int head, int seat, bool writes) {
+  float row[8];
+  unpack(load(from), row);
+  encode<BITS, ROTATED>(row, pool, block, offset, head, seat, writes);
+}
+
+// Fetches eight numbers of a row that codes stand for; all lanes of a warp come here.
+template <int BITS, bool ROTATED>
+FUNCTION void decode(const device uint* pool, int block, int offset, int head, int seat, thread float* row) {
+  const int own = D == LANES * 8 || seat * 8 < D ? seat : 0;
+  unpack(load(pool + codes_of<BITS>(block, offset, head) + own * (BITS / 4), Codes<BITS>()), row);
+  const uint word = pool[measure_of<BITS>(block, offset, head)];
+  const float step = half_number(word), low = half_number(word >> 16);
+  UNROLL for (int i = 0; i < 8; ++i) row[i] = fma(row[i], step, low);
+  if (ROTATED) rotate(row, seat);
 }
 
 #ifdef MATRIX

@@ -2,11 +2,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// MLX writes the signature. This is how the size of a group gets into it: without it the compiler may
-// spend more registers on a thread than so many threads can have, and the launch fails.
-#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__(WARPS * 32)
-
 #define UNROLL _Pragma("unroll")
 #define SHARED __shared__
 #define FUNCTION __device__ __forceinline__
@@ -67,6 +62,27 @@ __device__ __forceinline__ void unpack(BFloat8 x, float* out) {
 __device__ __forceinline__ void unpack(Float8 x, float* out) {
   const unsigned words[8] = {x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w};
   UNROLL for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
+}
+
+// Puts eight numbers into memory, or zeros if they are not `held`. Float16 ends at its largest number;
+// what is no number stays none.
+__device__ __forceinline__ float in_half(float x) {
+  return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+}
+__device__ __forceinline__ void store(__half* to, const float* x, bool held) {
+  alignas(16) __half2 pairs[4];
+  UNROLL for (int i = 0; i < 4; ++i)
+    pairs[i] = __floats2half2_rn(held ? in_half(x[2 * i]) : 0.0f, held ? in_half(x[2 * i + 1]) : 0.0f);
+  *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(pairs);
+}
+__device__ __forceinline__ void store(__nv_bfloat16* to, const float* x, bool held) {
+  alignas(16) __nv_bfloat162 pairs[4];
+  UNROLL for (int i = 0; i < 4; ++i)
+    pairs[i] = __floats2bfloat162_rn(held ? x[2 * i] : 0.0f, held ? x[2 * i + 1] : 0.0f);
+  *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(pairs);
+}
+__device__ __forceinline__ void store(float* to, const float* x, bool held) {
+  UNROLL for (int i = 0; i < 8; ++i) to[i] = held ? x[i] : 0.0f;
 }
 
 // Eight codes of 8 or 4 bits; of no bits: numbers as they are.

@@ -48,6 +48,19 @@ inline void unpack(Float8 x, thread float* out) {
   }
 }
 
+// Puts eight numbers into memory, or zeros if they are not `held`. Float16 ends at its largest number;
+// what is no number stays none.
+inline half in_half(float x) {
+  return half(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+}
+inline void store(device half* to, const thread float* x, bool held) {
+  UNROLL for (int i = 0; i < 8; ++i) to[i] = in_half(held ? x[i] : 0.0f);
+}
+template <typename E>
+inline void store(device E* to, const thread float* x, bool held) {
+  UNROLL for (int i = 0; i < 8; ++i) to[i] = E(held ? x[i] : 0.0f);
+}
+
 // Eight codes of 8 or 4 bits; of no bits: numbers as they are.
 template <int BITS>
 struct Codes {};

@@ -31,9 +31,11 @@ const bool active = D == LANES * 8 || seat * 8 < D;
 const int column = active ? seat * 8 : 0;
 
 const float scale = as_float(plan[0]), softcap = as_float(plan[1]);
-const int window = plan[2], max_blocks = block_tables_shape[1];
+const int window = plan[2];
 auto item = plan + 8 + 4 * group_y;
-const int sequence = item[0], end = item[2], context = item[3];
+// All sequences may have grown since the work was cut, and with them the items at their ends.
+const int sequence = item[0], context = item[3] + advance;
+const int end = item[2] == item[3] ? context : int(item[2]);
 // Blocks that left the window since the work was cut may be others' by now.
 const int seen_from = WINDOW ? max(context - Q + 1 - window, 0) / BLOCK_SIZE * BLOCK_SIZE : 0;
 const int start = max(int(item[1]), seen_from);

@@ -25,9 +25,11 @@ const int seat = lane % LANES, team = thread_id / LANES;  // of rows as they lie
 const int head = group_x / CHUNKS, first_row = group_x % CHUNKS * R;
 
 const float softcap = as_float(plan[1]), scale = as_float(plan[0]) * (SOFTCAP ? 1.0f : LOG2E);
-const int window = plan[2], max_blocks = block_tables_shape[1];
+const int window = plan[2];
 auto item = plan + 8 + 4 * group_y;
-const int sequence = item[0], end = item[2], context = item[3];
+// All sequences may have grown since the work was cut, and with them the items at their ends.
+const int sequence = item[0], context = item[3] + advance;
+const int end = item[2] == item[3] ? context : int(item[2]);
 const int seen_from = WINDOW ? max(context - Q + 1 - window, 0) / BLOCK_SIZE * BLOCK_SIZE : 0;
 const int start = max(int(item[1]), seen_from);
 auto table = block_tables + size_t(sequence) * max_blocks;
