@@ -57,14 +57,10 @@ def compute_lazily(model, cache, schedule, sampled=None):
 
     `sampled` are those of the schedule before, if that is in flight.
     """
-    request_ids, following = [], []
-    for step in cache.steps(schedule, sampled):
-        logits = model(step.tokens, step.attend)
-        rows = mx.array(step.sample_rows, mx.int32)
-        following.append(mx.argmax(logits[:, -1], axis=-1)[rows])
-        request_ids += [step.request_ids[row] for row in step.sample_rows]
-    order = mx.array([request_ids.index(name) for name in schedule.samples], mx.int32)
-    sampled = mx.concatenate(following)[order].astype(mx.int32)
+    step = cache.step(schedule, sampled)
+    logits = model(step.tokens, step.attend)[:, -1]
+    rows = mx.array(step.sample_rows, mx.int32)
+    sampled = mx.argmax(logits, axis=-1)[rows].astype(mx.int32)
     mx.async_eval(sampled)  # and all that it follows from, K and V too
     return sampled
 

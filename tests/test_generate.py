@@ -135,24 +135,39 @@ def test_a_step_in_flight_that_is_retracted_aborted_or_past_the_end_changes_noth
     assert (scheduler.stats().blocks_live, unknown > 10, ahead > 10) == (0, True, True)
 
 
-def test_steps_are_the_sequences_that_compute_equally_many_tokens():
+def test_a_schedule_is_one_step_those_with_fewest_tokens_first():
     cache = new_cache()
     scheduler = Scheduler(cache.pool, cache.block_size, max_tokens=8)
     scheduler.add("a", [7], 3)
     scheduler.add("b", [1, 2, 3], 3)
     scheduler.add("c", range(10, 19), 3)
-    first = cache.steps(scheduler.schedule())
-    assert [step.request_ids for step in first] == [["c"], ["b"], ["a"]]
-    assert [step.tokens.tolist() for step in first] == [[[10, 11, 12, 13]], [[1, 2, 3]], [[7]]]
-    assert [step.sample_rows for step in first] == [[], [0], [0]]
+    first = cache.step(scheduler.schedule())
+    assert first.request_ids == ["a", "b", "c"]
+    assert first.tokens.tolist() == [[7], [1], [2], [3], [10], [11], [12], [13]]
+    assert first.positions.tolist() == [0, 0, 1, 2, 0, 1, 2, 3]
+    assert first.sample_rows == [0, 3]
     scheduler.update({"a": 40, "b": 41})
-    second = cache.steps(scheduler.schedule())
-    assert [step.request_ids for step in second] == [["c"], ["a", "b"]]
-    assert [step.tokens.tolist() for step in second] == [[[14, 15, 16, 17, 18]], [[40], [41]]]
-    assert [step.sample_rows for step in second] == [[0], [0, 1]]
-    assert all(step.tokens.dtype == mx.int32 for step in second)
-    assert second[1].batch.context_lens.tolist() == [2, 4]
-    assert second[1].slots.slots.tolist() == [1, 7]
+    second = cache.step(scheduler.schedule())
+    assert second.request_ids == ["a", "b", "c"]
+    assert second.tokens.tolist() == [[40], [41], [14], [15], [16], [17], [18]]
+    assert second.positions.tolist() == [1, 3, 4, 5, 6, 7, 8]
+    assert second.sample_rows == [0, 1, 6]
+    assert second.tokens.dtype == mx.int32
+    assert second.batch.context_lens.tolist() == [2, 4, 9]
+    assert second.slots.slots.tolist()[:2] == [1, 7]
+    scheduler.update({"a": 42, "b": 43, "c": 44})
+    third = cache.step(scheduler.schedule())
+    assert (third.tokens.tolist(), third.sample_rows) == ([[42], [43], [44]], [0, 1, 2])
+
+
+def test_sequences_with_as_many_tokens_lie_side_by_side():
+    cache = new_cache()
+    scheduler = Scheduler(cache.pool, cache.block_size)
+    scheduler.add("a", [7, 8], 3)
+    scheduler.add("b", [1, 2], 3)
+    step = cache.step(scheduler.schedule())
+    assert step.tokens.tolist() == [[7, 8], [1, 2]]
+    assert (step.positions.tolist(), step.sample_rows) == ([0, 0], [0, 1])
 
 
 def test_shared_blocks_are_copied_before_they_are_written():
@@ -193,10 +208,11 @@ def test_forks_go_on_with_a_step_in_flight():
 def test_a_schedule_of_another_pool_is_refused():
     cache = new_cache()
     scheduler = Scheduler(BlockPool(16), 4)
-    assert cache.steps(scheduler.schedule()) == []
+    with pytest.raises(ValueError, match="a schedule of at least one request"):
+        cache.step(scheduler.schedule())
     scheduler.add("a", [7], 3)
     with pytest.raises(ValueError, match="expected tables of this cache"):
-        cache.steps(scheduler.schedule())
+        cache.step(scheduler.schedule())
 
 
 @pytest.mark.parametrize("end", ["update", "retract"])
@@ -206,16 +222,16 @@ def test_steps_of_a_schedule_that_is_over_write_nothing(end):
     scheduler = Scheduler(cache.pool, cache.block_size)
     scheduler.add("a", [1, 2, 3], 3)
     schedule = scheduler.schedule()
-    [step] = cache.steps(schedule)
+    step = cache.step(schedule)
     with pytest.raises(PagedKVError, match="a new schedule, this one is stepped"):
-        cache.steps(schedule)
+        cache.step(schedule)
     scheduler.retract() if end == "retract" else scheduler.update({"a": 1})
     before = np.array(cache.keys[0])
     new = [mx.ones((1, heads, 3, HEAD_DIM)) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
     with pytest.raises(PagedKVError, match="the schedule of this one is over"):
         step.attend(0, *new, scale=1.0)
     with pytest.raises(PagedKVError, match="a new schedule, this one is over"):
-        cache.steps(schedule)
+        cache.step(schedule)
     assert np.array_equal(np.array(cache.keys[0]), before)
 
 
@@ -226,7 +242,7 @@ def test_tokens_that_only_the_device_knows_are_put_in_there():
         scheduler.add(name, prompt, 3)
     first = scheduler.schedule()
     assert first.samples == ["a", "b"]
-    cache.steps(first, mx.array(0.5))  # nothing is unknown yet
+    cache.step(first, mx.array(0.5))  # nothing is unknown yet
     scheduler.abort("a")
     second = scheduler.schedule()
     assert (second.request_ids, second.counts) == (["b", "c", "d"], [1, 1, 3])
@@ -239,12 +255,12 @@ def test_tokens_that_only_the_device_knows_are_put_in_there():
         (mx.array([40, 41], mx.uint32), r"got mlx.core.uint32 of shape \(2,\)"),
     ]:
         with pytest.raises(ValueError, match=rf"as an int32 array of shape \(2,\), {message}"):
-            cache.steps(second, bad)
+            cache.step(second, bad)
     assert (second.state, cache.memory_usage()) == ("new", before)
-    steps = cache.steps(second, mx.array([40, 41]))
-    assert [step.request_ids for step in steps] == [["d"], ["b", "c"]]
-    assert [step.tokens.tolist() for step in steps] == [[[4, 5, 6]], [[41], [9]]]
-    assert all(step.tokens.dtype == mx.int32 for step in steps)
+    step = cache.step(second, mx.array([40, 41]))
+    assert step.request_ids == ["b", "c", "d"]
+    assert step.tokens.tolist() == [[41], [9], [4], [5], [6]]
+    assert step.tokens.dtype == mx.int32
 
 
 def test_tokens_are_not_waited_for():
@@ -252,9 +268,9 @@ def test_tokens_are_not_waited_for():
     cache = new_cache()
     scheduler = Scheduler(cache.pool, cache.block_size)
     scheduler.add("a", [7], 3)
-    cache.steps(scheduler.schedule())
+    cache.step(scheduler.schedule())
     singular = mx.linalg.inv(mx.zeros((1, 1)), stream=mx.cpu)
-    [step] = cache.steps(scheduler.schedule(), singular[0].astype(mx.int32))
+    step = cache.step(scheduler.schedule(), singular[0].astype(mx.int32))
     with pytest.raises(RuntimeError, match="LU factorization failed"):
         mx.eval(step.tokens)
 
@@ -266,4 +282,4 @@ def test_steps_are_made_of_a_schedule_before_the_next_is_chosen():
     scheduler.add("a", [7], 3)
     first, _ = scheduler.schedule(), scheduler.schedule()
     with pytest.raises(PagedKVError, match="a new schedule, this one is late"):
-        cache.steps(first)
+        cache.step(first)

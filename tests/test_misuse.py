@@ -80,7 +80,7 @@ def test_a_schedules_step_whose_sequences_somebody_changed_is_refused():
     scheduler = Scheduler(paged.pool, paged.block_size)
     scheduler.add("a", range(5), 9)
     schedule = scheduler.schedule()
-    [step] = paged.steps(schedule)
+    step = paged.step(schedule)
     new = inputs(np.random.default_rng(53), 1, 5)
     step.attend(0, *new, scale=SCALE)
     schedule.tables[0].truncate(3)

@@ -91,13 +91,60 @@ def test_a_refused_layer_changes_nothing(name):
         step.attend(**good)
 
 
-def test_sequences_with_different_counts_are_not_attended_together():
+@pytest.mark.parametrize("counts", [[1, 1, 12, 3], [4, 0, 4, 1], [20, 20, 9, 1]])
+@pytest.mark.parametrize("window", [None, 6])
+def test_sequences_with_different_counts_attend_in_one_call(counts, window):
+    """As each would by itself; a layer without K and V of its own sees the same."""
+    rng = np.random.default_rng(33)
+    paged, alone = cache(num_blocks=64), cache(num_blocks=64)
+    before = [5, 1, 9, 2]
+    tables, others = ([paged_.new_table() for _ in counts] for paged_ in (paged, alone))
+    new = [inputs(rng, 1, n) for n in before]
+    for paged_, made in ((paged, tables), (alone, others)):
+        for table, arrays in zip(made, new, strict=True):
+            with paged_.extend([table], [arrays[0].shape[2]]) as step:
+                step.attend(0, *arrays, scale=SCALE)
+    new = [inputs(rng, 1, n) for n in counts if n]
+    packed = [
+        mx.concatenate([arrays[i].swapaxes(0, 2) for arrays in new]) for i in range(3)
+    ]  # [T, H, 1, D]
+    scores = ScoreOptions(window=window)
+    with paged.extend(tables, counts) as step:
+        assert not step.is_even
+        out = step.attend(0, *packed, scale=SCALE, scores=scores)
+        again = step.attend_again(0, packed[0], scale=SCALE, scores=scores)
+    expected = []
+    for table, count in zip(others, counts, strict=True):
+        if count:
+            with alone.extend([table], [count]) as step:
+                arrays = new[len(expected)]
+                one = step.attend(0, *arrays, scale=SCALE, scores=scores)
+                expected.append(one.swapaxes(0, 2))
+    for got in (out, again):
+        assert mx.allclose(got, mx.concatenate(expected), rtol=1e-4, atol=1e-5).item()
+    for table, other in zip(tables, others, strict=True):
+        slots = [
+            (t.block_ids[i // t.block_size] * t.block_size + i % t.block_size)
+            for t in (table, other)
+            for i in range(t.num_tokens)
+        ]
+        half = len(slots) // 2
+        for kept, held in ((paged.keys, alone.keys), (paged.values, alone.values)):
+            rows = np.array(kept[0]).reshape(-1, 2, 8), np.array(held[0]).reshape(-1, 2, 8)
+            assert np.array_equal(rows[0][slots[:half]], rows[1][slots[half:]])
+
+
+def test_an_uneven_step_takes_all_tokens_one_after_the_other():
     rng = np.random.default_rng(33)
     paged = cache()
     with paged.extend([paged.new_table(), paged.new_table()], [3, 2]) as step:
-        with pytest.raises(ValueError, match=r"as many new tokens of each .* counts \[2, 3\]"):
-            step.attend(0, *inputs(rng, 2, 3), scale=SCALE)
-        paged.write(0, tokens(rng, 1, 5), tokens(rng, 1, 5), step.slots)
+        pools = [np.array(pool) for pool in (*paged.keys, *paged.values)]
+        for bad in (inputs(rng, 2, 3), inputs(rng, 1, 5), inputs(rng, 4, 1)):
+            with pytest.raises(ValueError, match=r"all new tokens, shape \[5, H, 1, D\], got"):
+                step.attend(0, *bad, scale=SCALE)
+        after = [np.array(pool) for pool in (*paged.keys, *paged.values)]
+        assert all(np.array_equal(x, y) for x, y in zip(pools, after, strict=True))
+        step.attend(0, *inputs(rng, 5, 1), scale=SCALE)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8])

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
-from pagedkv.attention.fused import MOST_QUERIES
 from pagedkv.cache.batches import Batches
 from pagedkv.cache.pools import Pools
 from pagedkv.cache.step import Extension, ScheduledStep
@@ -123,7 +122,7 @@ class PagedKVCache(Pools):
         self.pool = BlockPool(self.num_blocks)
         if len(groups) > 1:
             self.pool = FramePool(self.num_blocks, groups, self.block_size, margin)
-        self._last: Batches | None = None  # of the last step of few tokens, as it may go on
+        self._going_on: list[Batches] = []  # of the last steps, oldest first
         self._open: list[ReferenceType[Extension]] = []
 
     def memory_usage(self) -> MemoryUsage:
@@ -191,21 +190,20 @@ class PagedKVCache(Pools):
             step = Extension(self, batches, reservation)
             self.copy_blocks(step.copies)
             self._open.append(ref(step))
-            if step.is_even and reservation.counts[0] <= MOST_QUERIES:
-                self._last = batches
+            self._keep(batches)
             return step
         except BaseException:
             if reservation:
                 reservation.undo()
             raise
 
-    def steps(self, schedule: Schedule, sampled: mx.array | None = None) -> list[ScheduledStep]:
-        """Make steps of a schedule: sequences that compute equally many tokens go together.
+    def step(self, schedule: Schedule, sampled: mx.array | None = None) -> ScheduledStep:
+        """Make the step of a schedule: one forward pass over all its sequences.
 
         Blocks that the schedule shares and will write are copied first. `Step.attend` follows for
-        every layer of each step, then `Scheduler.update`, or `retract` if something failed. The
-        next schedule may be chosen before that, when these have attended in every layer: they are
-        lazy, and need not be computed.
+        every layer, then `Scheduler.update`, or `retract` if something failed. The next schedule
+        may be chosen before that, when this has attended in every layer: it is lazy, and need not
+        be computed.
 
         Parameters
         ----------
@@ -218,34 +216,31 @@ class PagedKVCache(Pools):
 
         Returns
         -------
-        list of ScheduledStep
-            Those with most tokens a sequence first; empty if the schedule is.
+        ScheduledStep
+            The step.
 
         Raises
         ------
         ValueError
-            If the schedule is of another cache's blocks, or `sampled` is missing or does not fit.
-            Nothing has changed then.
+            If the schedule is empty or of another cache's blocks, or `sampled` is missing or does
+            not fit. Nothing has changed then.
         PagedKVError
-            If steps were made of it before, the next was chosen before that, or it is over.
+            If a step was made of it before, the next was chosen before that, or it is over.
         """
         if schedule.state != "new":
             raise PagedKVError(f"expected a new schedule, this one is {schedule.state}")
+        if not schedule.request_ids:
+            raise ValueError("expected a schedule of at least one request")
         if schedule.unknown:
             _check_sampled(sampled, len(schedule.samples_before))
-        rows: dict[int, list[int]] = {}
-        for row, count in enumerate(schedule.counts):
-            rows.setdefault(count, []).append(row)
-        steps = []
-        for count in sorted(rows)[::-1]:
-            batches = self._batches([schedule.tables[row] for row in rows[count]])
-            batches.rows.follow()
-            steps.append(ScheduledStep(self, batches, schedule, rows[count], sampled))
-            if count <= MOST_QUERIES:
-                self._last = batches
+        rows = sorted(range(len(schedule.counts)), key=schedule.counts.__getitem__)
+        batches = self._batches([schedule.tables[row] for row in rows])
+        batches.rows.follow()
+        step = ScheduledStep(self, batches, schedule, rows, sampled)
+        self._keep(batches)
         self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
-        return steps
+        return step
 
     def batch(self, tables: Sequence[BlockTable]) -> DecodeBatch:
         """Return what `attend` reads of sequences: all of their tokens.
@@ -262,13 +257,16 @@ class PagedKVCache(Pools):
         return Batches(tables, self.num_blocks).next()
 
     def _batches(self, tables: list[BlockTable]) -> Batches:
-        """Return what makes the batch of a step: what made the last one if that goes on."""
-        last = self._last
-        if last is not None and last.rows.seen.tables == tables:
-            self._last = None  # until it is up to date again
-            return last
+        """Return what makes the batch of a step: what made one of the last if that goes on."""
+        for place, batches in enumerate(self._going_on):
+            if batches.rows.seen.tables == tables:
+                return self._going_on.pop(place)  # until it is up to date again
         self._check_own(tables)
         return Batches(tables, self.num_blocks)
+
+    def _keep(self, batches: Batches) -> None:
+        """Let a step of the same sequences go on; a prompt does not end the steps of others."""
+        self._going_on = [*self._going_on[-1:], batches]
 
     def _check_own(self, tables: list[BlockTable]) -> None:
         if tables and (tables[0].pool, tables[0].block_size) != (self.pool, self.block_size):

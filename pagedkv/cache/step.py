@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import groupby
 from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from pagedkv.attention.batch import DecodeBatch
+from pagedkv.attention.inputs import New
 from pagedkv.attention.plan import AttentionPlan
 from pagedkv.attention.scores import PLAIN, ScoreOptions
 from pagedkv.cache.batches import Batches
@@ -20,6 +24,70 @@ from pagedkv.host.schedule import Schedule
 from pagedkv.limits import id_below
 
 _UNCHANGED = "sequences that nobody changes before their step is over, but somebody did"
+
+
+class _Part:
+    """Sequences side by side with as many new tokens each.
+
+    Attributes
+    ----------
+    tokens : slice
+        Of all new tokens of the step, sequence by sequence.
+    """
+
+    def __init__(self, batch: DecodeBatch, count: int, first_token: int) -> None:
+        self.batch, self.shape = batch, (len(batch.lens), count)
+        self.tokens = slice(first_token, first_token + len(batch.lens) * count)
+        self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
+
+    def plan(
+        self,
+        pools: Pools,
+        layer: int,
+        queries: mx.array,
+        new: New,
+        scale: float,
+        path: str,
+        scores: ScoreOptions,
+    ) -> AttentionPlan:
+        """Return the plan of such arguments, [B, H, Q, D] each, checked when it is made."""
+        keys, values = new
+        kind = (
+            queries.shape,
+            keys.shape,
+            values.shape,
+            queries.dtype,
+            keys.dtype,
+            values.dtype,
+            scale,
+            path,
+            scores.kind,
+        )
+        plan = self._plans.get(kind)
+        if plan is None:
+            for name, array in (("queries", queries), ("keys", keys)):
+                if array.ndim != 4 or array.shape[::2] != self.shape:
+                    sequences, count = self.shape
+                    raise ValueError(
+                        f"expected {name} of shape [{sequences}, H, {count}, D], got {array.shape}"
+                    )
+            plan = pools.plan(layer, queries, new, self.batch, scale, path, scores)
+            self._plans[kind] = plan
+        return plan
+
+    def of(self, packed: mx.array) -> mx.array:
+        """Return what is the part's of an array [T, H, 1, D], as [B, H, Q, D]."""
+        _, heads, _, head_dim = packed.shape
+        own = packed[self.tokens]
+        if self.shape[1] == 1:
+            return own
+        return own.reshape(*self.shape, heads, head_dim).swapaxes(1, 2)
+
+    def packed(self, out: mx.array) -> mx.array:
+        """Return an array [B, H, Q, D] as [B * Q, H, 1, D]."""
+        if self.shape[1] == 1:
+            return out
+        return mx.flatten(out.swapaxes(1, 2), 0, 1)[:, :, None]
 
 
 class Step:
@@ -37,10 +105,9 @@ class Step:
         self.batch = batches.next()
         self._seen = batches.rows.seen
         self._pools, self._counts = pools, counts
-        self._shape = len(counts), counts[0]
-        self._plans: dict[Hashable, AttentionPlan] = {}  # of layers of a kind
         self._slots: dict[int, SlotMapping] = {}  # by group of layers
         self.is_even = counts.count(counts[0]) == len(counts)
+        self._parts = [_Part(self.batch, counts[0], 0)] if self.is_even else []
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -82,33 +149,32 @@ class Step:
     ) -> mx.array:
         """Write the new tokens' K and V into a layer's pools, and attend with the same tokens.
 
-        Each token sees those before it and itself. All sequences have Q new tokens; where their
-        counts differ, `PagedKVCache.write` takes K and V, and `PagedKVCache.attend` some of them.
-        On a GPU the kernel that attends also writes where it can: up to 8 tokens a sequence. A
-        step changes what the cache knows: it is not to be traced, as by `mx.compile`.
+        Each token sees those before it and itself. On a GPU the kernel that attends, or gathers,
+        also writes. A step changes what the cache knows: it is not to be traced, as by
+        `mx.compile`.
 
         Parameters
         ----------
         layer : int
             Which layer, from 0.
         queries : mx.array
-            Shape [B, Hq, Q, D], dtype of the pools.
+            Shape [B, Hq, Q, D] where all B sequences have Q new tokens, else [T, Hq, 1, D]: all
+            new tokens, sequence by sequence. Dtype of the pools.
         keys, values : mx.array
-            Shape [B, Hkv, Q, D] with Hkv and D of the layer, dtype of the pools; Hq is a multiple
-            of Hkv.
+            The same with Hkv heads of the layer; Hq is a multiple of Hkv.
         scale, path, scores
             As for `decode_attention`.
 
         Returns
         -------
         mx.array
-            Shape [B, Hq, Q, D], dtype of `queries`; lazy.
+            Shape and dtype of `queries`; lazy.
 
         Raises
         ------
         ValueError, UnsupportedPathError
-            If an argument does not fit, as `paged_attention` and `PagedKVCache.write` say, or the
-            sequences have different counts of new tokens. Nothing has changed then.
+            If an argument does not fit, as `paged_attention` and `PagedKVCache.write` say. Nothing
+            has changed then.
         RuntimeError
             As `PagedKVCache.write`.
         PagedKVError
@@ -117,54 +183,94 @@ class Step:
         self._check_open()
         if not self._seen.holds():
             raise PagedKVError(f"expected {_UNCHANGED}")
-        kind = (
-            queries.shape,
-            keys.shape,
-            values.shape,
-            queries.dtype,
-            keys.dtype,
-            values.dtype,
-            scale,
-            path,
-            scores.kind,
-        )
-        plan = self._plans.get(kind)
-        if plan is None:
-            self._check_new(queries, keys)
-            plan = self._pools.plan(layer, queries, (keys, values), self.batch, scale, path, scores)
-            self._plans[kind] = plan
-        return self._pools.write_and_attend(
-            layer, plan, queries, (keys, values), self.slots_of, scores, self.batch
-        )
+        pools, slots, new = self._pools, self.slots_of, (keys, values)
+        if self.is_even:
+            [part] = self._parts
+            plan = part.plan(pools, layer, queries, new, scale, path, scores)
+            return pools.write_and_attend(layer, plan, queries, new, slots, scores, part.batch)
+        parts = self._parts or self._make_parts()
+        self._check_packed(queries=queries, keys=keys, values=values)
+        planned = []
+        for part in parts:
+            own, own_new = part.of(queries), (part.of(keys), part.of(values))
+            plan = part.plan(pools, layer, own, own_new, scale, path, scores)
+            planned.append((part, plan, own, own_new))
+        if not all(pools.writes(plan) for _, plan, _, _ in planned):
+            pools.write(layer, keys, values, slots(layer))
+            written = None
+        else:
+            written = slots
+        outputs = [
+            part.packed(
+                pools.write_and_attend(layer, plan, own, own_new, written, scores, part.batch)
+            )
+            for part, plan, own, own_new in planned
+        ]
+        return mx.concatenate(outputs)
 
-    def _check_new(self, queries: mx.array, keys: mx.array) -> None:
-        shape = self._shape
-        if not self.is_even:
-            counts = sorted(set(self._counts))
-            raise ValueError(f"expected as many new tokens of each sequence, got counts {counts}")
-        for name, array in (("queries", queries), ("keys", keys)):
-            if array.ndim != 4 or array.shape[::2] != shape:
+    def attend_again(
+        self,
+        layer: int,
+        queries: mx.array,
+        *,
+        scale: float,
+        path: str = "auto",
+        scores: ScoreOptions = PLAIN,
+    ) -> mx.array:
+        """Attend once more over a layer whose tokens of this step are written, as `attend` does.
+
+        For layers without K and V of their own, which may come when the step was committed.
+        Parameters, returns and raises as `attend`.
+        """
+        options: dict[str, Any] = {"scale": scale, "path": path, "scores": scores}
+        if self.is_even:
+            return self._pools.attend(layer, queries, self.batch, **options)
+        self._check_packed(queries=queries)
+        outputs = [
+            part.packed(self._pools.attend(layer, part.of(queries), part.batch, **options))
+            for part in self._parts or self._make_parts()
+        ]
+        return mx.concatenate(outputs)
+
+    def _check_packed(self, **arrays: mx.array) -> None:
+        total = sum(self._counts)
+        for name, array in arrays.items():
+            if array.ndim != 4 or array.shape[::2] != (total, 1):
                 raise ValueError(
-                    f"expected {name} of shape [{shape[0]}, H, {shape[1]}, D], got {array.shape}"
+                    f"expected {name} of all new tokens, shape [{total}, H, 1, D], "
+                    f"got {array.shape}"
                 )
+
+    def _make_parts(self) -> list[_Part]:
+        """Cut uneven sequences into runs of as many new tokens."""
+        row = token = 0
+        for count, run in groupby(self._counts):
+            rows = slice(row, row + len(list(run)))
+            if count:
+                self._parts.append(_Part(self.batch.part(rows), count, token))
+            row, token = rows.stop, token + count * (rows.stop - rows.start)
+        return self._parts
 
     def _check_open(self) -> None:
         """Raise PagedKVError if the step is over."""
 
 
 class ScheduledStep(Step):
-    """The sequences of a schedule that compute equally many tokens.
+    """All tokens of a schedule, for one forward pass.
 
     Nothing of it is to be committed: `Scheduler.update` or `retract` ends the schedule.
 
     Attributes
     ----------
     request_ids : list
-        Whose tokens, B of them.
+        Whose tokens, those with fewest new tokens first.
     tokens : mx.array
-        The tokens to compute, shape [B, Q], int32; lazy if some are known to the device alone.
+        The tokens to compute, int32; lazy if some are known to the device alone. Shape [B, Q] where
+        all B sequences compute Q tokens, else [T, 1]: all tokens, sequence by sequence.
+    positions : ndarray
+        Position of the first token of each row of `tokens`, int32.
     sample_rows : list of int
-        Which of the B sequences' next token follows from this step.
+        Which rows' next tokens follow from this step, in the order of `Schedule.samples`.
     """
 
     def __init__(
@@ -175,21 +281,27 @@ class ScheduledStep(Step):
         rows: list[int],
         sampled: mx.array | None,
     ) -> None:
-        count = schedule.counts[rows[0]]
-        super().__init__(pools, batches, [count] * len(rows))
-        self.request_ids = [schedule.request_ids[row] for row in rows]
-        ends = np.cumsum(schedule.counts)[rows]
-        self.tokens = mx.array(schedule.tokens[ends[:, None] + np.arange(-count, 0)])
-        last = [schedule.unknown.get(end - 1, -1) for end in ends.tolist()]
-        unknown = [row for row, index in enumerate(last) if index >= 0]
-        if sampled is not None and unknown:
-            indices = mx.array([last[row] for row in unknown])
-            self.tokens[mx.array(unknown), -1] = sampled[indices]
-        samples = set(schedule.samples)
+        counts = [schedule.counts[row] for row in rows]
+        super().__init__(pools, batches, counts)
         self._schedule = schedule
-        self.sample_rows = [
-            row for row, request_id in enumerate(self.request_ids) if request_id in samples
-        ]
+        self.request_ids = [schedule.request_ids[row] for row in rows]
+        ends = np.cumsum(schedule.counts)
+        begins = ends - schedule.counts
+        chosen = np.concatenate([np.arange(begins[row], ends[row]) for row in rows])
+        tokens = mx.array(schedule.tokens[chosen])
+        if sampled is not None and schedule.unknown:
+            places = np.empty_like(chosen)
+            places[chosen] = np.arange(len(chosen))
+            known = [*schedule.unknown]
+            tokens[mx.array(places[known])] = sampled[mx.array([*schedule.unknown.values()])]
+        before = self.batch.lens - counts
+        width = counts[0] if self.is_even else 1
+        self.tokens = tokens.reshape(-1, width)
+        inside = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.positions = (np.repeat(before, counts) + inside)[::width].astype(np.int32)
+        last = np.cumsum(counts) // width - 1
+        rows_of = dict(zip(self.request_ids, last.tolist(), strict=True))
+        self.sample_rows = [rows_of[request_id] for request_id in schedule.samples]
 
     def _check_open(self) -> None:
         if self._schedule.state == "over":

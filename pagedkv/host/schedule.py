@@ -16,7 +16,7 @@ from pagedkv.host.block_table import BlockTable
 class Schedule:
     """What the model computes next: prompts, chunks of them, one token each of the others.
 
-    `PagedKVCache.steps` makes device calls of it.
+    `PagedKVCache.step` makes device calls of it.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Schedule:
     samples_before : list
         The `samples` of the schedule that was in flight when this was made; empty if none was.
     state : str
-        "new", "stepped" when `PagedKVCache.steps` has made steps of it, "late" if the next schedule
+        "new", "stepped" when `PagedKVCache.step` has made a step of it, "late" if the next schedule
         was made before that, "over" after `update` or `retract`.
     """
 

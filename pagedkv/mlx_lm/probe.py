@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.mlx_lm.routing import Routed, own_attention
+from pagedkv.mlx_lm.routing import Routed, own_attention, replaced
 
 TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
 
@@ -152,3 +154,44 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
     if not shapes:
         raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V")
     return shapes
+
+
+def output_layer(model: Any, caches: Sequence[Any]) -> tuple[Any, str] | None:
+    """Return the module that makes logits of hidden states, and its method that does.
+
+    None if that is neither a linear layer nor an embedding: mlx-lm's models have one of the two.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of mlx-lm.
+    caches : list
+        Empty caches as the model wants them.
+    """
+    last: tuple[Any, str, tuple[int, ...]] | None = None
+
+    def noting(kind: type, method: str) -> Callable[[Any, mx.array], mx.array]:
+        own = getattr(kind, method)
+
+        def noted(module: Any, hidden: mx.array) -> mx.array:
+            nonlocal last
+            out: mx.array = own(module, hidden)
+            last = module, method, out.shape
+            return out
+
+        return noted
+
+    layers: Any = nn  # mypy sees none of them
+    methods = {
+        layers.Linear: "__call__",
+        layers.QuantizedLinear: "__call__",
+        layers.Embedding: "as_linear",
+        layers.QuantizedEmbedding: "as_linear",
+    }
+    with ExitStack() as stack:
+        for kind, method in methods.items():
+            stack.enter_context(replaced(kind, **{method: noting(kind, method)}))
+        logits = model(mx.zeros((1, TOKENS), mx.int32), cache=caches)
+    if last is None or last[2] != logits.shape:
+        return None
+    return last[0], last[1]

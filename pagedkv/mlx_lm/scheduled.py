@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule
 from pagedkv.mlx_lm.layer import ShapedLayer
 from pagedkv.mlx_lm.memory import pools_of
-from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
+from pagedkv.mlx_lm.probe import LayerShape, layer_shapes, output_layer
 from pagedkv.mlx_lm.routing import Closing, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
@@ -79,6 +79,7 @@ class ScheduledModel(Closing):
         try:
             shapes = layer_shapes(model, caches)
             _check_all_paged(model, shapes, len(caches))
+            found = output_layer(model, make_prompt_cache(model))
             self.cache: PagedKVCache = pools_of(
                 shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
             )
@@ -87,6 +88,7 @@ class ScheduledModel(Closing):
             raise
         self._model, self._pass = model, _Pass(self.cache)
         self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
+        self._undo_narrow = _narrow(*found, self._pass) if found else lambda: None
         self._is_open = True
 
     def logits(self, schedule: Schedule, sampled: mx.array | None = None) -> mx.array:
@@ -97,7 +99,7 @@ class ScheduledModel(Closing):
         Parameters
         ----------
         schedule, sampled
-            As for `PagedKVCache.steps`: with `sampled` one step is in flight. Not empty.
+            As for `PagedKVCache.step`: with `sampled` one step is in flight. Not empty.
 
         Returns
         -------
@@ -107,34 +109,28 @@ class ScheduledModel(Closing):
         Raises
         ------
         ValueError, PagedKVError
-            As `PagedKVCache.steps`, if the schedule is empty or this object was closed. Nothing has
+            As `PagedKVCache.step`, if the schedule is empty or this object was closed. Nothing has
             changed then.
         """
         if not self._is_open:
             raise PagedKVError("expected an open model, this one was closed")
         if not schedule.request_ids:
             raise ValueError("expected a schedule of at least one request")
-        found: list[mx.array] = []
-        places: dict[Hashable, int] = {}
-        for step in self.cache.steps(schedule, sampled):
-            with self._pass.of(step):
-                out = self._model(step.tokens, cache=self._layers)[:, -1]
-            rows = step.sample_rows
-            if rows:
-                found.append(out if len(rows) == len(out) else out[mx.array(rows)])
-                for row in rows:
-                    places[step.request_ids[row]] = len(places)
-        if not found:  # a part of a prompt: nothing else would have it computed
+        step = self.cache.step(schedule, sampled)
+        with self._pass.of(step):
+            out: mx.array = self._model(step.tokens, cache=self._layers)
+        if not step.sample_rows:  # a part of a prompt: nothing else would have it computed
             mx.async_eval(self.cache.written(len(self._layers) - 1))  # type: ignore[no-untyped-call]
             return mx.zeros((0, out.shape[-1]), out.dtype)
-        logits = mx.concatenate(found) if len(found) > 1 else found[0]
-        order = [places[request_id] for request_id in schedule.samples]
-        return logits if order == list(range(len(order))) else logits[mx.array(order)]
+        if self._pass.is_narrowed:
+            return out[:, -1]
+        return out[mx.array(step.sample_rows), -1]
 
     def close(self) -> None:
         """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
         if self._is_open:
             self._is_open = False
+            self._undo_narrow()
             self._undo_routes()
             del self.cache, self._pass.cache
 
@@ -171,18 +167,41 @@ class _Pass:
         self.offset: int | mx.array = 0
         self.longest = 0
         self.masks: list[mx.array] = []
+        self.is_narrowed = False  # the output of the pass is that of `sample_rows`
 
     @contextmanager
     def of(self, step: ScheduledStep) -> Iterator[None]:
         """Let the layers compute a step."""
-        count = step.tokens.shape[1]
-        before = [table.num_tokens - count for table in step.tables]
-        self.offset = before[0] if len(before) == 1 else mx.array(before)
-        self.step, self.longest = step, max(before)
+        before = step.positions
+        self.offset = int(before[0]) if len(before) == 1 else mx.array(before)
+        self.step, self.longest, self.is_narrowed = step, int(before.max()), False
         try:
             yield
         finally:
             self.step, self.masks = None, []
+
+    def narrowed(self, hidden: mx.array) -> mx.array:
+        """Return what of a pass's hidden states [B, Q, ...] the next tokens follow from."""
+        step = self.step
+        if step is None or not step.sample_rows or hidden.shape[:2] != step.tokens.shape:
+            return hidden
+        self.is_narrowed = True
+        return hidden[mx.array(step.sample_rows), -1:]
+
+
+def _narrow(layer: Any, method: str, under_way: _Pass) -> Callable[[], None]:
+    """Let an output layer see what `_Pass.narrowed` leaves; return what undoes it."""
+    own: Any = type(layer)
+
+    def narrowed(self: Any, hidden: mx.array) -> Any:
+        return getattr(own, method)(self, under_way.narrowed(hidden))
+
+    layer.__class__ = type(own.__name__, (own,), {method: narrowed})
+
+    def undo() -> None:
+        layer.__class__ = own
+
+    return undo
 
 
 class _Layer(ShapedLayer):
@@ -244,10 +263,9 @@ class _Layer(ShapedLayer):
         """Attend with another layer's queries over all that the sequences hold of this one."""
         step = self._pass.step
         assert step is not None
-        out = self._pass.cache.attend(
+        out = step.attend_again(
             self.layer,
             self.widened(queries.astype(self.shape.dtype)),
-            step.batch,
             scale=scale,
             scores=self.scores(sinks),
         )
