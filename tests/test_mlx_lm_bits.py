@@ -61,17 +61,12 @@ def coded(keys, values, bits):
 
 
 class Coded:
-    """A cache of mlx-lm's own that keeps what codes stand for.
+    """A cache of mlx-lm's own that keeps what codes stand for."""
 
-    A prompt's first chunk sees itself as it was computed, as in a store.
-    """
-
-    format, sees_first = None, True
+    format = None
 
     def update_and_fetch(self, keys, values):
-        is_first = self.sees_first and not self.offset and keys.shape[2] > 1
-        kept = super().update_and_fetch(*coded(keys, values, self.format))
-        return (keys, values) if is_first else kept
+        return super().update_and_fetch(*coded(keys, values, self.format))
 
 
 class CodedKVCache(Coded, KVCache):
@@ -82,13 +77,13 @@ class CodedRotatingKVCache(Coded, RotatingKVCache):
     pass
 
 
-def with_codes(caches, bits, sees_first=True):
+def with_codes(caches, bits):
     """Have mlx-lm's own caches keep what codes stand for."""
     for cache in caches:
         cache.__class__ = {KVCache: CodedKVCache, RotatingKVCache: CodedRotatingKVCache}[
             type(cache)
         ]
-        cache.format, cache.sees_first = bits, sees_first
+        cache.format = bits
     return caches
 
 
@@ -271,7 +266,7 @@ def test_preemption_and_hits_leave_codes(family, bits):
     for number, (prompt, _) in requests.items():
         for each, outputs in ((None, exact), (bits, expected)):
             caches = make_prompt_cache(model)
-            caches = with_codes(caches, each, sees_first=False) if each else caches
+            caches = with_codes(caches, each) if each else caches
             logits = model(mx.array([tokens[number]]), cache=caches)[0]
             outputs.append(logits[len(prompt) - 1 : -1])
     found, seen, compared = {number: [] for number in requests}, {}, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
 from pagedkv.mlx_lm.probe import LayerShape
-from pagedkv.mlx_lm.routing import Routed, own_attention
+from pagedkv.mlx_lm.routing import Routed
 from pagedkv.mlx_lm.sequences import Sequences
 
 
@@ -179,54 +180,25 @@ class PagedLayer(ShapedLayer):
     ) -> mx.array:
         own, sequences = queries.dtype, self.sequences
         queries = self.widened(queries.astype(keys.dtype))
-        keys, values = self.widened(keys), self.widened(values)
         options: dict[str, Any] = {"scale": scale, "scores": self.scores(sinks)}
-        first = keys.shape[2] > 1 and not any(sequences.lens)
-        if writes and (first or sequences.is_ragged):
-            self._write(step, keys, values)
-        if first:  # nothing comes before the new tokens
-            out = self._contiguous(queries, keys, values, scale, sinks)
-        elif sequences.is_ragged:
-            out = self._ragged(queries, options)
-        elif writes:
-            out = step.attend(self.layer, queries, keys, values, **options)
+        if sequences.is_padded:
+            queries = sequences.packed(queries)
+        if writes:
+            new = self.widened(keys), self.widened(values)
+            if sequences.is_padded:
+                new = sequences.packed(new[0]), sequences.packed(new[1])
+            out = step.attend(self.layer, queries, *new, **options)
         else:
-            out = sequences.kv.attend(self.layer, queries, step.batch, **options)
-        return self.narrowed(out, own)
+            out = step.attend_again(self.layer, queries, **options)
+        return self.narrowed(sequences.unpacked(out) if sequences.is_padded else out, own)
 
-    def _contiguous(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        count, window, mask = keys.shape[2], self.shape.window, "causal"
-        if window is not None and window < count:
-            mask = create_causal_mask(count, window_size=window)
-        return own_attention(queries, keys, values, None, scale, mask, sinks)
+    def packs(self) -> bool:
+        """Whether all layers are paged: others would not know whose tokens are whose."""
+        return self.sequences.memory.is_whole
 
-    def _ragged(self, queries: mx.array, options: dict[str, Any]) -> mx.array:
-        """Attend where sequences have tokens of different number, and padding on the right."""
-        sequences = self.sequences
-        outputs = [mx.zeros_like(queries[:1])] * len(sequences.tables)
-        for rows, count, batch in sequences.groups():
-            chosen = queries[mx.array(rows), :, :count]
-            out = sequences.kv.attend(self.layer, chosen, batch, **options)
-            out = mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - count), (0, 0)])
-            for place, row in enumerate(rows):
-                outputs[row] = out[place : place + 1]
-        return mx.concatenate(outputs)
-
-    def _write(self, step: Extension, keys: mx.array, values: mx.array) -> None:
-        if self.sequences.is_ragged:
-            chosen = self.sequences.real_tokens(keys.shape[2])
-            keys, values = (
-                x.swapaxes(1, 2).reshape(1, -1, *x.shape[1::2])[:, chosen].swapaxes(1, 2)
-                for x in (keys, values)
-            )
-        self.sequences.kv.write(self.layer, keys, values, step.slots_of(self.layer))
+    def without_padding(self, counts: list[int]) -> AbstractContextManager[None]:
+        """Let a pass compute so many new tokens of each sequence, see `Sequences.counts`."""
+        return self.sequences.without_padding(counts)
 
     def unpaged(self) -> KVCache | RotatingKVCache:
         """Return a copy of a single sequence's tokens in a cache of mlx-lm's own.
@@ -284,8 +256,12 @@ class PagedLayer(ShapedLayer):
 
     @property
     def state(self) -> tuple[list[mx.array], NotInState]:
-        """What is evaluated to have all tokens written. It is no file's content."""
-        return self.sequences.kv.written(self.layer), NotInState()
+        """What is evaluated after a pass. It is no file's content.
+
+        On a GPU reading it starts the pass, and nothing is left to wait for: mlx-lm evaluates it
+        between the chunks of a prompt, and builds the next while this one is computed.
+        """
+        return self.sequences.kv.start() if self.layer == 0 else [], NotInState()
 
     @classmethod
     def from_state(cls, state: Any) -> PagedLayer:

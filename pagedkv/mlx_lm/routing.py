@@ -13,12 +13,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 from mlx_lm.generate import generate_step as own_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
@@ -61,6 +61,14 @@ class Routed:
 
     def attend_again(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         """Return the attention of another layer over the K and V that were given last."""
+        raise NotImplementedError
+
+    def packs(self) -> bool:
+        """Whether all layers take a pass `without_padding`."""
+        return False
+
+    def without_padding(self, counts: list[int]) -> AbstractContextManager[None]:
+        """Let a pass compute so many new tokens of each sequence, one after the other."""
         raise NotImplementedError
 
     def size(self) -> int:
@@ -201,13 +209,44 @@ def _next(generator: BatchGenerator) -> Any:
     return found
 
 
+def prompt(batch: PromptProcessingBatch, tokens: Sequence[list[int]]) -> None:
+    """Compute prompts as mlx-lm does; those of a store without padding.
+
+    All tokens are in one pass, [B, Q] of prompts of one length or else [T, 1], one prompt after the
+    other: each token is a row with a position of its own, which is all that a model has to know.
+    """
+    lead, chunk = next(iter(batch.prompt_cache), None), batch.prefill_step_size
+    is_known = isinstance(lead, Routed) and lead.packs() and len(batch.uids) == len(tokens)
+    if not is_known or not any(tokens):
+        _OWN_METHODS["prompt"](batch, tokens)
+        return
+    assert isinstance(lead, Routed)
+    passes = [
+        [own[start : start + chunk] for own in tokens]
+        for start in range(0, max(map(len, tokens)), chunk)
+    ]
+    for held, more in zip(batch.tokens, tokens, strict=True):
+        held += more
+    for now in passes:
+        counts = [len(own) for own in now]
+        rows = [own for own in now if own]
+        is_even = len({*map(len, rows)}) == 1
+        flat = rows if is_even else [[token] for own in rows for token in own]
+        with lead.without_padding(counts):
+            batch.model(mx.array(flat), cache=batch.prompt_cache)
+        mx.eval([layer.state for layer in batch.prompt_cache])
+        mx.clear_cache()
+
+
 _METHODS: dict[str, Callable[..., Any]] = {
     "insert_segments": insert_segments,
     "_make_batch": _make_batch,
     "_next": _next,
+    "prompt": prompt,
 }
+_CLASSES = dict.fromkeys(_METHODS, BatchGenerator) | {"prompt": PromptProcessingBatch}
 _OWN_METHODS: dict[str, Callable[..., Any]] = {
-    name: vars(BatchGenerator)[name] for name in _METHODS
+    name: vars(_CLASSES[name])[name] for name in _METHODS
 }
 _ROUTES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attend,
@@ -237,7 +276,7 @@ def _replace(old: dict[str, Callable[..., Any]], new: dict[str, Callable[..., An
 
 def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
     for name, function in methods.items():
-        setattr(BatchGenerator, name, function)
+        setattr(_CLASSES[name], name, function)
 
 
 class Closing:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +35,10 @@ class Sequences:
 
     Attributes
     ----------
-    is_ragged : bool
+    counts : list of int or None
+        New tokens of each sequence in the pass to come, if it has no padding: its tokens are
+        [B, Q] of those with as many, or [T, 1], sequence by sequence.
+    is_padded : bool
         Whether the pass under way has padding: sequences with fewer tokens than others.
     begins : list of int
         For each sequence the first token that every layer has; earlier ones may be missing in
@@ -55,7 +59,8 @@ class Sequences:
         self._size = 0, 0  # sequences and tokens of it, padding too
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
-        self.is_ragged = self.is_spare = False
+        self.is_padded = self.is_spare = False
+        self.counts: list[int] | None = None
         self.begins = [0] * len(tables)
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
@@ -80,7 +85,15 @@ class Sequences:
         if not self.is_batch:
             return lens[0]
         if self._offsets is None:
-            self._offsets = mx.array(lens)
+            positions = np.array(lens)
+            if self.counts is not None:
+                counts = np.array(self.counts)
+                positions = positions[counts > 0]
+                counts = counts[counts > 0]
+                if (counts != counts[0]).any():
+                    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                    positions = np.repeat(positions, counts) + inside
+            self._offsets = mx.array(positions.astype(np.int32))
         return self._offsets
 
     def begin(self, layer: int, batch: int, count: int) -> Extension:
@@ -103,7 +116,7 @@ class Sequences:
             self.end()
         if self.step is None:
             self.memory.collect()
-            if batch != len(self.tables):
+            if batch != len(self.tables) and self.counts is None:
                 if self.is_batch or any(table.num_tokens for table in self.tables):
                     raise ValueError(f"expected {len(self.tables)} sequences, got {batch}")
                 more = [self.kv.new_table() for _ in range(batch - len(self.tables))]
@@ -111,33 +124,45 @@ class Sequences:
                 self.begins = [0] * batch
             lens = [table.num_tokens for table in self.tables]
             counts = [count] * batch
-            if self.lengths is not None:
+            if self.counts is not None:
+                counts = self.counts
+                if sum(counts) != batch * count:
+                    raise ValueError(f"expected {sum(counts)} tokens, got {batch} times {count}")
+            elif self.lengths is not None:
                 counts = [min(max(x - self._passed, 0), count) for x in self.lengths]
             rows = [row for row, new in enumerate(counts) if new]
-            self.lens, self._counts, self._done = lens, counts, set()
-            self._size, self.is_ragged = (batch, count), len(set(counts)) > 1
-            self._groups: list[tuple[list[int], int, DecodeBatch]] = []
-            self._chosen: mx.array | None = None
+            self.lens, self._done, self._size = lens, set(), (batch, count)
+            self.is_padded = self.counts is None and len(set(counts)) > 1
+            if self.is_padded:
+                self._note_padding(counts, count)
             self._begun = lens
             self.step = self.memory.extend(
                 [self.tables[row] for row in rows], [counts[row] for row in rows]
             )
         return self.step
 
-    def real_tokens(self, count: int) -> mx.array:
-        """Return which of B * `count` tokens are no padding, int32."""
-        if self._chosen is None:
-            places = [np.arange(new) + row * count for row, new in enumerate(self._counts)]
-            self._chosen = mx.array(np.concatenate(places).astype(np.int32))
-        return self._chosen
+    def _note_padding(self, counts: list[int], width: int) -> None:
+        places = np.concatenate([np.arange(new) + row * width for row, new in enumerate(counts)])
+        back = np.zeros(len(counts) * width, np.int32)
+        back[places] = np.arange(len(places))
+        self._real, self._back = mx.array(places.astype(np.int32)), mx.array(back)
+        real = {new for new in counts if new}
+        self._even = (len([*filter(None, counts)]), *real) if len(real) == 1 else None
 
-    def groups(self) -> list[tuple[list[int], int, DecodeBatch]]:
-        """Return rows with equally many new tokens: which, how many, and what they attend over."""
-        if not self._groups:
-            for count in sorted({*self._counts} - {0}):
-                rows = [row for row, new in enumerate(self._counts) if new == count]
-                self._groups.append((rows, count, self.batch_of(rows)))
-        return self._groups
+    def packed(self, padded: mx.array) -> mx.array:
+        """Return an array [B, H, Q, D] of the pass as its step takes it, without padding."""
+        _, heads, _, head_dim = padded.shape
+        rows = padded.swapaxes(1, 2).reshape(-1, heads, 1, head_dim)[self._real]
+        if self._even is None:
+            return rows
+        return rows.reshape(*self._even, heads, head_dim).swapaxes(1, 2)
+
+    def unpacked(self, out: mx.array) -> mx.array:
+        """Return an output of the step as `packed` was given the queries; padding is anything."""
+        if self._even is not None:
+            out = mx.flatten(out.swapaxes(1, 2), 0, 1)[:, :, None]
+        _, heads, _, head_dim = out.shape
+        return out[self._back].reshape(*self._size, heads, head_dim).swapaxes(1, 2)
 
     def batch_of(self, rows: Sequence[int]) -> DecodeBatch:
         """Return what attention reads of some sequences, all of their tokens."""
@@ -152,7 +177,7 @@ class Sequences:
             self.step.commit()
             self._begun = self.step = None
             self._passed += count
-            if self.lengths is not None:
+            if self.lengths is not None or self.counts is not None:
                 self._offsets = None
             elif self._offsets is not None:
                 self._offsets = self._offsets + count
@@ -177,6 +202,17 @@ class Sequences:
         """Note that lengths or sequences are others now."""
         self.end()
         self._offsets = None
+
+    @contextmanager
+    def without_padding(self, counts: list[int]) -> Iterator[None]:
+        """Let a pass compute so many new tokens of each sequence, see `counts`."""
+        self.changed()
+        self.counts = counts
+        try:
+            yield
+        finally:
+            self.counts = None
+            self.changed()
 
     def prepare(self, lengths: Sequence[int] | None) -> None:
         """Take note of how long the prompts are that come padded on the right; None for the end."""
