@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.attention.codes import has_codes, row_bytes
 from pagedkv.cache.groups import Groups
@@ -177,7 +178,12 @@ class Memory:
             for table in self.dropped.popleft():
                 table.truncate(0)
 
-    def keep(self, table: BlockTable, tokens: Sequence[int], namespace: Hashable) -> int:
+    def keep(
+        self,
+        table: BlockTable,
+        tokens: Sequence[int] | NDArray[np.integer],
+        namespace: Hashable,
+    ) -> int:
         """Cache the whole blocks of a sequence that holds `tokens`; return how many tokens."""
         self.check_open()
         if not self.is_whole:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.errors import PagedKVError
 from pagedkv.mlx_lm.layer import sequences_of
@@ -20,37 +22,58 @@ class PromptCache(list[Any], RoutedPrompt):
     A generation with it begins after the tokens that it holds already, and gives the whole blocks
     of prompt and answer to the store's cached prefixes when it ends.
 
-    Attributes
+    Parameters
     ----------
-    tokens : list of int
-        The prompt it was made for; empty if that is not known.
+    layers : list
+        The layers' caches.
+    tokens : ndarray or None
+        The prompt it is made for, int64; None if what it holds is not known.
     cached : int
-        How many of its first tokens were in the cache at once.
+        How many of its first tokens are in the cache.
     namespace : hashable
         Of the prefixes that it shares.
-    held : list of int or None
-        The tokens in the cache, from the first on; None if they are not known.
+
+    Attributes
+    ----------
+    cached, namespace
+        As given.
     """
 
     def __init__(
-        self, layers: Sequence[Any], tokens: list[int] | None, cached: int, namespace: Hashable
+        self,
+        layers: Sequence[Any],
+        tokens: NDArray[np.int64] | None,
+        cached: int,
+        namespace: Hashable,
     ) -> None:
         super().__init__(layers)
-        self.tokens, self.cached, self.namespace = tokens or [], cached, namespace
-        self.held = None if tokens is None else tokens[:cached]
+        self._tokens = np.empty(0, np.int64) if tokens is None else tokens
+        self.cached, self.namespace = cached, namespace
+        self._held = None if tokens is None else tokens[:cached]
         self._version, self._is_busy = self.sequences.version if layers else 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         layers = [copy.deepcopy(layer, memo) for layer in self]
-        other = PromptCache(layers, list(self.tokens), self.cached, self.namespace)
-        is_known = self.held is not None and self._version == self.sequences.version
-        other.held = copy.copy(self.held) if is_known else None
+        other = PromptCache(layers, self._tokens, self.cached, self.namespace)
+        other._held = self._held if self._version == self.sequences.version else None
         return other
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt it was made for; empty if that is not known."""
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
 
     @property
     def rest(self) -> list[int]:
         """The tokens left to compute."""
-        return self.tokens[self.cached :]
+        rest: list[int] = self._tokens[self.cached :].tolist()
+        return rest
+
+    @property
+    def held(self) -> list[int] | None:
+        """The tokens in the cache, from the first on; None if they are not known."""
+        return None if self._held is None else self._held.tolist()
 
     @property
     def sequences(self) -> Sequences:
@@ -79,49 +102,64 @@ class PromptCache(list[Any], RoutedPrompt):
             raise PagedKVError("expected no other generation with this prompt cache under way")
         sequences.end()
         [table] = sequences.tables
-        held = self.held if self._version == sequences.version else None
+        held = self._held if self._version == sequences.version else None
         if held is not None and options.get("input_embeddings") is None:
-            tokens: Any = prompt.tolist()
+            tokens = np.array(prompt).astype(np.int64)
             held = held[: table.num_tokens]
             cached = len(held)
-            if cached < len(tokens) and tokens == self.tokens and tokens[:cached] == held:
-                prompt, held = prompt[cached:], []
+            if (
+                cached < len(tokens)
+                and np.array_equal(tokens, self._tokens)
+                and np.array_equal(tokens[:cached], held)
+            ):
+                prompt = prompt[cached:]
                 if options.get("logits_processors"):
-                    skipped = mx.array(tokens[:cached])
+                    skipped = mx.array(tokens[:cached].astype(np.int32))
                     options["logits_processors"] = [
                         _after(skipped, each) for each in options["logits_processors"]
                     ]
-            held = [*held, *tokens]
+                held = tokens
+            else:
+                held = np.concatenate([held, tokens])
         else:
             held = None
-        self._is_busy, self.held, self._trims = True, None, sequences.trims
+        self._is_busy, self._held, self._trims = True, None, sequences.trims
+        answer: list[int] = []
         try:
             for token, logprobs in own(prompt, *arguments, **options):
-                if held is not None:
-                    held.append(token)
+                answer.append(token)
                 yield token, logprobs
         except GeneratorExit:
             # Maybe out of the garbage collector, in the middle of a change of the pool.
-            sequences.memory.endings.append(lambda: self._end(sequences, held, keeps=True))
+            sequences.memory.endings.append(lambda: self._end(sequences, held, answer, keeps=True))
             raise
         except BaseException:
-            self._end(sequences, held, keeps=False)
+            self._end(sequences, held, answer, keeps=False)
             raise
-        self._end(sequences, held, keeps=True)
+        self._end(sequences, held, answer, keeps=True)
 
-    def _end(self, sequences: Sequences, held: list[int] | None, *, keeps: bool) -> None:
-        """Note what the cache holds of `held`, all tokens that it may hold, and cache it."""
+    def _end(
+        self,
+        sequences: Sequences,
+        held: NDArray[np.int64] | None,
+        answer: list[int],
+        *,
+        keeps: bool,
+    ) -> None:
+        """Note what the cache holds of `held` and an answer, all it may hold, and cache that."""
         self._is_busy = False
         if not sequences.memory.is_open:
             return
         sequences.end()
         [table] = sequences.tables
-        if sequences.trims != self._trims:
-            held = None
-        if held is not None and len(held) >= table.num_tokens:
-            self.held, self._version = held[: table.num_tokens], sequences.version
+        if held is None or sequences.trims != self._trims:
+            return
+        if answer:
+            held = np.concatenate([held, np.array(answer, np.int64)])
+        if len(held) >= table.num_tokens:
+            self._held, self._version = held[: table.num_tokens], sequences.version
             if keeps:
-                sequences.memory.keep(table, self.held, self.namespace)
+                sequences.memory.keep(table, self._held, self.namespace)
 
 
 def _after(

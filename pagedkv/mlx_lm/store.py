@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
 from pagedkv.attention.codes import bits_of_each
@@ -75,9 +76,7 @@ class PagedStore(Closing):
     kv_bits : int or tuple of (int or None, int or None), optional
         In how many bits K and V are kept: 8, 4, or a number for K and one for V, such as
         ``(8, 4)``. More tokens fit into the same memory then, and K and V are near to what the
-        model computed, no longer the same. The first chunk of a prompt of which nothing is cached
-        still attends over its own as they were computed: answers may differ by what was cached
-        and by the size of chunks. None: as they are.
+        model computed, no longer the same. None: as they are.
 
     Raises
     ------
@@ -149,7 +148,7 @@ class PagedStore(Closing):
         memory = self.memory
         memory.collect()
         hash(namespace)
-        prompt = integers(tokens, "tokens").tolist() if len(tokens) else []
+        prompt = integers(tokens, "tokens") if len(tokens) else np.empty(0, np.int64)
         table = memory.kv.new_table()
         sequences = Sequences(memory, [table])
         if memory.is_whole and len(prompt) > 1:
