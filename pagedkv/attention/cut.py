@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,20 +165,13 @@ def cut(
         The best of those that cut the longest context into equal parts.
     """
     seen = lens - starts
-    resident = tuning.heavy if heavy else tuning.resident
-    fitting = [warps for warps in tuning.warps if warps <= resident] or [min(tuning.warps)]
-    sizes = [
-        _best_size(
-            -(-seen // (warps * warp_tokens)),
-            warps,
-            resident,
-            tuning,
-            groups,
-            token_bytes * warps * warp_tokens,
-        )
-        for warps in fitting
-    ]
-    (_, size), warps = min(zip(sizes, fitting, strict=True))
+    kind = tuning, groups, warp_tokens, token_bytes, heavy
+    if len(seen) == 1:  # one choice serves contexts that differ by a few percent
+        length = int(seen[0])
+        step = 1 << max(length.bit_length() - 5, 0)
+        size, warps = _choice_for_one(-(-length // step) * step, *kind)
+    else:
+        size, warps = _choice(seen, *kind)
     tile = warps * warp_tokens
     tiles = -(-seen // tile)
     count = -(-tiles // size)  # of a sequence's items, even among themselves
@@ -197,6 +191,37 @@ def cut(
     items[:, 3] = end = lens[sequence]
     np.minimum(begin + each, end, out=items[:, 2])
     return Cut(warps, tile, items, rows)
+
+
+def _choice(
+    seen: NDArray[np.int64],
+    tuning: Tuning,
+    groups: int,
+    warp_tokens: int,
+    token_bytes: int,
+    heavy: bool,
+) -> tuple[int, int]:
+    """Return the most tiles of an item and the warps of a thread group, as `cut` has them."""
+    resident = tuning.heavy if heavy else tuning.resident
+    fitting = [warps for warps in tuning.warps if warps <= resident] or [min(tuning.warps)]
+    sizes = [
+        _best_size(
+            -(-seen // (warps * warp_tokens)),
+            warps,
+            resident,
+            tuning,
+            groups,
+            token_bytes * warps * warp_tokens,
+        )
+        for warps in fitting
+    ]
+    (_, size), warps = min(zip(sizes, fitting, strict=True))
+    return size, warps
+
+
+@lru_cache(maxsize=256)
+def _choice_for_one(tokens: int, *kind: Any) -> tuple[int, int]:
+    return _choice(np.array([tokens]), *kind)
 
 
 def _best_size(

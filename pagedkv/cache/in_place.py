@@ -162,6 +162,10 @@ class InPlace:
             output_dtypes=[self._dtype],
         )
 
+    def begin(self, out: mx.array) -> None:
+        """Let the device begin with what an output follows from."""
+        mx.async_eval(out)  # type: ignore[no-untyped-call]
+
     def start(self) -> list[mx.array]:
         """Have every access computed; wait only for those that were started before."""
         started, self._started = self._started, self._last[:]

@@ -307,6 +307,10 @@ class Pools:
         last = self._store.last(slab)
         return [*self._store.pools(slab)] if last is None else [last]
 
+    def begin(self, out: mx.array) -> None:
+        """Let the device begin with what an output follows from, if the host goes on beside it."""
+        self._store.begin(out)
+
     def start(self) -> list[mx.array]:
         """Have all accesses so far computed, and let the host go on.
 

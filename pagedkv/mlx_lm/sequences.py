@@ -38,6 +38,8 @@ class Sequences:
     counts : list of int or None
         New tokens of each sequence in the pass to come, if it has no padding: its tokens are
         [B, Q] of those with as many, or [T, 1], sequence by sequence.
+    is_prompt : bool
+        Whether the pass under way has several tokens of a sequence.
     is_padded : bool
         Whether the pass under way has padding: sequences with fewer tokens than others.
     begins : list of int
@@ -59,7 +61,7 @@ class Sequences:
         self._size = 0, 0  # sequences and tokens of it, padding too
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
-        self.is_padded = self.is_spare = False
+        self.is_padded = self.is_spare = self.is_prompt = False
         self.counts: list[int] | None = None
         self.begins = [0] * len(tables)
         self.trimmed = 0  # by the first layer, for the others; so is `made`
@@ -133,6 +135,7 @@ class Sequences:
             rows = [row for row, new in enumerate(counts) if new]
             self.lens, self._done, self._size = lens, set(), (batch, count)
             self.is_padded = self.counts is None and len(set(counts)) > 1
+            self.is_prompt = max(counts) > 1
             if self.is_padded:
                 self._note_padding(counts, count)
             self._begun = lens
