@@ -28,8 +28,15 @@ def cuda_kernel(*arguments, **options):
     return call
 
 mx.fast.cuda_kernel = cuda_kernel
+launch = getattr(mx.fast, "precompiled_cuda_kernel", None)
+
+def precompiled_cuda_kernel(*, name, **options):
+    called.add(name)
+    return launch(name=name, **options)
+
+mx.fast.precompiled_cuda_kernel = precompiled_cuda_kernel
 """
-"""Counts the kernels that are made from here on and called, in `called`."""
+"""Counts the kernels that are called from here on, compiled by MLX or before, in `called`."""
 
 PROCESS = f"""{COUNTING}
 import importlib.util, json, sys

@@ -10,6 +10,7 @@ which they are built, on whatever stream and however many steps ahead of the dev
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from weakref import ReferenceType, ref
 
@@ -25,6 +26,7 @@ from pagedkv.errors import PagedKVError
 
 WARPS = 8  # of a group that moves a token
 FEW, SMALL = 32, 2**20  # bytes of an output that may be kept until the next access
+AHEAD = 4  # of what the device has begun with, until the host waits: each holds gathered K and V
 
 
 class Mark:
@@ -59,7 +61,7 @@ class InPlace:
         self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
-        self._started = self._last[:]
+        self._begun_with: deque[mx.array] = deque()
         self._marks: list[ReferenceType[Mark]] = []
         self._begun = 0  # marks so far
 
@@ -162,15 +164,17 @@ class InPlace:
             output_dtypes=[self._dtype],
         )
 
-    def begin(self, out: mx.array) -> None:
-        """Let the device begin with what an output follows from."""
-        mx.async_eval(out)  # type: ignore[no-untyped-call]
+    def begin(self, layer: int, out: mx.array) -> None:
+        """Let the device begin with a layer's output; wait if it is far behind."""
+        last = self._last[layer]
+        mx.async_eval(out, last)  # type: ignore[no-untyped-call]
+        self._begun_with.append(last)  # a few numbers in place of the output
+        if len(self._begun_with) > AHEAD:
+            mx.eval(self._begun_with.popleft())
 
     def start(self) -> list[mx.array]:
-        """Have every access computed; wait only for those that were started before."""
-        started, self._started = self._started, self._last[:]
-        mx.async_eval(self._started)  # type: ignore[no-untyped-call]
-        mx.eval(started)
+        """Have every access computed, without waiting."""
+        mx.async_eval(self._last)  # type: ignore[no-untyped-call]
         return []
 
     def wait(self) -> None:
@@ -233,4 +237,5 @@ class InPlace:
 
     def _forget(self, last: list[mx.array]) -> None:
         mx.synchronize()  # what did run ends before what comes now
-        self._last, self._started = last, last[:]
+        self._begun_with.clear()
+        self._last = last

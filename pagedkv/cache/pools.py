@@ -307,15 +307,14 @@ class Pools:
         last = self._store.last(slab)
         return [*self._store.pools(slab)] if last is None else [last]
 
-    def begin(self, out: mx.array) -> None:
-        """Let the device begin with what an output follows from, if the host goes on beside it."""
-        self._store.begin(out)
+    def begin(self, layer: int, out: mx.array) -> None:
+        """Let the device begin with a layer's output, where the host goes on beside it."""
+        self._store.begin(self._slabs[layer], out)
 
     def start(self) -> list[mx.array]:
-        """Have all accesses so far computed, and let the host go on.
+        """Have all accesses so far computed, and let the host go on; return what to wait for.
 
-        On a GPU this waits for what the last call started, so that two passes at most are under
-        way. On a CPU, where nothing runs beside the host, it returns what to wait for.
+        On a GPU that is nothing. On a CPU, where nothing runs beside the host, it is all.
         """
         return self._store.start()
 

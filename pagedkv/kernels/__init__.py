@@ -234,7 +234,7 @@ def kernel(
     return metal_kernel(body, constants, inputs, outputs, scalars)
 
 
-FEW = 16, 128, 512  # integers that are worth a launch of their own
+FEW = 16, 128, 512, 960  # integers that are worth a launch of their own, which takes 1023
 _WARPS = 8
 
 

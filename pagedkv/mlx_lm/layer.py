@@ -163,7 +163,7 @@ class PagedLayer(ShapedLayer):
         try:
             out = self._attend(new[2], queries, keys, values, scale, sinks, writes=True)
             if self.layer % EVERY == EVERY - 1 and sequences.is_prompt:
-                sequences.kv.begin(out)
+                sequences.kv.begin(self.layer, out)
             self._new = None
             sequences.attended(self.layer, keys.shape[2])
             return out
