@@ -78,7 +78,7 @@ class Donated:
         for pools, copied in zip((self._keys, self._values), blocks, strict=True):
             pools[:] = [_replaced(p, targets, b) for p, b in zip(pools, copied, strict=True)]
 
-    def begin(self, layer: int, out: mx.array) -> None:
+    def begin(self, layer: int, out: mx.array, num_bytes: int) -> None:
         """Do nothing: no device runs beside the host."""
 
     def start(self) -> list[mx.array]:

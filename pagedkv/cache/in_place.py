@@ -26,7 +26,7 @@ from pagedkv.errors import PagedKVError
 
 WARPS = 8  # of a group that moves a token
 FEW, SMALL = 32, 2**20  # bytes of an output that may be kept until the next access
-AHEAD = 4  # of what the device has begun with, until the host waits: each holds gathered K and V
+AHEAD = 5 * 2**28  # bytes that a prompt's layers under way may take until the host waits
 
 
 class Mark:
@@ -61,7 +61,8 @@ class InPlace:
         self._nothing = mx.zeros(8, self._dtype)  # on Metal fewer would be of another kind
         mx.eval(self._nothing)
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
-        self._begun_with: deque[mx.array] = deque()
+        self._begun_with: deque[tuple[mx.array, int]] = deque()
+        self._begun_bytes = 0
         self._marks: list[ReferenceType[Mark]] = []
         self._begun = 0  # marks so far
 
@@ -164,13 +165,20 @@ class InPlace:
             output_dtypes=[self._dtype],
         )
 
-    def begin(self, layer: int, out: mx.array) -> None:
-        """Let the device begin with a layer's output; wait if it is far behind."""
+    def begin(self, layer: int, out: mx.array, num_bytes: int) -> None:
+        """Let the device begin with a layer's output.
+
+        Waits while `num_bytes` of this and of what it has begun with before are too many: what a
+        layer takes until it is computed.
+        """
         last = self._last[layer]
         mx.async_eval(out, last)  # type: ignore[no-untyped-call]
-        self._begun_with.append(last)  # a few numbers in place of the output
-        if len(self._begun_with) > AHEAD:
-            mx.eval(self._begun_with.popleft())
+        self._begun_with.append((last, num_bytes))  # a few numbers in place of the output
+        self._begun_bytes += num_bytes
+        while self._begun_bytes > AHEAD and len(self._begun_with) > 1:
+            first, had = self._begun_with.popleft()
+            self._begun_bytes -= had
+            mx.eval(first)
 
     def start(self) -> list[mx.array]:
         """Have every access computed, without waiting."""
@@ -238,4 +246,5 @@ class InPlace:
     def _forget(self, last: list[mx.array]) -> None:
         mx.synchronize()  # what did run ends before what comes now
         self._begun_with.clear()
+        self._begun_bytes = 0
         self._last = last

@@ -307,9 +307,20 @@ class Pools:
         last = self._store.last(slab)
         return [*self._store.pools(slab)] if last is None else [last]
 
-    def begin(self, layer: int, out: mx.array) -> None:
-        """Let the device begin with a layer's output, where the host goes on beside it."""
-        self._store.begin(self._slabs[layer], out)
+    def begin(self, layer: int, out: mx.array, num_bytes: int) -> None:
+        """Let the device begin with a layer's output, where the host goes on beside it.
+
+        Parameters
+        ----------
+        layer : int
+            Which layer, from 0.
+        out : mx.array
+            What `Step.attend` returned for it.
+        num_bytes : int
+            What layers since the last call take until they are computed, about: the host waits
+            before too much is under way.
+        """
+        self._store.begin(self._slabs[layer], out, num_bytes)
 
     def start(self) -> list[mx.array]:
         """Have all accesses so far computed, and let the host go on; return what to wait for.

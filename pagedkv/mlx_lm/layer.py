@@ -23,6 +23,8 @@ from pagedkv.mlx_lm.sequences import Sequences
 EVERY = 2
 """Layers of a prompt that the device begins with while the host builds the next. H200, MLX 0.32.4,
 16 layers, speed over mlx-lm's of 256 tokens after 30,000: none .86, 8 .95, 4 1.00, 2 1.07."""
+WORTH = 2**26
+"""Bytes that these take until they are computed, at least: each begin costs the host some 40 us."""
 
 
 class Content(NamedTuple):
@@ -163,7 +165,11 @@ class PagedLayer(ShapedLayer):
         try:
             out = self._attend(new[2], queries, keys, values, scale, sinks, writes=True)
             if self.layer % EVERY == EVERY - 1 and sequences.is_prompt:
-                sequences.kv.begin(self.layer, out)
+                # Gathered K and V, and what a model's layer makes of its tokens besides.
+                held = sequences.num_held * sequences.kv.layer_bytes(self.layer)
+                taken = EVERY * (held // sequences.kv.block_size + 12 * out.nbytes)
+                if taken >= WORTH:
+                    sequences.kv.begin(self.layer, out, taken)
             self._new = None
             sequences.attended(self.layer, keys.shape[2])
             return out

@@ -40,6 +40,8 @@ class Sequences:
         [B, Q] of those with as many, or [T, 1], sequence by sequence.
     is_prompt : bool
         Whether the pass under way has several tokens of a sequence.
+    num_held : int
+        Tokens of all sequences at its end.
     is_padded : bool
         Whether the pass under way has padding: sequences with fewer tokens than others.
     begins : list of int
@@ -62,6 +64,7 @@ class Sequences:
         self._done: set[int] = set()
         self._offsets: mx.array | None = None
         self.is_padded = self.is_spare = self.is_prompt = False
+        self.num_held = 0
         self.counts: list[int] | None = None
         self.begins = [0] * len(tables)
         self.trimmed = 0  # by the first layer, for the others; so is `made`
@@ -135,7 +138,7 @@ class Sequences:
             rows = [row for row, new in enumerate(counts) if new]
             self.lens, self._done, self._size = lens, set(), (batch, count)
             self.is_padded = self.counts is None and len(set(counts)) > 1
-            self.is_prompt = max(counts) > 1
+            self.is_prompt, self.num_held = max(counts) > 1, sum(lens) + sum(counts)
             if self.is_padded:
                 self._note_padding(counts, count)
             self._begun = lens
