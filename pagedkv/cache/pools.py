@@ -71,6 +71,10 @@ class Pools:
         if any(self._bits) and not all(map(has_codes, dims)):
             raise ValueError(f"expected head dims of 8, 16, ... 256 for codes, got {dims}")
         self._rows = list(zip(heads, dims, strict=True))
+        self._layer_bytes = [
+            self.block_size * kv_heads_of_layer * sum(row_bytes(dim, x, dtype) for x in self._bits)
+            for kv_heads_of_layer, dim in self._rows
+        ]
         self._shapes: list[tuple[Shape, Shape]] = []  # of the pools of K and V, by layer
         for kv_heads_of_layer, dim in self._rows:
             key_width, value_width = (width(dim, each) for each in self._bits)
@@ -100,9 +104,7 @@ class Pools:
 
     def layer_bytes(self, layer: int) -> int:
         """Return the bytes of a block in one layer, K and V."""
-        kv_heads, head_dim = self._rows[layer]
-        row = sum(row_bytes(head_dim, each, self._dtype) for each in self._bits)
-        return self.block_size * kv_heads * row
+        return self._layer_bytes[layer]
 
     @property
     def keys(self) -> tuple[mx.array, ...]:
