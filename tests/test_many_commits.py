@@ -26,17 +26,13 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repository, "ROOT", folder / "repository")
         (folder / "html/few.html").write_text(page(gather(folder / "few")))
-        started = time.process_time()
         html = page(gather(folder / "results"))
-        took = time.process_time() - started
     (folder / "html/overhead.html").write_text(html)
-    return folder / "html", took
+    return folder / "html"
 
 
-def test_it_is_built_in_seconds_and_small(built):
-    folder, took = built
-    assert took < 20
-    assert (folder / "overhead.html").stat().st_size < 5e6
+def test_it_is_small(built):
+    assert (built / "overhead.html").stat().st_size < 5e6
 
 
 def test_it_is_quick_to_use(built):
@@ -45,7 +41,7 @@ def test_it_is_quick_to_use(built):
     sys.path.insert(0, str(ROOT / ".ci"))
     from browser import OverheadPage, browse
 
-    folder, _ = built
+    folder = built
     with browse(folder) as (tab, address):
         overhead = OverheadPage(tab)
 
