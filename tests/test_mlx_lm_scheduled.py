@@ -1,5 +1,9 @@
 """A model of mlx-lm that computes schedules: the tokens that mlx-lm's own caches give."""
 
+import gc
+import pickle
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
+from mlx_lm.tuner.lora import LoRALinear
 from small_models import FAMILIES, small_model
 
 from pagedkv import PagedKVError, Scheduler
@@ -238,3 +243,67 @@ def test_a_model_that_attends_over_other_arrays_is_refused():
             layer.attend(*[mx.zeros((1, 2, 1, 16))] * 3, 0.25, None, None)
         with pytest.raises(PagedKVError, match="got a layer of a scheduled model"):
             layer.unpaged()
+
+
+def widths_of_the_output(model, monkeypatch):
+    """How many rows of hidden states the output layer is given, pass by pass."""
+    head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
+    method = "as_linear" if model.args.tie_word_embeddings else "__call__"
+    kind, given = type(head), []
+    own = getattr(kind, method)
+
+    def noted(self, hidden):
+        if isinstance(self, kind) and hidden.shape[-1] == model.args.hidden_size:
+            given.append(hidden.shape[0] * hidden.shape[1])
+        return own(self, hidden)
+
+    monkeypatch.setattr(kind, method, noted)
+    return given
+
+
+def test_only_tokens_that_are_sampled_from_have_logits(monkeypatch):
+    """Three prompts, of 40 tokens in all: one pass, three rows of the vocabulary."""
+    model = small_model("llama")
+    given = widths_of_the_output(model, monkeypatch)
+    with ScheduledModel(model, **SIZES) as scheduled:
+        scheduler = scheduler_of(scheduled)
+        for number, length in enumerate((5, 11, 24)):
+            scheduler.add(number, range(30 * number, 30 * number + length), 2)
+        given.clear()
+        assert scheduled.logits(scheduler.schedule()).shape == (3, VOCABULARY)
+        assert given == [3]
+
+
+@pytest.mark.parametrize("order", ["inner first", "outer first"])
+def test_the_output_layer_is_the_models_own_between_passes(order):
+    model = small_model("llama")
+    kind = type(model.model.embed_tokens)
+    pair = [ScheduledModel(model, **SIZES) for _ in range(2)]
+    pickle.loads(pickle.dumps(model.model.embed_tokens))
+    for scheduled in pair:
+        scheduler = scheduler_of(scheduled)
+        scheduler.add("a", range(7), 2)
+        assert scheduled.logits(scheduler.schedule()).shape == (1, VOCABULARY)
+        assert type(model.model.embed_tokens) is kind
+    for scheduled in pair[::-1] if order == "inner first" else pair:
+        scheduled.close()
+    assert type(model.model.embed_tokens) is kind
+
+
+def test_one_that_is_dropped_gives_its_memory_back():
+    model = small_model("llama")
+    scheduled = ScheduledModel(model, **SIZES)
+    pools = weakref.ref(scheduled.cache)
+    del scheduled
+    gc.collect()
+    assert pools() is None
+
+
+def test_an_adapter_beside_the_output_layer_is_part_of_the_logits():
+    model = small_model("llama", tie_word_embeddings=False)
+    model.lm_head = LoRALinear.from_base(model.lm_head, r=4)
+    model.lm_head.lora_b = mx.random.normal(model.lm_head.lora_b.shape)
+    requests = requests_that_share()
+    with ScheduledModel(model, num_blocks=64, block_size=4) as scheduled:
+        generated = serve(scheduled, scheduler_of(scheduled), requests)
+    assert generated == one_by_one(model, requests)

@@ -134,6 +134,29 @@ def test_sequences_with_different_counts_attend_in_one_call(counts, window):
             assert np.array_equal(rows[0][slots[:half]], rows[1][slots[half:]])
 
 
+@pytest.mark.parametrize("counts", [[3, 3], [3, 2]])
+def test_attending_again_is_of_the_same_tokens_while_they_are_there(counts):
+    rng = np.random.default_rng(36)
+    paged = cache()
+    tables = [paged.new_table(), paged.new_table()]
+    even = len(set(counts)) == 1
+    new = inputs(rng, 2, 3) if even else inputs(rng, 5, 1)
+    step = paged.extend(tables, counts)
+    step.attend(0, *new, scale=SCALE)
+    with pytest.raises(ValueError, match="expected queries of"):
+        step.attend_again(0, inputs(rng, 1, 4)[0], scale=SCALE)
+    step.attend_again(0, new[0], scale=SCALE)
+    step.commit()
+    step.attend_again(0, new[0], scale=SCALE)
+    tables[0].truncate(1)
+    with pytest.raises(PagedKVError, match="but somebody did"):
+        step.attend_again(0, new[0], scale=SCALE)
+    undone = paged.extend(tables, counts)
+    undone.rollback()
+    with pytest.raises(PagedKVError, match="but somebody did"):
+        undone.attend_again(0, new[0], scale=SCALE)
+
+
 def test_an_uneven_step_takes_all_tokens_one_after_the_other():
     rng = np.random.default_rng(33)
     paged = cache()

@@ -27,7 +27,6 @@ MOST_QUERIES = 8  # tokens
 MOST_QUERY_HEADS = 16  # of a KV head
 TYPES = {mx.float16: "Float16", mx.bfloat16: "BFloat16", mx.float32: "Float32"}
 VECTOR = 8  # elements a lane reads at once, as split.h has it
-HEADER = 8  # int32 before the work items of a plan
 
 
 def refusal(queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:

@@ -63,6 +63,7 @@ class InPlace:
         self._last = [self._nothing] * len(keys)  # an output of the newest access, by layer
         self._begun_with: deque[tuple[mx.array, int]] = deque()
         self._begun_bytes = 0
+        self._started: deque[list[mx.array]] = deque()  # passes
         self._marks: list[ReferenceType[Mark]] = []
         self._begun = 0  # marks so far
 
@@ -178,11 +179,14 @@ class InPlace:
         while self._begun_bytes > AHEAD and len(self._begun_with) > 1:
             first, had = self._begun_with.popleft()
             self._begun_bytes -= had
-            mx.eval(first)
+            self._await([first])
 
     def start(self) -> list[mx.array]:
-        """Have every access computed, without waiting."""
+        """Have every access computed; wait for what the last but one call started."""
         mx.async_eval(self._last)  # type: ignore[no-untyped-call]
+        self._started.append(self._last[:])
+        if len(self._started) > 2:
+            self._await(self._started.popleft())
         return []
 
     def wait(self) -> None:
@@ -194,8 +198,12 @@ class InPlace:
             If MLX could not compute one, or what it depends on. Those that had not been computed
             are not in the pools; what had been is as it was, and the pools can be used.
         """
+        self._await(self._last)
+
+    def _await(self, accesses: list[mx.array]) -> None:
+        """Wait for accesses, of all or some layers; PagedKVError as `wait`."""
         try:
-            mx.eval(self._last)
+            mx.eval(accesses)
         except Exception as error:
             self._forget([self._nothing] * len(self._last))
             raise PagedKVError(
@@ -246,5 +254,6 @@ class InPlace:
     def _forget(self, last: list[mx.array]) -> None:
         mx.synchronize()  # what did run ends before what comes now
         self._begun_with.clear()
+        self._started.clear()
         self._begun_bytes = 0
         self._last = last

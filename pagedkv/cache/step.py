@@ -65,15 +65,19 @@ class _Part:
         )
         plan = self._plans.get(kind)
         if plan is None:
-            for name, array in (("queries", queries), ("keys", keys)):
-                if array.ndim != 4 or array.shape[::2] != self.shape:
-                    sequences, count = self.shape
-                    raise ValueError(
-                        f"expected {name} of shape [{sequences}, H, {count}, D], got {array.shape}"
-                    )
+            self.check("queries", queries)
+            self.check("keys", keys)
             plan = pools.plan(layer, queries, new, self.batch, scale, path, scores)
             self._plans[kind] = plan
         return plan
+
+    def check(self, name: str, array: mx.array) -> None:
+        """Raise ValueError unless an array is of these sequences and tokens."""
+        if array.ndim != 4 or array.shape[::2] != self.shape:
+            sequences, count = self.shape
+            raise ValueError(
+                f"expected {name} of shape [{sequences}, H, {count}, D], got {array.shape}"
+            )
 
     def of(self, packed: mx.array) -> mx.array:
         """Return what is the part's of an array [T, H, 1, D], as [B, H, Q, D]."""
@@ -219,11 +223,14 @@ class Step:
     ) -> mx.array:
         """Attend once more over a layer whose tokens of this step are written, as `attend` does.
 
-        For layers without K and V of their own, which may come when the step was committed.
-        Parameters, returns and raises as `attend`.
+        For layers without K and V of their own. They may come when the step was committed, as long
+        as its sequences are as they were then. Parameters, returns and raises as `attend`.
         """
+        if not self._seen.holds():
+            raise PagedKVError(f"expected {_UNCHANGED}")
         options: dict[str, Any] = {"scale": scale, "path": path, "scores": scores}
         if self.is_even:
+            self._parts[0].check("queries", queries)
             return self._pools.attend(layer, queries, self.batch, **options)
         self._check_packed(queries=queries)
         outputs = [

@@ -81,7 +81,7 @@ def kept(text: str, symbol: str) -> tuple[str, bytes]:
     if form is None:
         return name, _compile(text)
     file = folder() / f"{form.format(name)}.ptx"
-    if not file.is_file():
+    if not (file.is_file() and file.with_suffix(".txt").is_file()):
         code = _compile(text)
         if not _keep(file, code, name, symbol):
             return name, code

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,19 +156,45 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
     return shapes
 
 
-def output_layer(model: Any, caches: Sequence[Any]) -> tuple[Any, str] | None:
+@contextmanager
+def seeing(layer: Any, method: str, choose: Callable[[mx.array], mx.array]) -> Iterator[None]:
+    """Let an output layer see a choice of the hidden states that it is given, to the end.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        The layer.
+    method : str
+        What is called of it with hidden states.
+    choose : callable
+        Hidden states -> those that count.
+    """
+    own: Any = type(layer)
+
+    def chosen(self: Any, hidden: mx.array) -> Any:
+        return getattr(own, method)(self, choose(hidden))
+
+    layer.__class__ = type(own.__name__, (own,), {method: chosen})
+    try:
+        yield
+    finally:
+        layer.__class__ = own
+
+
+def output_layer(model: Any, make_caches: Callable[[], list[Any]]) -> tuple[Any, str] | None:
     """Return the module that makes logits of hidden states, and its method that does.
 
-    None if that is neither a linear layer nor an embedding: mlx-lm's models have one of the two.
+    None if no linear layer or embedding is it, or what it makes is not all that the logits follow
+    from, as with an adapter beside it: a pass that lets it see two rows of three tells.
 
     Parameters
     ----------
     model : nn.Module
         A model of mlx-lm.
-    caches : list
-        Empty caches as the model wants them.
+    make_caches : callable
+        Makes empty caches as the model wants them.
     """
-    last: tuple[Any, str, tuple[int, ...]] | None = None
+    last: tuple[Any, str] | None = None
 
     def noting(kind: type, method: str) -> Callable[[Any, mx.array], mx.array]:
         own = getattr(kind, method)
@@ -176,7 +202,7 @@ def output_layer(model: Any, caches: Sequence[Any]) -> tuple[Any, str] | None:
         def noted(module: Any, hidden: mx.array) -> mx.array:
             nonlocal last
             out: mx.array = own(module, hidden)
-            last = module, method, out.shape
+            last = module, method
             return out
 
         return noted
@@ -188,10 +214,16 @@ def output_layer(model: Any, caches: Sequence[Any]) -> tuple[Any, str] | None:
         layers.Embedding: "as_linear",
         layers.QuantizedEmbedding: "as_linear",
     }
+    tokens = mx.zeros((3, 1), mx.int32)
     with ExitStack() as stack:
         for kind, method in methods.items():
             stack.enter_context(replaced(kind, **{method: noting(kind, method)}))
-        logits = model(mx.zeros((1, TOKENS), mx.int32), cache=caches)
-    if last is None or last[2] != logits.shape:
+        logits = model(tokens, cache=make_caches())
+    if last is None:
         return None
-    return last[0], last[1]
+    try:
+        with seeing(*last, lambda hidden: hidden[:2]):
+            fewer = model(tokens, cache=make_caches())
+    except ValueError:
+        return None
+    return last if fewer.shape == (2, *logits.shape[1:]) else None

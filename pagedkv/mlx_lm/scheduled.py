@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule
 from pagedkv.mlx_lm.layer import ShapedLayer
 from pagedkv.mlx_lm.memory import pools_of
-from pagedkv.mlx_lm.probe import LayerShape, layer_shapes, output_layer
+from pagedkv.mlx_lm.probe import LayerShape, layer_shapes, output_layer, seeing
 from pagedkv.mlx_lm.routing import Closing, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
@@ -79,16 +79,15 @@ class ScheduledModel(Closing):
         try:
             shapes = layer_shapes(model, caches)
             _check_all_paged(model, shapes, len(caches))
-            found = output_layer(model, make_prompt_cache(model))
+            output = output_layer(model, lambda: make_prompt_cache(model))
             self.cache: PagedKVCache = pools_of(
                 shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
             )
         except BaseException:
             self._undo_routes()
             raise
-        self._model, self._pass = model, _Pass(self.cache)
+        self._model, self._pass = model, _Pass(self.cache, output)
         self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
-        self._undo_narrow = _narrow(*found, self._pass) if found else lambda: None
         self._is_open = True
 
     def logits(self, schedule: Schedule, sampled: mx.array | None = None) -> mx.array:
@@ -122,15 +121,12 @@ class ScheduledModel(Closing):
         if not step.sample_rows:  # a part of a prompt: nothing else would have it computed
             mx.async_eval(self.cache.written(len(self._layers) - 1))  # type: ignore[no-untyped-call]
             return mx.zeros((0, out.shape[-1]), out.dtype)
-        if self._pass.is_narrowed:
-            return out[:, -1]
-        return out[mx.array(step.sample_rows), -1]
+        return out[:, -1] if self._pass.output else out[mx.array(step.sample_rows), -1]
 
     def close(self) -> None:
         """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
         if self._is_open:
             self._is_open = False
-            self._undo_narrow()
             self._undo_routes()
             del self.cache, self._pass.cache
 
@@ -159,49 +155,32 @@ class _Pass:
         Most tokens of a sequence before the pass.
     masks : list of mx.array
         Those that were asked for as arrays.
+    output : tuple or None
+        The model's output layer, and its method that makes logits.
     """
 
-    def __init__(self, cache: PagedKVCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: PagedKVCache, output: tuple[Any, str] | None) -> None:
+        self.cache, self.output = cache, output
         self.step: ScheduledStep | None = None
         self.offset: int | mx.array = 0
         self.longest = 0
         self.masks: list[mx.array] = []
-        self.is_narrowed = False  # the output of the pass is that of `sample_rows`
 
     @contextmanager
     def of(self, step: ScheduledStep) -> Iterator[None]:
-        """Let the layers compute a step."""
+        """Let the layers compute a step, and the output layer those rows that are sampled from."""
         before = step.positions
         self.offset = int(before[0]) if len(before) == 1 else mx.array(before)
-        self.step, self.longest, self.is_narrowed = step, int(before.max()), False
+        self.step, self.longest = step, int(before.max())
         try:
-            yield
+            if self.output is None or not step.sample_rows:
+                yield
+            else:
+                rows = mx.array(step.sample_rows)
+                with seeing(*self.output, lambda hidden: hidden[rows, -1:]):
+                    yield
         finally:
             self.step, self.masks = None, []
-
-    def narrowed(self, hidden: mx.array) -> mx.array:
-        """Return what of a pass's hidden states [B, Q, ...] the next tokens follow from."""
-        step = self.step
-        if step is None or not step.sample_rows or hidden.shape[:2] != step.tokens.shape:
-            return hidden
-        self.is_narrowed = True
-        return hidden[mx.array(step.sample_rows), -1:]
-
-
-def _narrow(layer: Any, method: str, under_way: _Pass) -> Callable[[], None]:
-    """Let an output layer see what `_Pass.narrowed` leaves; return what undoes it."""
-    own: Any = type(layer)
-
-    def narrowed(self: Any, hidden: mx.array) -> Any:
-        return getattr(own, method)(self, under_way.narrowed(hidden))
-
-    layer.__class__ = type(own.__name__, (own,), {method: narrowed})
-
-    def undo() -> None:
-        layer.__class__ = own
-
-    return undo
 
 
 class _Layer(ShapedLayer):
