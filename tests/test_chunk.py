@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import TOLERANCE, Case, assert_close, poison
-from launching import BACKEND, emulate
 from reference import attend_one, random
 
 from pagedkv import PagedKVCache, ScoreOptions
@@ -134,27 +133,13 @@ def test_no_array_has_all_scores(options, monkeypatch):
     assert bool(largest) == ("softcap" in options)
 
 
-@pytest.fixture(params=["donated", "in place"])
-def kept(request):
-    """How pools are written, as `storage`, for each test anew."""
-    if BACKEND != "cpu":
-        if request.param == "donated":
-            pytest.skip("there is a GPU here")
-        yield request.param
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in place":
-            emulate(patch, request.getfixturevalue("emulator"))
-        yield request.param
-
-
 @pytest.mark.parametrize(
     ("dtype", "bits"),
     [*((mx.float16, bits) for bits in (None, 8, 4, (8, None), (None, 4))), (mx.float32, None)],
     ids=str,
 )
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_chunk_writes_and_attends(kept, dtype, window, bits):
+def test_a_chunk_writes_and_attends(storage, dtype, window, bits):
     """Two sequences of other lengths, three chunks each; the first is longer than the window."""
     tolerance = {None: TOLERANCE[dtype], 8: 0.02}.get(bits, 0.3)
     rng = np.random.default_rng(7)
@@ -194,13 +179,13 @@ def test_a_chunk_writes_and_attends(kept, dtype, window, bits):
 
 @pytest.mark.parametrize("head_dim", [4, 12, 80, 192, 320])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
-def test_head_dims(kept, head_dim, dtype):
+def test_head_dims(storage, head_dim, dtype):
     case = Case([70, 70, 33], query_len=20, head_dim=head_dim, dtype=dtype)
     assert_close(case.attend("gather_rows"), case.expected(), dtype)
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_stale_numbers_are_not_read(kept, window):
+def test_stale_numbers_are_not_read(storage, window):
     case = Case([70, 33], query_len=20, dtype=mx.float16)
     poison(case, window)
     out = case.attend("gather_rows", window=window) if window else case.attend("gather_rows")
