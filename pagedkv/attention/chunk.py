@@ -11,7 +11,7 @@ R rows of K and V, L tokens in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -418,7 +418,6 @@ class _ByKernel:
         tile = (piece.tokens.stop - piece.tokens.start + piece.padding) // piece.tiles
         # Else they are passed on as they are.
         self._copies_queries = not is_all or piece.padding > 0 or piece.tiles > 1
-        self._backend = backend
         # Rows follow from a few numbers, which a launch is given: MLX on CUDA moves an array from
         # the host by page faults, 0.15 ms for the smallest (H200, MLX 0.32.4).
         firsts, own = piece.spans[:, 1], piece.spans[0]
@@ -428,7 +427,7 @@ class _ByKernel:
             *(length, query_len, int(own[3]), int(own[1]), int((firsts + piece.spans[:, 2]).max())),
             *(int(own[0]), piece.tiles, tile, piece.tokens.start, piece.tokens.stop),
         )
-        self._constants = (
+        constants: kernels.Constants = (
             *(("D", head_dim), ("HKV", kv_heads), ("HQ", heads), ("BLOCK_SIZE", block_size)),
             *(("TOKENS", TOKENS), ("WARPS", WARPS)),
             ("VECTOR", 1 if head_dim % 8 else 16 // size),
@@ -437,10 +436,14 @@ class _ByKernel:
         )
         groups, threads = -(-length // TOKENS), WARPS * 32
         shapes = [(rows, kv_heads, length, head_dim)] * 2 + [(8,)]
-        self._outputs: tuple[str, ...] = ("gathered_keys", "gathered_values", "done")
+        outputs: tuple[str, ...] = ("gathered_keys", "gathered_values", "done")
         if self._copies_queries:
             shapes.append((rows, tile, heads, head_dim))
-            self._outputs = (*self._outputs, "gathered_queries")
+            outputs = (*outputs, "gathered_queries")
+        extra = ("queries",) * self._copies_queries + ("spans",) * has_spans
+        self._gathers = kernels.Variants(
+            "gather", backend, constants, extra, outputs, scalars=SCALARS
+        )
         self._launch = {
             "grid": (groups * threads, rows, 1),
             "threadgroup": (threads, 1, 1),
@@ -448,7 +451,6 @@ class _ByKernel:
             "output_dtypes": [call.dtype] * len(shapes),
             "scalars": scalars,
         }
-        self._kernels: dict[tuple[bool, bool], Callable[..., list[mx.array]]] = {}
 
     def __call__(
         self,
@@ -467,18 +469,9 @@ class _ByKernel:
         if self._copies_queries:
             inputs.append(queries.swapaxes(1, 2))
         inputs += self._spans
-        kind = new is not None, after is not None
-        gathers = self._kernels.get(kind) or self._kernel(*kind)
+        gathers = self._gathers(new is not None, after is not None)
         held_keys, held_values, done, *copied = gathers(inputs=inputs, **self._launch)
         return copied[0].swapaxes(1, 2) if copied else queries, held_keys, held_values, done
-
-    def _kernel(self, writes: bool, ordered: bool) -> Callable[..., list[mx.array]]:
-        extra = ("new_keys", "new_values") * writes + ("after",) * ordered
-        extra += ("queries",) * self._copies_queries + ("spans",) * len(self._spans)
-        constants = (*self._constants, ("WRITE", int(writes)))
-        made = kernels.kernel("gather", self._backend, constants, extra, self._outputs, SCALARS)
-        self._kernels[writes, ordered] = made
-        return made
 
 
 def make_plan(

@@ -127,33 +127,11 @@ class Plan:
 class _Kernels(NamedTuple):
     """What a plan launches, and the arguments that stay."""
 
-    splits: _Splits
+    splits: kernels.Variants
     split: dict[str, Any]
     joins: Callable[..., list[mx.array]]
     spans: mx.array  # see merge.h
     merge: dict[str, Any]
-
-
-class _Splits:
-    """The variants of one kernel that a plan may launch: with or without writing and order."""
-
-    def __init__(
-        self, body: str, backend: str, constants: kernels.Constants, extra: tuple[str, ...]
-    ) -> None:
-        self._of = body, backend, constants, extra
-        self._made: dict[tuple[bool, bool], Callable[..., list[mx.array]]] = {}
-
-    def __call__(self, writes: bool, ordered: bool) -> Callable[..., list[mx.array]]:
-        made = self._made.get((writes, ordered))
-        if made is None:
-            body, backend, constants, extra = self._of
-            constants = (*constants, ("WRITE", int(writes)))
-            new = ("new_keys", "new_values") if writes else ()
-            after = ("after",) if ordered else ()
-            extra = (*new, *after, *extra)
-            made = kernels.kernel(body, backend, constants, extra, scalars=("advance",))
-            self._made[writes, ordered] = made
-        return made
 
 
 def make_plan(
@@ -235,7 +213,7 @@ def make_plan(
         ("TOKENS", tokens),
         ("LOG2_LANES", lanes.bit_length() - 1),
     )
-    splits = _Splits(
+    splits = kernels.Variants(
         "tensor" if is_tensor else "split",
         backend,
         (
@@ -256,6 +234,7 @@ def make_plan(
         ),
         (("slopes",) if scores.alibi_slopes is not None else ())
         + (("sinks",) if sinks and not divided else ()),
+        scalars=("advance",),
     )
     joins = kernels.kernel(
         "merge",

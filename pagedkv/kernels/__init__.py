@@ -234,6 +234,41 @@ def kernel(
     return metal_kernel(body, constants, inputs, outputs, scalars)
 
 
+class Variants:
+    """A kernel as it may be launched: with new tokens to write or without, after something or not.
+
+    Parameters
+    ----------
+    body, backend, constants, extra, outputs, scalars
+        As `kernel` takes them, without what writing and order add.
+    """
+
+    def __init__(
+        self,
+        body: str,
+        backend: str,
+        constants: Constants,
+        extra: tuple[str, ...],
+        outputs: tuple[str, ...] = ("outputs",),
+        *,
+        scalars: tuple[str, ...],
+    ) -> None:
+        self._of = body, backend, constants, extra, outputs, scalars
+        self._made: dict[tuple[bool, bool], Callable[..., list[mx.array]]] = {}
+
+    def __call__(self, writes: bool, ordered: bool) -> Callable[..., list[mx.array]]:
+        """Return a variant: ``new_keys``, ``new_values`` and ``after`` come before `extra`."""
+        made = self._made.get((writes, ordered))
+        if made is None:
+            body, backend, constants, extra, outputs, scalars = self._of
+            constants = (*constants, ("WRITE", int(writes)))
+            new = ("new_keys", "new_values") if writes else ()
+            after = ("after",) if ordered else ()
+            made = kernel(body, backend, constants, (*new, *after, *extra), outputs, scalars)
+            self._made[writes, ordered] = made
+        return made
+
+
 FEW = 16, 128, 512, 960  # integers that are worth a launch of their own, which takes 1023
 _WARPS = 8
 
