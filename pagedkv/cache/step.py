@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.inputs import New
@@ -24,6 +25,22 @@ from pagedkv.host.schedule import Schedule
 from pagedkv.limits import id_below
 
 _UNCHANGED = "sequences that nobody changes before their step is over, but somebody did"
+
+
+def positions_of(
+    first: NDArray[np.int64], counts: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the positions of new tokens, sequence by sequence, shape [T].
+
+    Parameters
+    ----------
+    first : ndarray
+        Position of the first new token of each sequence, shape [B].
+    counts : sequence of int
+        New tokens of each.
+    """
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(ends[-1])
 
 
 class _Part:
@@ -304,8 +321,7 @@ class ScheduledStep(Step):
         before = self.batch.lens - counts
         width = counts[0] if self.is_even else 1
         self.tokens = tokens.reshape(-1, width)
-        inside = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.positions = (np.repeat(before, counts) + inside)[::width].astype(np.int32)
+        self.positions = positions_of(before, counts)[::width].astype(np.int32)
         last = np.cumsum(counts) // width - 1
         rows_of = dict(zip(self.request_ids, last.tolist(), strict=True))
         self.sample_rows = [rows_of[request_id] for request_id in schedule.samples]

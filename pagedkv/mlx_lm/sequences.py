@@ -12,7 +12,7 @@ import numpy as np
 
 from pagedkv.attention.batch import DecodeBatch
 from pagedkv.cache.kv_cache import PagedKVCache
-from pagedkv.cache.step import Extension
+from pagedkv.cache.step import Extension, positions_of
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable, blocks_needed
 from pagedkv.mlx_lm.memory import MARGIN, Memory
@@ -96,8 +96,7 @@ class Sequences:
                 positions = positions[counts > 0]
                 counts = counts[counts > 0]
                 if (counts != counts[0]).any():
-                    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-                    positions = np.repeat(positions, counts) + inside
+                    positions = positions_of(positions, counts)
             self._offsets = mx.array(positions.astype(np.int32))
         return self._offsets
 
