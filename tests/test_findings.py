@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -107,7 +109,7 @@ def test_a_folder_that_cannot_be_written(machine, cache_folder, monkeypatch, how
         (cache_folder / "measured.json").mkdir(parents=True)
     else:
         cache_folder.mkdir()
-        monkeypatch.setattr(findings.tempfile, "mkstemp", denied)
+        monkeypatch.setattr(tempfile, "mkstemp", denied)
     before = sorted(cache_folder.parent.rglob("*"))
     machine.outputs["fused"] = RIGHT * 1.1
     with pytest.warns(RuntimeWarning, match="not kept, for the cache folder is not writable"):
@@ -122,7 +124,7 @@ def test_a_disk_that_is_full(machine, cache_folder, monkeypatch):
         raise OSError("no space left on device")
 
     machine.find("before")
-    monkeypatch.setattr(findings.json, "dump", full)
+    monkeypatch.setattr(os, "replace", full)  # what was written is beside it by then
     assert machine.find().path == "fused"
     assert [file.name for file in cache_folder.iterdir()] == ["measured.json"]
     [kinds] = json.loads((cache_folder / "measured.json").read_text()).values()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import mlx.core as mx
 import pagedkv
 from pagedkv import kernels
 from pagedkv.attention.inputs import Call
+from pagedkv.kernels.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,10 @@ def store(where: str, kind: str, finding: Finding) -> Path | None:
     """
     with suppress(OSError, RuntimeError):
         file = cache_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
         held = _load()
         entry = {"path": finding.path, "ms": dict(finding.ms), "fault": finding.fault}
         held.setdefault(where, {})[kind] = {**entry, "day": date.today().isoformat()}
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-                json.dump(held, opened, indent=1)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(file, json.dumps(held, indent=1).encode())
         return file
     return None
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from pagedkv.kernels.files import write_whole
+
 NAMES = "libnvrtc.so.13", "libnvrtc.so.12"
 
 
@@ -156,20 +158,8 @@ def launch(
 def _keep(file: Path, code: bytes, name: str, symbol: str) -> bool:
     """Write a kernel's files as MLX reads them, each whole or not at all; False if that fails."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # The code comes last: MLX looks for it first.
-        for path, content in (
-            (file.with_suffix(".txt"), f"{name}\t{symbol}\n".encode()),
-            (file, code),
-        ):
-            descriptor, temporary = tempfile.mkstemp(dir=file.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as opened:
-                    opened.write(content)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        write_whole(file.with_suffix(".txt"), f"{name}\t{symbol}\n".encode())
+        write_whole(file, code)  # last: MLX looks for it first
     except OSError:
         return False
     return True
