@@ -63,7 +63,7 @@ def answers_of(side, prompt, prompts, answers):
     side : str
         "store" or "mlx-lm".
     prompt : int
-        Tokens of the first prompt, of which the first token alone is asked for.
+        Tokens of the first prompt, which is answered with one token.
     prompts, answers : list of int
         Tokens of the others, which are answered in batches, and of their answers.
 

@@ -29,9 +29,18 @@ def import_mlx_lm():
     return pagedkv.mlx_lm
 
 
+def random_model(family, **sizes):
+    """Return a model of one of mlx-lm's modules, with seeded random weights, evaluated."""
+    mx.random.seed(0)
+    model = family.Model(family.ModelArgs(**sizes))
+    model.set_dtype(DTYPE)
+    mx.eval(model.parameters())
+    return model
+
+
 def llama():
-    """Return a random model, evaluated."""
-    from mlx_lm.models.llama import Model, ModelArgs
+    """Return a random model of Llama's kind, evaluated."""
+    from mlx_lm.models import llama
 
     large = on_gpu()
     sizes = {
@@ -43,11 +52,7 @@ def llama():
         "head_dim": 64,
         "vocab_size": 32000 if large else 8000,
     }
-    mx.random.seed(0)
-    model = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, **sizes))
-    model.set_dtype(DTYPE)
-    mx.eval(model.parameters())
-    return model
+    return random_model(llama, model_type="llama", rms_norm_eps=1e-5, **sizes)
 
 
 def token_bytes(model):

@@ -1,4 +1,4 @@
-"""What a request costs before its first token: prompts, over mlx-lm with its own caches.
+"""Time to the first token: prompts over a store, compared with mlx-lm's own caches.
 
 `generate.py` says which model that is. Both sides compute the same tokens through mlx-lm's
 `generate_step`; ratios of speeds are mlx-lm's time over the package's, above 1 the package is
@@ -26,14 +26,21 @@ from .common import (
     series_of_host_share,
     settle,
 )
-from .generate import BLOCK_SIZE, first_token, import_mlx_lm, require_prompts, store_for
+from .generate import (
+    BLOCK_SIZE,
+    first_token,
+    import_mlx_lm,
+    random_model,
+    require_prompts,
+    store_for,
+)
 
 CHUNK = 2048  # tokens of a prompt that mlx-lm computes at once
 
 
 def gemma():
     """Return a random model of Gemma 3's shape, evaluated: five of six layers see a window."""
-    from mlx_lm.models.gemma3_text import Model, ModelArgs
+    from mlx_lm.models import gemma3_text
 
     large = on_gpu()
     sizes = {
@@ -47,11 +54,7 @@ def gemma():
         "sliding_window": 1024 if large else 64,
         "sliding_window_pattern": 6,
     }
-    mx.random.seed(0)
-    model = Model(ModelArgs(model_type="gemma3_text", **sizes))
-    model.set_dtype(DTYPE)
-    mx.eval(model.parameters())
-    return model
+    return random_model(gemma3_text, model_type="gemma3_text", **sizes)
 
 
 def states(cache):
@@ -75,7 +78,7 @@ def require_prompt(model, tokens):
 
 
 class _Sampled(generate.Stored):
-    """What all pairs here have in common: nothing is in flight when a call begins."""
+    """Nothing is in flight when either call of a pair begins."""
 
     version = "1"
     timeout = 900
@@ -86,7 +89,7 @@ class _Sampled(generate.Stored):
 
 
 class _Uncached(_Sampled):
-    """First tokens of a prompt of which nothing is cached."""
+    """Time to the first token, with nothing of the prompt cached."""
 
     better = "larger"
 

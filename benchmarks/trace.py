@@ -138,7 +138,7 @@ def answer_all(model, requests, store=None):
         All are there at the beginning.
     store : PagedStore, optional
         Where their caches are, each made when its request begins, and kept when it ends; mlx-lm's
-        own by default, of which nothing is reused.
+        own by default, which reuse nothing.
 
     Returns
     -------
