@@ -45,6 +45,39 @@ def test_logits_processors_see_the_tokens_that_were_cached(model):
         assert store.stats().cached_tokens == 36
 
 
+def passes_of(model, monkeypatch):
+    """Return a list that grows by the tokens and the rows of logits of each pass of a model."""
+    passes, own = [], type(model).__call__
+
+    def noting(self, tokens, **options):
+        logits = own(self, tokens, **options)
+        passes.append((tokens.shape[1], logits.shape[1]))
+        return logits
+
+    monkeypatch.setattr(type(model), "__call__", noting)
+    return passes
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"),
+    [(1, [1]), (2, [2]), (8, [8]), (9, [8, 1]), (17, [8, 8, 1]), (21, [8, 8, 5]), (24, [8, 8, 8])],
+)
+def test_a_prompts_last_token_comes_with_its_last_chunk(model, monkeypatch, length, chunks):
+    """mlx-lm has a pass for it alone. The output layer sees one token all the same."""
+    prompt = PROMPT[:length]
+    *whole, last = chunks
+    expected = answer(model, prompt, prefill_step_size=8)
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        passes = passes_of(model, monkeypatch)
+        assert answer(model, prompt, store.cache(prompt), prefill_step_size=8) == expected
+        assert passes[: len(chunks)] == [*((chunk, chunk) for chunk in whole), (last, 1)]
+        assert all(new == (1, 1) for new in passes[len(chunks) :])
+        cache = store.cache([*prompt, 90, 91])
+        passes.clear()
+        answer(model, [*prompt, 90, 91], cache, count=1, prefill_step_size=8)
+        assert passes[0] == (length + 2 - cache.cached, 1)
+
+
 def test_a_prompt_that_failed_goes_on_where_it_was(model):
     expected = answer(model, PROMPT)
 

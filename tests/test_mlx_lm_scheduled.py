@@ -3,8 +3,10 @@
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from small_models import FAMILIES, small_model
 from pagedkv import PagedKVError, Scheduler
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.mlx_lm import PagedStore, ScheduledModel
+from pagedkv.mlx_lm.probe import seeing
 
 pytestmark = pytest.mark.usefixtures("storage")
 PAGED = sorted(set(FAMILIES) - {"qwen3_next"})
@@ -272,6 +275,14 @@ def test_only_tokens_that_are_sampled_from_have_logits(monkeypatch):
         given.clear()
         assert scheduled.logits(scheduler.schedule()).shape == (3, VOCABULARY)
         assert given == [3]
+
+
+def test_another_thread_sees_all_of_the_output_layer():
+    head = nn.Linear(8, 3)
+    hidden = mx.random.normal((4, 8))
+    with seeing(head, "__call__", lambda hidden: hidden[:1]), ThreadPoolExecutor() as threads:
+        assert head(hidden).shape == (1, 3)
+        assert threads.submit(lambda: head(hidden).shape).result() == (4, 3)
 
 
 @pytest.mark.parametrize("order", ["inner first", "outer first"])

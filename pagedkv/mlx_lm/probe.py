@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -158,7 +159,7 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
 
 @contextmanager
 def seeing(layer: Any, method: str, choose: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Let an output layer see a choice of the hidden states that it is given, to the end.
+    """Let an output layer see a choice of the hidden states that this thread gives it, to the end.
 
     Parameters
     ----------
@@ -170,9 +171,10 @@ def seeing(layer: Any, method: str, choose: Callable[[mx.array], mx.array]) -> I
         Hidden states -> those that count.
     """
     own: Any = type(layer)
+    thread = get_ident()
 
     def chosen(self: Any, hidden: mx.array) -> Any:
-        return getattr(own, method)(self, choose(hidden))
+        return getattr(own, method)(self, choose(hidden) if get_ident() == thread else hidden)
 
     layer.__class__ = type(own.__name__, (own,), {method: chosen})
     try:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.errors import PagedKVError
+from pagedkv.mlx_lm.admission import CHUNK
 from pagedkv.mlx_lm.layer import sequences_of
+from pagedkv.mlx_lm.probe import seeing
 from pagedkv.mlx_lm.routing import RoutedPrompt
 from pagedkv.mlx_lm.sequences import Sequences
 
@@ -32,6 +34,8 @@ class PromptCache(list[Any], RoutedPrompt):
         How many of its first tokens are in the cache.
     namespace : hashable
         Of the prefixes that it shares.
+    output : tuple or None
+        As `output_layer` returns it, of the model.
 
     Attributes
     ----------
@@ -45,8 +49,10 @@ class PromptCache(list[Any], RoutedPrompt):
         tokens: NDArray[np.int64] | None,
         cached: int,
         namespace: Hashable,
+        output: tuple[Any, str] | None,
     ) -> None:
         super().__init__(layers)
+        self._output = output
         self._tokens = np.empty(0, np.int64) if tokens is None else tokens
         self.cached, self.namespace = cached, namespace
         self._held = None if tokens is None else tokens[:cached]
@@ -54,7 +60,7 @@ class PromptCache(list[Any], RoutedPrompt):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         layers = [copy.deepcopy(layer, memo) for layer in self]
-        other = PromptCache(layers, self._tokens, self.cached, self.namespace)
+        other = PromptCache(layers, self._tokens, self.cached, self.namespace, self._output)
         other._held = self._held if self._version == self.sequences.version else None
         return other
 
@@ -83,7 +89,7 @@ class PromptCache(list[Any], RoutedPrompt):
         return found
 
     def generate(
-        self, own: Callable[..., Any], prompt: mx.array, *arguments: Any, **options: Any
+        self, own: Callable[..., Any], prompt: mx.array, model: Any, *stream: Any, **options: Any
     ) -> Iterator[Any]:
         """Yield what mlx-lm's `generate_step` does, without computing again what is cached.
 
@@ -93,8 +99,8 @@ class PromptCache(list[Any], RoutedPrompt):
             mlx-lm's function.
         prompt : mx.array
             The whole prompt that the cache was made for, or what follows the tokens that it holds.
-        arguments, options
-            Of `generate_step`, but for the prompt.
+        model, stream, options
+            Of `generate_step`.
         """
         sequences = self.sequences
         sequences.memory.collect()
@@ -123,10 +129,13 @@ class PromptCache(list[Any], RoutedPrompt):
                 held = np.concatenate([held, tokens])
         else:
             held = None
+        if self._output and options.get("input_embeddings") is None:
+            chunk = options.get("prefill_step_size", CHUNK)
+            model = _LastChunk(model, self._output, len(prompt), chunk)
         self._is_busy, self._held, self._trims = True, None, sequences.trims
         answer: list[int] = []
         try:
-            for token, logprobs in own(prompt, *arguments, **options):
+            for token, logprobs in own(prompt, model, *stream, **options):
                 answer.append(token)
                 yield token, logprobs
         except GeneratorExit:
@@ -169,3 +178,40 @@ def _after(
     return lambda tokens, logits: processor(
         mx.concatenate([skipped.astype(tokens.dtype), tokens]), logits
     )
+
+
+class _LastChunk:
+    """A model that computes the last chunk of a prompt and the token after it in one pass.
+
+    mlx-lm leaves the last token to a pass of its own, for the only logits that it looks at.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    output : tuple
+        As `output_layer` returns it.
+    left : int
+        Tokens of the prompt.
+    chunk : int
+        Most tokens of a pass.
+    """
+
+    def __init__(self, model: Any, output: tuple[Any, str], left: int, chunk: int) -> None:
+        self._model, self._output, self._left, self._chunk = model, output, left, chunk
+        self._held: mx.array | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, tokens: mx.array, **options: Any) -> Any:
+        """Return the logits of tokens, [1, Q]; of a last chunk nothing, they come with the next."""
+        self._left -= tokens.shape[1]
+        if self._left == 1 and tokens.shape[1] < self._chunk:
+            self._held = tokens
+            return None
+        held, self._held = self._held, None
+        if held is None:
+            return self._model(tokens, **options)
+        with seeing(*self._output, lambda hidden: hidden[:, -1:]):
+            return self._model(mx.concatenate([held, tokens], axis=1), **options)

@@ -16,7 +16,7 @@ from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
 from pagedkv.mlx_lm.layer import Content, PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
-from pagedkv.mlx_lm.probe import layer_shapes
+from pagedkv.mlx_lm.probe import layer_shapes, output_layer
 from pagedkv.mlx_lm.prompt_cache import PromptCache
 from pagedkv.mlx_lm.routing import Closing, RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
@@ -114,6 +114,9 @@ class PagedStore(Closing):
                 bits=bits,
                 is_whole=len(shapes) == len(caches),
             )
+            self._output = None
+            if self.memory.is_whole:
+                self._output = output_layer(model, lambda: make_prompt_cache(model))
         except BaseException:
             self._undo_routes()
             raise
@@ -156,7 +159,8 @@ class PagedStore(Closing):
             table.adopt(blocks, len(blocks) * memory.kv.block_size)
         self._asked += len(prompt)
         self._cached += table.num_tokens
-        return PromptCache(self._layers(sequences), prompt, table.num_tokens, namespace)
+        layers = self._layers(sequences)
+        return PromptCache(layers, prompt, table.num_tokens, namespace, self._output)
 
     def _layers(self, sequences: Sequences) -> list[Any]:
         """Return the caches of all layers, mlx-lm's own where a layer is not paged."""
@@ -255,7 +259,7 @@ class PagedStore(Closing):
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 layers[index] = found[index]
-        return PromptCache(layers, None, 0, None)
+        return PromptCache(layers, None, 0, None, self._output)
 
     def stats(self) -> StoreStats:
         """Return what the store holds and what it saved."""
