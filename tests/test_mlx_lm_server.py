@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +19,9 @@ pytest.importorskip("openai", reason="the test group is not installed")
 import mlx.core as mx
 import openai
 from mlx_lm import load, stream_generate
+from mlx_lm import server as own_server
 from mlx_lm.generate import GenerationBatch
-from served_models import asked, saved_model, texts, words
+from served_models import Asked, asked, options, saved_model, served, texts, words
 from small_models import small_model
 
 from pagedkv import PagedKVError
@@ -71,6 +73,38 @@ def answer(path):
 @pytest.fixture(scope="module")
 def expected(answer):
     return [answer(chat) for chat in CHATS]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_server_is_healthy_once_its_model_is_there(path, expected, monkeypatch, backend):
+    """On a GPU kernels are compiled before."""
+    may_go_on, compiled = threading.Event(), []
+    load = own_server.ModelProvider._load
+
+    def slow(self, *arguments, **more):
+        assert may_go_on.wait(20)
+        return load(self, *arguments, **more)
+
+    monkeypatch.setattr(own_server.ModelProvider, "_load", slow)
+    monkeypatch.setattr(PagedStore, "warm_up", lambda store: compiled.append(health()))
+    monkeypatch.setattr(server, "backend_of", lambda device: backend)
+    with served(server.Provider(options(path), num_blocks=64, block_size=4)) as (url, generator):
+        address = url.removeprefix("http://").removesuffix("/v1")
+
+        def health():
+            connection = http.client.HTTPConnection(address, timeout=5)
+            connection.request("GET", "/health")
+            status = connection.getresponse().status
+            connection.close()
+            return status
+
+        assert health() == 503
+        may_go_on.set()
+        found = Asked(url, generator)
+        with found.client:
+            assert found.wait(lambda: health() == 200)
+            assert compiled == ([] if backend == "cpu" else [503])
+            assert found.text(CHATS[0]) == expected[0]
 
 
 @pytest.fixture

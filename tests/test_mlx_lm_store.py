@@ -286,7 +286,11 @@ def test_a_closed_store_is_refused(model):
     store = PagedStore(model, num_blocks=4)
     cache = store.cache()
     store.close()
-    for call in (store.cache, store.stats, lambda: model(mx.array([[1, 2]]), cache=cache)):
+
+    def compute():
+        return model(mx.array([[1, 2]]), cache=cache)
+
+    for call in (store.cache, store.stats, store.warm_up, compute):
         with pytest.raises(PagedKVError, match="expected an open store"):
             call()
 
@@ -346,3 +350,39 @@ def test_a_closed_store_keeps_no_memory_for_a_pass_that_never_ended(model):
     store.close()
     gc.collect()
     assert pools() is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("num_blocks", [1, 4, 40, 400])
+def test_warming_up_computes_prompts_and_steps_and_leaves_nothing(monkeypatch, family, num_blocks):
+    passes, update = set(), PagedLayer.update_and_fetch
+
+    def spy(self, keys, values):
+        passes.add((keys.shape[0], keys.shape[2]))
+        return update(self, keys, values)
+
+    model = small_model(family)
+    with PagedStore(model, num_blocks=num_blocks, block_size=4) as store:
+        monkeypatch.setattr(PagedLayer, "update_and_fetch", spy)
+        store.warm_up()
+        after = store.stats()
+        assert after.asked_tokens == after.cached_blocks == 0
+        assert after.free_blocks == after.num_blocks
+        if num_blocks >= 4:
+            assert (1, 1) in passes
+        if num_blocks >= 40:
+            assert (8, 1) in passes
+            assert max(batch * count for batch, count in passes) > 30  # prompts
+
+
+def test_warming_up_leaves_others_their_blocks(model):
+    with PagedStore(model, num_blocks=12, block_size=4) as store:
+        cache = store.cache()
+        model(mx.array([list(range(30))]), cache=cache)
+        mx.eval(cache[0].state)
+        for _ in range(2):
+            store.warm_up()
+            assert store.stats().free_blocks == 4
+        model(mx.array([list(range(16))]), cache=cache)
+        store.warm_up()  # no block is free
+        assert cache[0].offset == 46

@@ -12,6 +12,7 @@ import argparse
 import copy
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -20,6 +21,7 @@ import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
+from pagedkv.attention.paths import backend_of
 from pagedkv.limits import positive_int32
 from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.routing import replaced
@@ -120,6 +122,8 @@ class Provider(server.ModelProvider):
         Of the model that is loaded.
     caches : PromptCaches or None
         The server's, which it makes after this.
+    is_ready : bool
+        Whether the model of the command line was loaded, and no other is being loaded.
 
     Raises
     ------
@@ -130,6 +134,7 @@ class Provider(server.ModelProvider):
     def __init__(self, cli_args: argparse.Namespace, **budget: Any) -> None:
         self.store: PagedStore | None = None
         self.caches: PromptCaches | None = None
+        self.is_ready = cli_args.model is None
         self._budget = budget
         if cli_args.kv_bits is not None:
             raise ValueError(
@@ -150,9 +155,21 @@ class Provider(server.ModelProvider):
         super().reset()
 
     def _load(self, *paths: Any, **more: Any) -> None:
+        self.is_ready = False
+        try:
+            self._load_with_store(*paths, **more)
+        finally:
+            self.is_ready = True
+
+    def _load_with_store(self, *paths: Any, **more: Any) -> None:
         super()._load(*paths, **more)  # type: ignore[no-untyped-call]
         try:
             self.store = store = PagedStore(self.model, **self._budget)
+            if backend_of(mx.default_device()) != "cpu":
+                began = time.monotonic()
+                logging.info("Compiling kernels, which takes up to 20 s once a machine")
+                store.warm_up()
+                logging.info(f"Compiled kernels in {time.monotonic() - began:.1f} s")
         except BaseException:
             self.reset()  # or the next request would be served without a store
             raise
@@ -185,6 +202,11 @@ class Responses(server.ResponseGenerator):
             super()._run_generate()  # type: ignore[no-untyped-call]
         finally:
             mx.clear_streams()  # of this thread: else MLX ends the process with an abort
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it answers requests now: not while a model is loaded."""
+        return bool(super().is_healthy) and self.model_provider.is_ready
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]

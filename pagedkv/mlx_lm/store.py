@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
 
 from pagedkv.attention.codes import bits_of_each
@@ -22,6 +23,8 @@ from pagedkv.mlx_lm.routing import Closing, RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+WARM_UP_BATCHES, WARM_UP_TOKENS, WARM_UP_STEPS = (1, 8), 700, 3
+"""Sequences, most tokens of a prompt and tokens of an answer: kernels differ by these sizes."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,30 @@ class PagedStore(Closing):
         if self._own_caches:
             return list(self._own_caches())
         return [KVCache() for _ in self._model.layers]
+
+    def warm_up(self) -> None:
+        """Answer made-up prompts, so that kernels are compiled before somebody waits for them.
+
+        A GPU compiles a kernel when it is first needed, MLX's and the package's: 10 to 20 s in all,
+        once a machine. The prompts are as long as the free blocks allow, and nothing is left of
+        them.
+
+        Raises
+        ------
+        PagedKVError
+            If the store is closed.
+        """
+        free, kv = self.stats().free_blocks, self.memory.kv
+        room = free // len(kv.groups.windows) * kv.block_size
+        for count in WARM_UP_BATCHES:
+            length = min(WARM_UP_TOKENS, room // count - WARM_UP_STEPS)
+            if length > 0:
+                generator = BatchGenerator(self._model, max_tokens=WARM_UP_STEPS)
+                lengths = [max(length - row, 1) for row in range(count)]
+                generator.insert([[0] * length for length in lengths])
+                while generator.next_generated():
+                    pass
+                generator.close()
 
     def forget(self) -> None:
         """Forget all cached prefixes, as after a change of the model's weights."""
