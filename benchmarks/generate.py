@@ -144,7 +144,8 @@ class _Paired(Stored):
     unit = "x mlx-lm"
     better = "larger"
 
-    def start(self, lengths):
+    def start(self, lengths, *, is_null=False):
+        """Compute the prompts on both sides; with `is_null` both are mlx-lm's."""
         import_mlx_lm()
         from mlx_lm.models.cache import KVCache
 
@@ -153,9 +154,16 @@ class _Paired(Stored):
         require_memory(4 * sum(lengths) * token_bytes(self.model))
         prompts = prompts_of(self.model, lengths)
         layers = self.model.args.num_hidden_layers
-        self.plain = _Decoding(self.model, prompts, lambda: [KVCache() for _ in range(layers)])
-        self.store = store_for(self.model, lengths)
-        self.paged = _Decoding(self.model, prompts, self.store.cache)
+
+        def own():
+            return _Decoding(self.model, prompts, lambda: [KVCache() for _ in range(layers)])
+
+        self.plain = own()
+        if is_null:
+            self.paged = own()
+        else:
+            self.store = store_for(self.model, lengths)
+            self.paged = _Decoding(self.model, prompts, self.store.cache)
 
     def pair(self):
         """Return what makes the ratio one of speeds: mlx-lm's time over the store's."""
@@ -176,6 +184,21 @@ class Decode(_Paired):
     def setup(self, sequences, context):
         require_prompts(max(context, sequences * context // 8))
         self.start([context] * sequences)
+
+    def ratio_tokens_per_second(self, sequences, context):
+        return self.pair()
+
+
+class Null(_Paired):
+    """`Decode` with mlx-lm's own caches on both sides: what no difference looks like."""
+
+    version = "1"
+    params = [[1, 8], [512, 4096]]
+    param_names = ["sequences", "context"]
+
+    def setup(self, sequences, context):
+        require_prompts(max(context, sequences * context // 8))
+        self.start([context] * sequences, is_null=True)
 
     def ratio_tokens_per_second(self, sequences, context):
         return self.pair()

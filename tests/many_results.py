@@ -17,6 +17,8 @@ OF_GRID = [
     "step.Bound.ratio_step_vs_bound",
 ]
 OF_MODEL = {
+    "prompt.FirstToken.ratio_speed": [[512, 2048, 8192]],
+    "prompt.Cached.ratio_time": [[2048, 8192], [32, 256]],
     "generate.Decode.ratio_tokens_per_second": [[1, 8, 32], [512, 4096, 16384]],
     "generate.Skewed.ratio_tokens_per_second": [[512, 8192]],
     "generate.FirstToken.ratio_first_token": [[512, 2048]],

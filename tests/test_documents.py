@@ -96,6 +96,7 @@ def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatc
     monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
     documents.main()
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
+        ["first", "token,", "speed", "over", "mlx-lm's", "was", "not", "measured", "on", "box"],
         ["tokens", "a", "second", "over", "mlx-lm's", "was", "not", "measured", "on", "box"],
         ["step", "over", "mlx-lm's", "cache,", "machine", "box,", "blocks", "of", "32", "tokens"],
         ["commit", "batch", "1,", "1k"],
@@ -111,6 +112,7 @@ def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatc
 def test_the_table_leads_with_what_users_get():
     wide = ("16", "1024", "32")
     table = {
+        results.FIRST: {("512",): results.Value(1.1), ("8192",): results.Value(1.4)},
         results.TOKENS: {("1", "512"): results.Value(1.5)},
         results.STEP: {CELL: results.Value(0.5), ("1", "4096", "32"): results.MISSING},
         "step.Batch16.ratio_step_vs_contiguous": {wide: results.Value(0.25)},
@@ -121,9 +123,10 @@ def test_the_table_leads_with_what_users_get():
     header, rows = tables.by_cell(table, tables.USERS)
     assert header == ["batch", "context", "block", *results.NAMES.values()]
     assert rows == [
-        ["1", "512", "32", "1.50", "not asked", "not asked", "not asked"],
-        ["1", "1024", "32", "not asked", "0.50", "not asked", "too slow"],
-        ["16", "1024", "32", "not asked", "0.25", "not asked", "not asked"],
+        ["1", "512", "32", "1.10", "1.50", "not asked", "not asked", "not asked"],
+        ["1", "1024", "32", "not asked", "not asked", "0.50", "not asked", "too slow"],
+        ["1", "8192", "32", "1.40", "not asked", "not asked", "not asked", "not asked"],
+        ["16", "1024", "32", "not asked", "not asked", "0.25", "not asked", "not asked"],
     ]
     header, [row] = tables.by_cell(table, tables.ADR)
     said = dict(zip(header, row, strict=True))
@@ -135,13 +138,13 @@ def test_make_table_is_of_the_newest_commit_with_a_number(four_commits, monkeypa
     documents.main()
     out, err = capsys.readouterr()
     assert err == "machine box, c\n"
-    assert out.splitlines()[1:] == ["1,1024,32,not asked,1.25,not asked,not asked"]
+    assert out.splitlines()[1:] == ["1,1024,32,not asked,not asked,1.25,not asked,not asked"]
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--commit", "d"], "no number at d of tokens a second over mlx-lm's, step over"),
+        (["--commit", "d"], "no number at d of first token, speed over mlx-lm's, tokens"),
         (["--commit", "a", "--columns", "adr"], "no number at 0 · gather (a) of contiguous ms"),
         (["--columns", "adr"], "no number at any commit of contiguous ms"),
     ],

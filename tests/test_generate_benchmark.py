@@ -57,6 +57,16 @@ def test_both_sides_say_the_same_at_the_same_length(kind, cell, lengths, monkeyp
     measured.store.close()
 
 
+def test_the_null_arm_has_mlx_lms_caches_on_both_sides():
+    null = generate.Null()
+    null.setup(4, 40)
+    assert tokens(null.plain) == tokens(null.paged)
+    for side in (null.plain, null.paged):
+        caches = side.generator._generation_batch.prompt_cache
+        assert not any(isinstance(layer, PagedLayer) for layer in caches)
+    null.teardown()
+
+
 @pytest.fixture
 def in_flight(monkeypatch):
     """The streams that nothing has waited for since something was started."""

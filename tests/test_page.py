@@ -217,7 +217,9 @@ def test_what_was_not_measured_says_why(at):
 def test_the_table_leads_with_what_users_get_and_has_the_adrs_columns(at):
     overhead = at(machine="h100", commit="b5592642")
     titles = ["batch", "context", "block"]
-    assert overhead.table("table")[0] == [*titles, *(column.title for column in USERS)]
+    first, *measured = (column.title for column in USERS)
+    assert overhead.table("table")[0] == [*titles, *measured]
+    assert f"Not measured at 8 · mlx-lm (b5592642): {first}." in overhead.text("#table-title")
     overhead = at(machine="linux-2core", commit="ac3438f7", columns="adr")
     header, *rows = overhead.table("table")
     assert header == [*titles, *(column.title for column in ADR)]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.common import kv_bytes
 from tracking.noise import Noise
-from tracking.results import ATTENTION, BOUND, MISSING, NAMES, RESULTS, STEP, TOKENS, Value
+from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, RESULTS, STEP, TOKENS, Value
 from website import overhead, series
 
 ROWS = "overhead.GatherRows.ratio_vs_contiguous"
@@ -104,6 +104,24 @@ def test_whole_models_have_blocks_of_one_size():
     assert (one["params"], one["cells"]) == (["sequences", "context"], [[8, 512, 32]])
 
 
+def test_a_prompt_is_alone_and_in_blocks_of_one_size():
+    [one] = series.benchmarks_of([{FIRST: {("8192",): value(1.5), ("512",): value(1)}}], Noise())
+    assert (one["measure"], one["params"]) == ("first", [None, "prompt"])
+    assert one["cells"] == [[1, 512, 32], [1, 8192, 32]]
+
+
+def test_what_the_host_bounds_is_said_by_cell_and_commit():
+    share = "prompt.FirstToken.track_host_share"
+    short, long = ("512",), ("8192",)
+    tables = [
+        {FIRST: {short: value(1), long: value(1)}},
+        {FIRST: {short: value(1), long: value(1)}, share: {short: Value(0.91), long: Value(0.9)}},
+        {FIRST: {short: value(1)}, share: {short: Value(None)}},
+    ]
+    [one] = series.benchmarks_of(tables, Noise())
+    assert one["host"] == [[False, True, False], [False, False, False]]
+
+
 def test_a_call_has_the_bytes_that_it_reads():
     table = {"decode.Auto.time_decode": {CELL: value(1e-3), BIG: value(1e-2)}}
     [one] = series.benchmarks_of([table], Noise())
@@ -118,7 +136,12 @@ def test_a_measure_without_a_number_has_reasons():
     }
     tables = [table, {BOUND: {CELL: Value(math.nan, why="too slow")}}]
     found = series.reasons(tables, series.benchmarks_of(tables, Noise()))
-    assert found == {"tokens": [], "bound": ["failed", "lacks", "too slow"], "attention": []}
+    assert found == {
+        "first": [],
+        "tokens": [],
+        "bound": ["failed", "lacks", "too slow"],
+        "attention": [],
+    }
 
 
 def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
@@ -134,14 +157,16 @@ def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
         "memory of 8 forks over that of one, 512 tokens, each grown by 0",
         "memory of 8 forks over that of one, 4096 tokens, each grown by 1",
     ]
-    assert (forks["cells"], forks["params"]) == ([[512, 0], [4096, 1]], ["tokens", "grown"])
+    assert forks["cells"] == [["512", "0"], ["4096", "1"]]
+    assert (forks["params"], forks["of"]) == (["tokens", "grown"], "tokens")
 
 
 def test_what_is_told_in_words_is_measured():
-    from benchmarks import generate, server
+    from benchmarks import generate, prompt, server, trace
 
-    modules = {"generate": generate, "server": server}
-    for name, (params, words) in series.WITH_MLX_LM.items():
+    modules = {"generate": generate, "prompt": prompt, "server": server, "trace": trace}
+    assert series.FACTS.keys() <= series.RATIOS.keys()
+    for name, (params, words) in (one for of in series.FACTS.values() for one in of.items()):
         module, kind, function = name.split(".")
         found = getattr(modules[module], kind)
         assert hasattr(found, function)
@@ -164,7 +189,9 @@ def test_recorded_machines_are_on_the_page(recorded):
     asv = machines["h200"]["asv"]
     assert [asv[key] for key in ("machine", "mlx", "python")] == ["h200", "0.32.4", "3.12"]
     assert asv["cpu"].startswith("NVIDIA H200")
-    assert machines["linux-2core"]["unmeasured"] == {"tokens": [], "step": [], "bound": []}
+    assert machines["linux-2core"]["unmeasured"] == {
+        measure: [] for measure in ("first", "tokens", "step", "bound")
+    }
 
 
 def test_the_last_measured_machine_comes_first_and_retired_ones_last(tmp_path, recorded):

@@ -22,6 +22,7 @@ PHASES = (
     "mlx-lm",
     "groups",
     "bits",
+    "prompt",
 )
 """What the phases are called, by number."""
 

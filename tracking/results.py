@@ -16,11 +16,13 @@ from tracking.project import asv_settings
 from tracking.repository import ROOT, git
 
 RESULTS = ROOT / "results"
+FIRST = "prompt.FirstToken.ratio_speed"
 TOKENS = "generate.Decode.ratio_tokens_per_second"
 STEP = "step.Auto.ratio_step_vs_contiguous"
 BOUND = "step.Bound.ratio_step_vs_bound"
 ATTENTION = "overhead.Auto.ratio_vs_contiguous"
 NAMES = {
+    FIRST: "first token, speed over mlx-lm's",
     TOKENS: "tokens a second over mlx-lm's",
     STEP: "step over mlx-lm's cache",
     BOUND: "step over the bound",

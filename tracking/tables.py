@@ -9,7 +9,7 @@ from benchmarks.generate import BLOCK_SIZE
 from pagedkv import blocks_needed
 from tracking.files import write_text
 from tracking.repository import commit_labels, phase_commits
-from tracking.results import ATTENTION, BOUND, MISSING, NAMES, STEP, TOKENS, Value, load
+from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, TOKENS, Value, load
 
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
@@ -73,9 +73,13 @@ class Column:
 def cells_of(table, benchmark):
     """Return {(batch, context, block size): Value} of a benchmark.
 
-    Whole models, whose parameters are sequences and context, have blocks of one size.
+    Whole models, whose parameters are sequences and context, or the tokens of one prompt, have
+    blocks of one size.
     """
-    return {(*cell, str(BLOCK_SIZE))[:3]: x for cell, x in table.get(benchmark, {}).items()}
+    cells = table.get(benchmark, {})
+    if benchmark == FIRST:
+        cells = {("1", *cell): x for cell, x in cells.items()}
+    return {(*cell, str(BLOCK_SIZE))[:3]: x for cell, x in cells.items()}
 
 
 def _of_layouts(pattern):
@@ -83,6 +87,7 @@ def _of_layouts(pattern):
 
 
 USERS = [
+    Column(NAMES[FIRST], (FIRST,)),
     Column(NAMES[TOKENS], (TOKENS,)),
     Column(NAMES[STEP], (STEP, "step.Batch16.ratio_step_vs_contiguous")),
     Column(NAMES[BOUND], (BOUND, "step.BoundBatch16.ratio_step_vs_bound")),
@@ -129,14 +134,14 @@ def headline(machine, commits, benchmark, environment=None):
     confidence intervals.
     """
     tables = {
-        commit: load(machine, commit, environment=environment).get(benchmark, {})
+        commit: cells_of(load(machine, commit, environment=environment), benchmark)
         for commit in commits
     }
     tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
     shown = {*phase_commits(), *list(tables)[-1:]}
     tables = {commit: table for commit, table in tables.items() if commit in shown}
     cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
-    cells = sorted((c for c in cells if c[2:] in ((), ("32",))), key=by_number)
+    cells = sorted((c for c in cells if c[2] == "32"), key=by_number)
     header = ["commit", *(f"batch {b}, {_short(int(context))}" for b, context, *_ in cells)]
     labels = commit_labels(tables)
     rows = [

@@ -29,10 +29,14 @@ def _lines(x, y, color, tooltip, *, band=False, at=None):
 
 
 def _ratio(field, title="time over contiguous"):
-    ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
+    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
     scale = alt.Scale(type="log", nice=False, padding=10)
     axis = alt.Axis(values=ticks, format="~g", tickCount=len(ticks))
     return alt.Y(field, title=title, scale=scale, axis=axis)
+
+
+def _first(field):
+    return _ratio(field, "mlx-lm's time to the first token over ours")
 
 
 def _speedup(field):
@@ -69,6 +73,7 @@ _TIP = [
 
 CHARTS = {
     "phases": _lines(_COMMIT, _ratio, _BY_CONTEXT, _TIP, band=True, at=1),
+    "first": _lines(_COMMIT, _first, _BY_CONTEXT, _TIP, band=True, at=1),
     "tokens": _lines(_COMMIT, _speedup, _BY_CONTEXT, _TIP, band=True, at=1),
     "contexts": _lines(_CONTEXT, _ratio, _BY_PATH, _TIP, at=1),
     "bandwidths": _lines(_CONTEXT, _speed, _BY_PATH, _TIP),

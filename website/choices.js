@@ -1,6 +1,6 @@
 // What the reader has chosen, also in the address: a view can be sent to somebody, and gone back from.
 const CHOICES = ["machine", "commit", "against", "batch", "block", "path", "span", "columns", "changes"];
-const MEASURES = ["tokens", "step", "bound", "attention"];
+const MEASURES = ["first", "tokens", "step", "bound", "attention"];
 const NEWEST = 30; // commits that are shown besides the phases
 const COLUMNS = { users: "what users get", adr: "ADR 0001's: the paths of phase 0" };
 const CHANGES = { changed: "what changed", all: "all" };
@@ -14,8 +14,9 @@ const numberOf = hash => hash ? series().commits.findIndex(commit => commit.hash
 const title = measure => document.querySelector(`#${measure} h2`).textContent;
 const cells = (measure, ...fits) => cellsOf(series()).filter(cell => cell.measure === measure && fits.every(fit => fit(cell)));
 const hasNumber = commit => cell => Array.isArray(cell.values[commit]);
-const inBlock = cell => cell.measure === "tokens" || cell.block === +chosen.block;
-const inBatch = cell => cell.batch === +chosen.batch;
+const ofModels = measure => measure === "first" || measure === "tokens"; // in blocks of one size
+const inBlock = cell => ofModels(cell.measure) || cell.block === +chosen.block;
+const inBatch = cell => cell.measure === "first" || cell.batch === +chosen.batch; // a prompt is alone
 const onPath = cell => cell.path === (cell.measure === "attention" ? chosen.path : "auto");
 const larger = measure => DATA.larger.includes(measure);
 

@@ -53,7 +53,7 @@ function showComparison(number) {
     const line = element("tr");
     const path = cell.measure === "attention" ? `, ${cell.path}` : "";
     line.append(element("th", `${title(cell.measure)}: batch ${cell.batch}, ${cell.context} tokens` +
-                (cell.measure === "tokens" ? "" : `, blocks of ${cell.block}`) + path, { scope: "row" }),
+                (ofModels(cell.measure) ? "" : `, blocks of ${cell.block}`) + path, { scope: "row" }),
       numberCell(was, ratio), numberCell(is, ratio), element("td", percent(change)), thresholdCell(cell),
       element("td", verdict, { className: { improved: "good", worsened: "bad" }[verdict] ?? "na" }));
     return line;

@@ -9,7 +9,7 @@ function showCard(measure, number) {
   const now = rows.filter(known);
   const words = text => made.append(element("small", text));
   if (!now.length) {
-    const where = `batch ${chosen.batch}${measure === "tokens" ? "" : `, blocks of ${chosen.block}`}`;
+    const where = `batch ${chosen.batch}${ofModels(measure) ? "" : `, blocks of ${chosen.block}`}`;
     words(found.length ? `Not measured at ${where}: ${why(rows)}.` : notMeasured(measure));
     const elsewhere = numbers(found.filter(cell => inBlock(cell) && hasNumber(number)(cell)).map(cell => cell.batch));
     if (elsewhere.length) words("It was at batch ");
@@ -31,8 +31,8 @@ function showCard(measure, number) {
   const everywhere = found.map(cell => at(cell, number)).filter(known);
   const worst = everywhere.reduce((a, b) => (b.value > a.value) === !larger(measure) ? b : a);
   made.append(button(`worst cell ${ratio(worst.value)}: batch ${worst.batch}, ${worst.context} tokens` +
-    (measure === "tokens" ? "" : `, blocks of ${worst.block}`),
-    { batch: worst.batch, ...(measure === "tokens" ? {} : { block: worst.block }) }, () => pick(measure, worst)));
+    (ofModels(measure) ? "" : `, blocks of ${worst.block}`),
+    { batch: worst.batch, ...(ofModels(measure) ? {} : { block: worst.block }) }, () => pick(measure, worst)));
   return made;
 }
 
@@ -57,7 +57,7 @@ function showMeasure(measure, number) {
   const label = commits[number].label;
   const part = id => $(`${measure}-${id}`);
   const found = cells(measure, onPath), inBlocks = found.filter(inBlock);
-  const where = (measure === "tokens" ? "" : `blocks of ${chosen.block} tokens`) +
+  const where = (ofModels(measure) ? "" : `blocks of ${chosen.block} tokens`) +
     (measure === "attention" ? `, path ${chosen.path}` : "");
   const here = `At ${label}${where && ", " + where}`;
   const context = rows => ({ title: "", values: numbers(rows.map(row => row.context)),
@@ -71,12 +71,12 @@ function showMeasure(measure, number) {
     part("now-title").append(button(`It was at ${commits[latest].short}.`, { commit: short(commits[latest].hash) }));
   part("now").hidden = !any;
   const batches = { title: "batch", values: numbers(now.map(row => row.batch)), of: row => row.batch, text: String };
-  pivot(`${measure}-now`, now, batches, context(now), ratio, { chosen: +chosen.batch });
+  pivot(`${measure}-now`, now, batches, context(now), ratio, { chosen: measure === "first" ? 1 : +chosen.batch });
 
   const ofBatch = inBlocks.filter(inBatch), span = spanOf(ofBatch);
   const rows = ofBatch.flatMap(cell => span.map(commit => ({ ...at(cell, commit), label: commits[commit].short })));
   rows.sort((a, b) => a.commit - b.commit || a.context - b.context);
-  const over = `Over commits, batch ${chosen.batch}${where && ", " + where}`;
+  const over = `Over commits, batch ${measure === "first" ? 1 : chosen.batch}${where && ", " + where}`;
   const measured = commits.filter((_, other) => ofBatch.some(hasNumber(other))).length;
   say(`${measure}-phases-title`, !inBlocks.length ? ""
     : !span.length ? `${over}: not measured, ${why(ofBatch.map(cell => at(cell, number)))}.`
@@ -93,17 +93,17 @@ function showMeasure(measure, number) {
     heads[i].append(" ", element("small", moves(cell), { title: cell.threshold[1] }));
   });
 
-  const facts = measure !== "tokens" ? [] : benchmarks.filter(b => b.measure === "facts").flatMap(benchmark =>
+  const facts = benchmarks.filter(b => b.of === measure).flatMap(benchmark =>
     benchmark.what.map((what, i) => ({ what, benchmark, sizes: benchmark.cells[i], ...read(benchmark.values[i][number]) })))
     .filter(known);
-  say(`${measure}-facts-title`, facts.length ? `With mlx-lm besides, at ${label}` : "");
+  say(`${measure}-facts-title`, facts.length ? `Besides, at ${label}` : "");
   part("facts").hidden = !facts.length;
   part("facts").replaceChildren(...facts.map(fact => {
     const line = element("tr");
     line.append(element("th", fact.what, { scope: "row" }), numberCell(fact, ratio));
     return line;
   }));
-  return draw(measure === "tokens" ? "tokens" : "phases", several ? rows : [], `${measure}-phases`, "context");
+  return draw(ofModels(measure) ? measure : "phases", several ? rows : [], `${measure}-phases`, "context");
 }
 
 // What was measured of each path, at the chosen commit, batch and block size.

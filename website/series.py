@@ -13,7 +13,7 @@ from asv.util import UserError, load_json
 
 from benchmarks.common import PARAM_NAMES, kv_bytes
 from benchmarks.generate import BLOCK_SIZE, Decode
-from tracking.grid import series_name
+from tracking.grid import HOST_SHARE, series_name
 from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
 from tracking.results import MISSING, NUMPY, RESULTS, measured, measured_commits
@@ -21,32 +21,80 @@ from tracking.tables import ADR, by_number
 
 # The measures, as the page names them, in its order.
 RATIOS = {
+    "first": re.compile(r"prompt\.(FirstToken)\.ratio_speed"),
     "tokens": re.compile(r"generate\.(Decode)\.ratio_tokens_per_second"),
     "step": re.compile(r"step\.(Auto|Batch16)\.ratio_step_vs_contiguous"),
     "bound": re.compile(r"step\.(Bound|BoundBatch16)\.ratio_step_vs_bound"),
     "attention": re.compile(r"overhead\.(\w+)\.ratio_vs_contiguous"),
 }
-LARGER = {"tokens"}  # is better
+LARGER = {"first", "tokens"}  # is better
+# The parameters of models' cells, as [batch, context, block size]; a prompt is alone.
+MODELS = {"first": [None, "prompt"], "tokens": Decode.param_names}
+HOST_BOUND = 0.9
+"""From this share of a time on that its thread computes, and does not wait, the host bounds it."""
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
-# What else a user of mlx-lm gets: the benchmark's parameters, and in words.
-WITH_MLX_LM = {
-    "generate.Skewed.ratio_tokens_per_second": (
-        ["longest"],
-        "tokens a second over mlx-lm's own caches, a sequence of {} tokens beside seven of a 16th",
-    ),
-    "server.Requests.ratio_requests_per_second": (
-        ["clients"],
-        "requests a second over mlx_lm.server, clients that share a system prompt: {}",
-    ),
-    "generate.FirstToken.ratio_first_token": (
-        ["cached"],
-        "time to the first token over that with none cached, {} tokens of the prompt cached",
-    ),
-    "generate.Forks.track_memory": (
-        ["tokens", "grown"],
-        "memory of 8 forks over that of one, {} tokens, each grown by {}",
-    ),
+# What else a user of mlx-lm gets, beside which measure: the benchmark's parameters, and in words.
+FACTS = {
+    "first": {
+        "prompt.FirstToken.ratio_null": (
+            ["prompt"],
+            "mlx-lm's first token over itself, which is how wide no difference is, {} tokens",
+        ),
+        "prompt.Cached.ratio_time": (
+            ["cached", "new"],
+            "time over that of mlx-lm's own cache, {} tokens of the prompt cached and {} new",
+        ),
+        "prompt.Chunk.ratio_speed": (
+            ["chunk"],
+            "a chunk of a prompt, {} tokens, speed over mlx-lm's",
+        ),
+        "prompt.Windows.ratio_speed": (
+            ["prompt"],
+            "speed over mlx-lm's where five layers of six have a window, {} tokens",
+        ),
+        "prompt.Bits.ratio_speed": (
+            ["prompt"],
+            "speed over mlx-lm's where the store keeps K and V in 8 bits, {} tokens",
+        ),
+        "prompt.Memory.track_peak": (["prompt"], "peak memory over mlx-lm's, {} tokens"),
+    },
+    "tokens": {
+        "generate.Null.ratio_tokens_per_second": (
+            Decode.param_names,
+            "mlx-lm's tokens a second over itself, which is how wide no difference is, "
+            "{} sequences of {} tokens",
+        ),
+        "trace.Batched.track_tokens_per_second": (
+            [],
+            "tokens a second over mlx-lm's, 96 mixed requests through BatchGenerator (12 on a CPU)",
+        ),
+        "trace.Batched.track_first_token_p95": (
+            [],
+            "time to the first token of these, 95th percentile",
+        ),
+        "trace.Batched.track_between_tokens_p95": (
+            [],
+            "time between tokens of these, 95th percentile",
+        ),
+        "trace.Batched.track_peak_memory": ([], "peak memory of these"),
+        "generate.Skewed.ratio_tokens_per_second": (
+            ["longest"],
+            "tokens a second over mlx-lm's, a sequence of {} tokens beside seven of a 16th",
+        ),
+        "server.Requests.ratio_requests_per_second": (
+            ["clients"],
+            "requests a second over mlx_lm.server, clients that share a system prompt: {}",
+        ),
+        "generate.FirstToken.ratio_first_token": (
+            ["cached"],
+            "time to the first token over that with none cached, {} tokens of the prompt cached",
+        ),
+        "generate.Forks.track_memory": (
+            ["tokens", "grown"],
+            "memory of 8 forks over that of one, {} tokens, each grown by {}",
+        ),
+    },
 }
 RETIRED = "retired.txt"
 """In a machine's folder: why nobody measures on it now. The page says so, and shows it last."""
@@ -54,7 +102,7 @@ RETIRED = "retired.txt"
 
 def path_of(name):
     """Return the decode path that a benchmark class is named after, or takes without saying."""
-    if name in ("Batch16", "Bound", "BoundBatch16", "Decode"):
+    if name in ("Batch16", "Bound", "BoundBatch16", "Decode", "FirstToken"):
         return "auto"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
@@ -64,7 +112,7 @@ def measure_of(name):
     for measure, pattern in {**RATIOS, "time": TIME}.items():
         if match := pattern.fullmatch(name):
             return measure, path_of(match[1])
-    if name in WITH_MLX_LM:
+    if any(name in facts for facts in FACTS.values()):
         return "facts", "auto"
     return ("phase 0", "") if any(name in column.benchmarks for column in ADR) else None
 
@@ -91,8 +139,9 @@ def _cells(tables, name):
 def benchmarks_of(tables, noise):
     """Return what the page shows of tables by commit: a dictionary for each benchmark.
 
-    `cells` are (batch, context, block size), of facts nothing; `values` are by cell and commit.
-    `thresholds` of ratios are (factor, in words) by cell, from the machine's `noise`.
+    `cells` are (batch, context, block size), of facts what they are of; `values` are by cell and
+    commit, and so is `host`, whether the host bounds them. `thresholds` of ratios are (factor, in
+    words) by cell, from the machine's `noise`.
 
     Raises
     ------
@@ -100,30 +149,44 @@ def benchmarks_of(tables, noise):
         If results have cells of another kind than the suite's.
     """
     shown = []
-    for name in dict.fromkeys([*WITH_MLX_LM, *(name for table in tables for name in table)]):
+    facts = {name: (of, *said) for of, every in FACTS.items() for name, said in every.items()}
+    for name in dict.fromkeys([*facts, *(name for table in tables for name in table)]):
         kind = measure_of(name)
         cells = kind and _cells(tables, name)
         if not cells:
             continue
         measure, path = kind
-        params = Decode.param_names if measure == "tokens" else PARAM_NAMES
-        params, words = WITH_MLX_LM.get(name, (params, ""))
+        of, params, words = facts.get(name, (None, MODELS.get(measure, PARAM_NAMES), ""))
         one = {"name": name, "measure": measure, "path": path, "params": params}
-        sizes = [[int(x) for x in cell] for cell in cells]
-        if len(sizes[0]) != len(params):
-            raise ValueError(f"expected {', '.join(params)} of {name}, got {', '.join(cells[0])}")
+        asked = [*filter(None, params)]
+        if len(cells[0]) != len(asked):
+            raise ValueError(f"expected {', '.join(asked)} of {name}, got {', '.join(cells[0])}")
         if measure == "facts":
-            one["what"] = [words.format(*cell) for cell in cells]
-        if measure == "tokens":
-            sizes = [[*size, BLOCK_SIZE] for size in sizes]
+            one |= {"of": of, "what": [words.format(*cell) for cell in cells]}
+            one["cells"] = [[*cell] for cell in cells]
+        else:
+            sizes = [[int(x) for x in cell] for cell in cells]
+            if measure == "first":
+                sizes = [[1, *size] for size in sizes]
+            one["cells"] = [[*size, BLOCK_SIZE][:3] for size in sizes]
         if measure in RATIOS:
             found = [noise.threshold(series_name(name, cell)) for cell in cells]
             one["thresholds"] = [[_number(t.factor, 4), t.show()] for t in found]
+            one["host"] = _host_bound(tables, name, cells)
         if measure == "time":
-            one["bytes"] = [kv_bytes(*size) for size in sizes]
-        values = [[entry(t.get(name, {}).get(cell, MISSING)) for t in tables] for cell in cells]
-        shown.append({**one, "cells": sizes, "values": values})
+            one["bytes"] = [kv_bytes(*size) for size in one["cells"]]
+        one["values"] = [
+            [entry(t.get(name, {}).get(cell, MISSING)) for t in tables] for cell in cells
+        ]
+        shown.append(one)
     return shown
+
+
+def _host_bound(tables, name, cells):
+    """Return for each cell of a ratio, and each commit, whether the host bounds it."""
+    share = name.rpartition(".")[0] + HOST_SHARE
+    found = [[t.get(share, {}).get(cell, MISSING) for t in tables] for cell in cells]
+    return [[value.known and value.value > HOST_BOUND for value in row] for row in found]
 
 
 def reasons(tables, shown):

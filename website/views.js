@@ -35,6 +35,7 @@ const WHY = {
   "too large": "it needs more memory than this machine has",
   "failed": "it was asked for and broke",
 };
+const WHY_HOST_BOUND = "the thread that calls computes more than 90% of this time: the processor bounds it";
 const why = rows => unique(rows.map(row => row.state)).map(state => WHY[state] ?? state).join("; ") || WHY["not asked"];
 
 // The cells of a machine: a benchmark at a batch, context and block size, over its commits.
@@ -42,7 +43,7 @@ function cellsOf(one) {
   one.flat ??= one.benchmarks.filter(b => b.measure !== "facts").flatMap(benchmark =>
     benchmark.cells.map(([batch, context, block], i) => ({
       benchmark, batch, context, block, measure: benchmark.measure, path: benchmark.path,
-      bytes: benchmark.bytes?.[i], threshold: benchmark.thresholds?.[i], values: benchmark.values[i],
+      bytes: benchmark.bytes?.[i], threshold: benchmark.thresholds?.[i], values: benchmark.values[i], host: benchmark.host?.[i],
     })));
   return one.flat;
 }
@@ -53,7 +54,7 @@ function read(said) {
   const [value, low = null, high = null] = said;
   return { state: "ok", value, low, high };
 }
-const at = (cell, commit) => ({ ...cell, commit, ...read(cell.values[commit]) });
+const at = (cell, commit) => ({ ...cell, commit, ...read(cell.values[commit]), hostBound: cell.host?.[commit] });
 const known = row => row.state === "ok";
 // Whether a row says something: a number, that it failed, or why it cannot be measured here.
 const told = row => !["n/a", "not asked"].includes(row.state);
@@ -67,7 +68,8 @@ function asvPage(name, params = {}) {
 // Where asv's pages show one series alone.
 function linkOf({ benchmark, sizes, batch, context, block }) {
   sizes ??= [batch, context, block];
-  return asvPage(benchmark.name, Object.fromEntries(benchmark.params.map((name, i) => [`p-${name}`, sizes[i]])));
+  const named = benchmark.params.map((name, i) => [`p-${name}`, sizes[i]]).filter((_, i) => benchmark.params[i]);
+  return asvPage(benchmark.name, Object.fromEntries(named));
 }
 
 function numberCell(row, show, share = () => "") {
@@ -76,6 +78,7 @@ function numberCell(row, show, share = () => "") {
   if (!known(row)) return Object.assign(cell, { textContent: row.state, title: WHY[row.state] ?? "",
                                                className: row.state === "failed" ? "bad" : "na" });
   cell.append(element("a", show(row.value), { href: linkOf(row) }), share(row.value), " ", element("small", interval(row, show)));
+  if (row.hostBound) cell.append(" ", element("small", "host-bound", { title: WHY_HOST_BOUND, className: "na" }));
   return cell;
 }
 
@@ -106,7 +109,7 @@ function draw(chart, rows, id, by) {
   if (by === "path") shown.sort();
   for (const { encoding: { color } } of spec.layer)
     if (color) color.scale = { domain: shown, range: shown.map(value => DATA.colours[value]) };
-  const plain = drawn.map(({ benchmark, values, ...row }) => ({ ...row, link: linkOf({ benchmark, ...row }) }));
+  const plain = drawn.map(({ benchmark, values, host, ...row }) => ({ ...row, link: linkOf({ benchmark, ...row }) }));
   return vegaEmbed($(id), { ...spec, datasets: { rows: plain } }, {
     renderer: "svg", actions: { export: true, source: false, compiled: false, editor: false },
   });
