@@ -3,6 +3,7 @@
 import copy
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
@@ -103,6 +104,29 @@ def test_single_sequences(model, monkeypatch):
         assert [answer(model, prompt, store.cache(prompt)) for prompt in PROMPTS] == expected
         # One pass for each token but the last, which nothing follows, and the prompt's own.
         assert sum(passes) >= sum(map(len, PROMPTS)) + len(PROMPTS) * (COUNT - 1) - 8
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_prompts_that_end_about_a_blocks_end(model, chunk):
+    for length in (1, 3, 4, 5):
+        prompt = list(range(40, 40 + length))
+        expected = answer(model, prompt, count=6, prefill_step_size=chunk)
+        with store_of(model) as store:
+            for cached in (0, length == 5 and 4):
+                cache = store.cache(prompt)
+                assert cache.cached == (cached if store.memory.is_whole else 0)
+                assert answer(model, prompt, cache, 6, prefill_step_size=chunk) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("length", [2047, 2048, 2049])
+def test_prompts_that_end_about_a_chunks_end(model, length):
+    prompt = np.random.default_rng(length).integers(0, 97, length).tolist()
+    expected = answer(model, prompt, count=6, prefill_step_size=2048)
+    with store_of(model, num_blocks=80, block_size=32) as store:
+        for _ in "uncached", "cached":
+            assert answer(model, prompt, store.cache(prompt), 6, prefill_step_size=2048) == expected
+        assert store.stats().cached_tokens == (length - 1) // 32 * 32
 
 
 def test_a_batch_of_ragged_prompts(model, monkeypatch):
