@@ -190,7 +190,7 @@ class Decode(_Paired):
 
 
 class Null(_Paired):
-    """`Decode` with mlx-lm's own caches on both sides: what no difference looks like."""
+    """`Decode` with mlx-lm's own caches on both sides: the noise floor."""
 
     version = "1"
     params = [[1, 8], [512, 4096]]

@@ -31,7 +31,7 @@ LARGER = {"first", "tokens"}  # is better
 # The parameters of models' cells, as [batch, context, block size]; a prompt is alone.
 MODELS = {"first": [None, "prompt"], "tokens": Decode.param_names}
 HOST_BOUND = 0.9
-"""From this share of a time on that its thread computes, and does not wait, the host bounds it."""
+"""A larger share of the time computed by the calling thread means that the host bounds it."""
 TIME = re.compile(r"decode\.(\w+)\.time_decode")
 BANDWIDTH = "memory.Bandwidth.track_bandwidth"
 # What else a user of mlx-lm gets, beside which measure: the benchmark's parameters, and in words.
@@ -39,7 +39,7 @@ FACTS = {
     "first": {
         "prompt.FirstToken.ratio_null": (
             ["prompt"],
-            "mlx-lm's first token over itself, which is how wide no difference is, {} tokens",
+            "noise floor: mlx-lm's first token over itself, {} tokens",
         ),
         "prompt.Cached.ratio_time": (
             ["cached", "new"],
@@ -62,8 +62,7 @@ FACTS = {
     "tokens": {
         "generate.Null.ratio_tokens_per_second": (
             Decode.param_names,
-            "mlx-lm's tokens a second over itself, which is how wide no difference is, "
-            "{} sequences of {} tokens",
+            "noise floor: mlx-lm's tokens a second over itself, {} sequences of {} tokens",
         ),
         "trace.Batched.track_tokens_per_second": (
             [],

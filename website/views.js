@@ -35,7 +35,7 @@ const WHY = {
   "too large": "it needs more memory than this machine has",
   "failed": "it was asked for and broke",
 };
-const WHY_HOST_BOUND = "the thread that calls computes more than 90% of this time: the processor bounds it";
+const WHY_HOST_BOUND = "the calling thread computes for more than 90% of this time: the processor bounds it";
 const why = rows => unique(rows.map(row => row.state)).map(state => WHY[state] ?? state).join("; ") || WHY["not asked"];
 
 // The cells of a machine: a benchmark at a batch, context and block size, over its commits.

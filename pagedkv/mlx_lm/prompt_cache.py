@@ -183,7 +183,7 @@ def _after(
 class _LastChunk:
     """A model that computes the last chunk of a prompt and the token after it in one pass.
 
-    mlx-lm leaves the last token to a pass of its own, for the only logits that it looks at.
+    mlx-lm computes that token, the only one whose logits it reads, in a pass of its own.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ class _LastChunk:
         return getattr(self._model, name)
 
     def __call__(self, tokens: mx.array, **options: Any) -> Any:
-        """Return the logits of tokens, [1, Q]; of a last chunk nothing, they come with the next."""
+        """Return the logits of tokens [1, Q]; None for a last chunk, which the next call runs."""
         self._left -= tokens.shape[1]
         if self._left == 1 and tokens.shape[1] < self._chunk:
             self._held = tokens

@@ -24,7 +24,7 @@ from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WARM_UP_BATCHES, WARM_UP_TOKENS, WARM_UP_STEPS = (1, 8), 700, 3
-"""Sequences, most tokens of a prompt and tokens of an answer: kernels differ by these sizes."""
+"""Batch sizes, longest prompt and answer in tokens: they select different kernels."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,10 @@ class PagedStore(Closing):
         return [KVCache() for _ in self._model.layers]
 
     def warm_up(self) -> None:
-        """Answer made-up prompts, so that kernels are compiled before somebody waits for them.
+        """Run made-up prompts, so that the first request does not wait for kernels to compile.
 
-        A GPU compiles a kernel when it is first needed, MLX's and the package's: 10 to 20 s in all,
-        once a machine. The prompts are as long as the free blocks allow, and nothing is left of
-        them.
+        A GPU compiles each kernel of MLX and of this package at its first use: 10 to 20 s in all,
+        once per machine. The prompts take free blocks only, and leave nothing in the store.
 
         Raises
         ------
