@@ -78,6 +78,42 @@ def test_a_prompts_last_token_comes_with_its_last_chunk(model, monkeypatch, leng
         assert passes[0] == (length + 2 - cache.cached, 1)
 
 
+def test_progress_is_of_tokens_that_are_in_the_cache(model):
+    """mlx-lm reports 8, 16 and 18 of 19 before the last token: the last chunk comes with it."""
+    prompt, seen = PROMPT[:19], []
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        cache = store.cache(prompt)
+
+        def report(processed, total):
+            assert total == 19
+            seen.append((processed, cache[0].offset))
+
+        expected = answer(model, prompt, count=6)
+        found = answer(
+            model, prompt, cache, 6, prefill_step_size=8, prompt_progress_callback=report
+        )
+        assert found == expected
+        # The first pass after a prompt is under way when its last token is reported.
+        assert seen == [(0, 0), (8, 8), (16, 16), (19, 20)]
+
+
+@pytest.mark.parametrize("after", [8, 16])
+def test_a_generation_that_progress_ends_goes_on_where_it_said(model, after):
+    def report(processed, total):
+        if processed == after:
+            raise RuntimeError("stop")
+
+    prompt = PROMPT[:19]
+    expected = answer(model, prompt)
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        cache = store.cache(prompt)
+        with pytest.raises(RuntimeError, match="stop"):
+            answer(model, prompt, cache, prefill_step_size=8, prompt_progress_callback=report)
+        fork = copy.deepcopy(cache)
+        assert answer(model, prompt[after:], cache) == expected
+        assert answer(model, prompt[after:], fork) == expected
+
+
 def test_a_prompt_that_failed_goes_on_where_it_was(model):
     expected = answer(model, PROMPT)
 

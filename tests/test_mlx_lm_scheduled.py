@@ -1,12 +1,9 @@
 """A model of mlx-lm that computes schedules: the tokens that mlx-lm's own caches give."""
 
 import gc
-import pickle
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -19,7 +16,6 @@ from small_models import FAMILIES, small_model
 from pagedkv import PagedKVError, Scheduler
 from pagedkv.errors import UnsupportedModelError
 from pagedkv.mlx_lm import PagedStore, ScheduledModel
-from pagedkv.mlx_lm.probe import seeing
 
 pytestmark = pytest.mark.usefixtures("storage")
 PAGED = sorted(set(FAMILIES) - {"qwen3_next"})
@@ -275,30 +271,6 @@ def test_only_tokens_that_are_sampled_from_have_logits(monkeypatch):
         given.clear()
         assert scheduled.logits(scheduler.schedule()).shape == (3, VOCABULARY)
         assert given == [3]
-
-
-def test_another_thread_sees_all_of_the_output_layer():
-    head = nn.Linear(8, 3)
-    hidden = mx.random.normal((4, 8))
-    with seeing(head, "__call__", lambda hidden: hidden[:1]), ThreadPoolExecutor() as threads:
-        assert head(hidden).shape == (1, 3)
-        assert threads.submit(lambda: head(hidden).shape).result() == (4, 3)
-
-
-@pytest.mark.parametrize("order", ["inner first", "outer first"])
-def test_the_output_layer_is_the_models_own_between_passes(order):
-    model = small_model("llama")
-    kind = type(model.model.embed_tokens)
-    pair = [ScheduledModel(model, **SIZES) for _ in range(2)]
-    pickle.loads(pickle.dumps(model.model.embed_tokens))
-    for scheduled in pair:
-        scheduler = scheduler_of(scheduled)
-        scheduler.add("a", range(7), 2)
-        assert scheduled.logits(scheduler.schedule()).shape == (1, VOCABULARY)
-        assert type(model.model.embed_tokens) is kind
-    for scheduled in pair[::-1] if order == "inner first" else pair:
-        scheduled.close()
-    assert type(model.model.embed_tokens) is kind
 
 
 def test_one_that_is_dropped_gives_its_memory_back():

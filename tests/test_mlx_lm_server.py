@@ -107,6 +107,20 @@ def test_a_server_is_healthy_once_its_model_is_there(path, expected, monkeypatch
             assert found.text(CHATS[0]) == expected[0]
 
 
+def test_a_model_that_could_not_be_loaded_is_never_ready(path, folder):
+    provider = server.Provider(options(str(folder / "missing")), num_blocks=64, block_size=4)
+    with pytest.raises(Exception, match="missing"):
+        provider.load_default()
+    assert not provider.is_ready
+    provider = server.Provider(options(path), num_blocks=64, block_size=4)
+    provider.load_default()
+    with pytest.raises(Exception, match="missing"):
+        provider.load(str(folder / "missing"))
+    assert provider.is_ready  # for the model of the command line, which is loaded again
+    provider.load_default()
+    provider.reset()
+
+
 @pytest.fixture
 def batches(monkeypatch):
     """Grows by how many sequences each step computes."""

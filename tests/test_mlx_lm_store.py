@@ -1,5 +1,6 @@
 """The store itself: what it refuses, what it undoes, what a failure leaves."""
 
+import copy
 import gc
 import importlib
 import sys
@@ -373,6 +374,32 @@ def test_warming_up_computes_prompts_and_steps_and_leaves_nothing(monkeypatch, f
         if num_blocks >= 40:
             assert (8, 1) in passes
             assert max(batch * count for batch, count in passes) > 30  # prompts
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+@pytest.mark.parametrize("num_blocks", [20, 33, 64, 90])
+def test_warming_up_leaves_prefixes_and_statistics(model, block_size, num_blocks):
+    with PagedStore(model, num_blocks=num_blocks, block_size=block_size) as store:
+        list(generate_step(mx.array([1] * (2 * block_size + 1)), model, max_tokens=1))
+        before = store.stats()
+        assert before.cached_blocks == 2
+        store.warm_up()
+        assert store.stats() == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_warming_up_beside_others(family):
+    model = small_model(family)
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        cache = store.cache()
+        list(generate_step(mx.array([1, 2, 3, 4, 5]), model, prompt_cache=cache, max_tokens=1))
+        fork = copy.deepcopy(cache)
+        store.warm_up()
+        generator = BatchGenerator(model, max_tokens=200)
+        generator.insert([[1, 2, 3, 4, 5]])
+        generator.next_generated()
+        store.warm_up()
+        assert fork[-1].offset == cache[-1].offset == 6
 
 
 def test_warming_up_leaves_others_their_blocks(model):

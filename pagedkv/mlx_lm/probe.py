@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from pagedkv.errors import UnsupportedModelError
-from pagedkv.mlx_lm.routing import Routed, own_attention, replaced
+from pagedkv.mlx_lm.routing import Routed, own_attention
 
 TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that sees everything
 
@@ -155,77 +152,3 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
     if not shapes:
         raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V")
     return shapes
-
-
-@contextmanager
-def seeing(layer: Any, method: str, choose: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Let an output layer see a choice of the hidden states that this thread gives it, to the end.
-
-    Parameters
-    ----------
-    layer : nn.Module
-        The layer.
-    method : str
-        What is called of it with hidden states.
-    choose : callable
-        Hidden states -> those that count.
-    """
-    own: Any = type(layer)
-    thread = get_ident()
-
-    def chosen(self: Any, hidden: mx.array) -> Any:
-        return getattr(own, method)(self, choose(hidden) if get_ident() == thread else hidden)
-
-    layer.__class__ = type(own.__name__, (own,), {method: chosen})
-    try:
-        yield
-    finally:
-        layer.__class__ = own
-
-
-def output_layer(model: Any, make_caches: Callable[[], list[Any]]) -> tuple[Any, str] | None:
-    """Return the module that makes logits of hidden states, and its method that does.
-
-    None if no linear layer or embedding is it, or what it makes is not all that the logits follow
-    from, as with an adapter beside it: a pass that lets it see two rows of three tells.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model of mlx-lm.
-    make_caches : callable
-        Makes empty caches as the model wants them.
-    """
-    last: tuple[Any, str] | None = None
-
-    def noting(kind: type, method: str) -> Callable[[Any, mx.array], mx.array]:
-        own = getattr(kind, method)
-
-        def noted(module: Any, hidden: mx.array) -> mx.array:
-            nonlocal last
-            out: mx.array = own(module, hidden)
-            last = module, method
-            return out
-
-        return noted
-
-    layers: Any = nn  # mypy sees none of them
-    methods = {
-        layers.Linear: "__call__",
-        layers.QuantizedLinear: "__call__",
-        layers.Embedding: "as_linear",
-        layers.QuantizedEmbedding: "as_linear",
-    }
-    tokens = mx.zeros((3, 1), mx.int32)
-    with ExitStack() as stack:
-        for kind, method in methods.items():
-            stack.enter_context(replaced(kind, **{method: noting(kind, method)}))
-        logits = model(tokens, cache=make_caches())
-    if last is None:
-        return None
-    try:
-        with seeing(*last, lambda hidden: hidden[:2]):
-            fewer = model(tokens, cache=make_caches())
-    except ValueError:
-        return None
-    return last if fewer.shape == (2, *logits.shape[1:]) else None

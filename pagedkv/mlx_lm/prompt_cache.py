@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pagedkv.errors import PagedKVError
 from pagedkv.mlx_lm.admission import CHUNK
 from pagedkv.mlx_lm.layer import sequences_of
-from pagedkv.mlx_lm.probe import seeing
+from pagedkv.mlx_lm.output import OutputLayer
 from pagedkv.mlx_lm.routing import RoutedPrompt
 from pagedkv.mlx_lm.sequences import Sequences
 
@@ -34,8 +34,8 @@ class PromptCache(list[Any], RoutedPrompt):
         How many of its first tokens are in the cache.
     namespace : hashable
         Of the prefixes that it shares.
-    output : tuple or None
-        As `output_layer` returns it, of the model.
+    output : OutputLayer or None
+        The model's, if it can see fewer tokens than a pass has.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class PromptCache(list[Any], RoutedPrompt):
         tokens: NDArray[np.int64] | None,
         cached: int,
         namespace: Hashable,
-        output: tuple[Any, str] | None,
+        output: OutputLayer | None,
     ) -> None:
         super().__init__(layers)
         self._output = output
@@ -131,7 +131,9 @@ class PromptCache(list[Any], RoutedPrompt):
             held = None
         if self._output and options.get("input_embeddings") is None:
             chunk = options.get("prefill_step_size", CHUNK)
-            model = _LastChunk(model, self._output, len(prompt), chunk)
+            model = held_back = _LastChunk(model, self._output, len(prompt), chunk)
+            if (report := options.get("prompt_progress_callback")) is not None:
+                options["prompt_progress_callback"] = held_back.reporting(report)
         self._is_busy, self._held, self._trims = True, None, sequences.trims
         answer: list[int] = []
         try:
@@ -189,15 +191,15 @@ class _LastChunk:
     ----------
     model : nn.Module
         The model.
-    output : tuple
-        As `output_layer` returns it.
+    output : OutputLayer
+        The model's.
     left : int
         Tokens of the prompt.
     chunk : int
         Most tokens of a pass.
     """
 
-    def __init__(self, model: Any, output: tuple[Any, str], left: int, chunk: int) -> None:
+    def __init__(self, model: Any, output: OutputLayer, left: int, chunk: int) -> None:
         self._model, self._output, self._left, self._chunk = model, output, left, chunk
         self._held: mx.array | None = None
 
@@ -213,5 +215,18 @@ class _LastChunk:
         held, self._held = self._held, None
         if held is None:
             return self._model(tokens, **options)
-        with seeing(*self._output, lambda hidden: hidden[:, -1:]):
-            return self._model(mx.concatenate([held, tokens], axis=1), **options)
+        together = mx.concatenate([held, tokens], axis=1)
+        return self._output.seeing(_last, self._model, together, **options)
+
+    def reporting(self, report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Return a progress callback that does not report a chunk as done while it is held back."""
+
+        def done(processed: int, total: int) -> None:
+            if self._held is None:
+                report(processed, total)
+
+        return done
+
+
+def _last(hidden: mx.array) -> mx.array:
+    return hidden[:, -1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,8 @@ from pagedkv.errors import PagedKVError, UnsupportedModelError
 from pagedkv.host.schedule import Schedule
 from pagedkv.mlx_lm.layer import ShapedLayer
 from pagedkv.mlx_lm.memory import pools_of
-from pagedkv.mlx_lm.probe import LayerShape, layer_shapes, output_layer, seeing
+from pagedkv.mlx_lm.output import output_layer
+from pagedkv.mlx_lm.probe import LayerShape, layer_shapes
 from pagedkv.mlx_lm.routing import Closing, open_routes
 from pagedkv.mlx_lm.store import check_budget
 
@@ -79,14 +81,14 @@ class ScheduledModel(Closing):
         try:
             shapes = layer_shapes(model, caches)
             _check_all_paged(model, shapes, len(caches))
-            output = output_layer(model, lambda: make_prompt_cache(model))
+            self._output = output_layer(model, lambda: make_prompt_cache(model))
             self.cache: PagedKVCache = pools_of(
                 shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
             )
         except BaseException:
             self._undo_routes()
             raise
-        self._model, self._pass = model, _Pass(self.cache, output)
+        self._model, self._pass = model, _Pass(self.cache)
         self._layers = [_Layer(self._pass, layer, shape) for layer, shape in enumerate(shapes)]
         self._is_open = True
 
@@ -116,18 +118,24 @@ class ScheduledModel(Closing):
         if not schedule.request_ids:
             raise ValueError("expected a schedule of at least one request")
         step = self.cache.step(schedule, sampled)
+        model, output = self._model, self._output
+        if output is not None and step.sample_rows:
+            rows = mx.array(step.sample_rows)
+            model = partial(output.seeing, lambda hidden: hidden[rows, -1:], model)
         with self._pass.of(step):
-            out: mx.array = self._model(step.tokens, cache=self._layers)
+            out: mx.array = model(step.tokens, cache=self._layers)
         if not step.sample_rows:  # a part of a prompt: nothing else would have it computed
             mx.async_eval(self.cache.written(len(self._layers) - 1))  # type: ignore[no-untyped-call]
             return mx.zeros((0, out.shape[-1]), out.dtype)
-        return out[:, -1] if self._pass.output else out[mx.array(step.sample_rows), -1]
+        return out[:, -1] if output else out[mx.array(step.sample_rows), -1]
 
     def close(self) -> None:
         """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
         if self._is_open:
             self._is_open = False
             self._undo_routes()
+            if self._output is not None:
+                self._output.close()
             del self.cache, self._pass.cache
 
 
@@ -155,12 +163,10 @@ class _Pass:
         Most tokens of a sequence before the pass.
     masks : list of mx.array
         Those that were asked for as arrays.
-    output : tuple or None
-        The model's output layer, and its method that makes logits.
     """
 
-    def __init__(self, cache: PagedKVCache, output: tuple[Any, str] | None) -> None:
-        self.cache, self.output = cache, output
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
         self.step: ScheduledStep | None = None
         self.offset: int | mx.array = 0
         self.longest = 0
@@ -168,17 +174,12 @@ class _Pass:
 
     @contextmanager
     def of(self, step: ScheduledStep) -> Iterator[None]:
-        """Let the layers compute a step, and the output layer those rows that are sampled from."""
+        """Let the layers compute a step."""
         before = step.positions
         self.offset = int(before[0]) if len(before) == 1 else mx.array(before)
         self.step, self.longest = step, int(before.max())
         try:
-            if self.output is None or not step.sample_rows:
-                yield
-            else:
-                rows = mx.array(step.sample_rows)
-                with seeing(*self.output, lambda hidden: hidden[rows, -1:]):
-                    yield
+            yield
         finally:
             self.step, self.masks = None, []
 

@@ -155,11 +155,12 @@ class Provider(server.ModelProvider):
         super().reset()
 
     def _load(self, *paths: Any, **more: Any) -> None:
-        self.is_ready = False
+        before, self.is_ready = self.is_ready, False
         try:
             self._load_with_store(*paths, **more)
+            before = True
         finally:
-            self.is_ready = True
+            self.is_ready = before
 
     def _load_with_store(self, *paths: Any, **more: Any) -> None:
         super()._load(*paths, **more)  # type: ignore[no-untyped-call]

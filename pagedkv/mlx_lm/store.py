@@ -17,7 +17,8 @@ from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
 from pagedkv.mlx_lm.layer import Content, PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
-from pagedkv.mlx_lm.probe import layer_shapes, output_layer
+from pagedkv.mlx_lm.output import OutputLayer, output_layer
+from pagedkv.mlx_lm.probe import layer_shapes
 from pagedkv.mlx_lm.prompt_cache import PromptCache
 from pagedkv.mlx_lm.routing import Closing, RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
@@ -117,7 +118,7 @@ class PagedStore(Closing):
                 bits=bits,
                 is_whole=len(shapes) == len(caches),
             )
-            self._output = None
+            self._output: OutputLayer | None = None
             if self.memory.is_whole:
                 self._output = output_layer(model, lambda: make_prompt_cache(model))
         except BaseException:
@@ -182,24 +183,32 @@ class PagedStore(Closing):
         """Run made-up prompts, so that the first request does not wait for kernels to compile.
 
         A GPU compiles each kernel of MLX and of this package at its first use: 10 to 20 s in all,
-        once per machine. The prompts take free blocks only, and leave nothing in the store.
+        once per machine. The prompts take free blocks only, and leave the store and its statistics
+        as they were.
 
         Raises
         ------
         PagedKVError
             If the store is closed.
         """
-        free, kv = self.stats().free_blocks, self.memory.kv
-        room = free // len(kv.groups.windows) * kv.block_size
-        for count in WARM_UP_BATCHES:
-            length = min(WARM_UP_TOKENS, room // count - WARM_UP_STEPS)
-            if length > 0:
-                generator = BatchGenerator(self._model, max_tokens=WARM_UP_STEPS)
-                lengths = [max(length - row, 1) for row in range(count)]
-                generator.insert([[0] * length for length in lengths])
-                while generator.next_generated():
-                    pass
-                generator.close()
+        before, kv = self.stats(), self.memory.kv
+        blocks = before.free_blocks // len(kv.groups.windows)
+        try:
+            for count in WARM_UP_BATCHES:
+                room = blocks // count * kv.block_size - WARM_UP_STEPS
+                if room > 0:
+                    self._answer_made_up([min(WARM_UP_TOKENS, room - row) for row in range(count)])
+        except OutOfBlocksError:
+            pass  # what others hold may grow, and admission keeps blocks for that
+        finally:
+            self.memory.peak = before.peak_blocks
+
+    def _answer_made_up(self, lengths: list[int]) -> None:
+        generator = BatchGenerator(self._model, max_tokens=WARM_UP_STEPS)
+        generator.insert([[0] * max(length, 1) for length in lengths])
+        while generator.next_generated():
+            pass
+        generator.close()
 
     def forget(self) -> None:
         """Forget all cached prefixes, as after a change of the model's weights."""
@@ -313,6 +322,8 @@ class PagedStore(Closing):
             del self._model.make_cache
         else:
             self._model.make_cache = self._make_own
+        if self._output is not None:
+            self._output.close()
         self._undo_routes()
         self.memory.close()
 
