@@ -109,6 +109,23 @@ def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatc
     ]
 
 
+def test_a_class_without_parameters_is_a_table_of_its_numbers(monkeypatch):
+    tables_of = {
+        "a": {"trace.Batched.track_tokens_per_second": {(): results.MISSING}},
+        "b": {
+            "trace.Batched.track_tokens_per_second": {(): results.Value(5.0541)},
+            "trace.Batched.track_peak_memory": {(): results.Value(0.2)},
+            "trace.Served.track_tokens_per_second": {("1",): results.Value(9)},
+        },
+    }
+    monkeypatch.setattr(documents, "recorded", lambda machine, commit: tables_of[commit])
+    monkeypatch.setattr(documents, "recorded_commits", lambda machine: list(tables_of))
+    monkeypatch.setattr(documents, "commit_labels", lambda commits: {c: c for c in commits})
+    lines = documents.mark_tracks("box", "trace.Batched.").splitlines()
+    assert lines[0] == "|  | b |"
+    assert lines[2:] == ["| peak memory | 0.20 |", "| tokens per second | 5.05 |"]
+
+
 def test_the_table_leads_with_what_users_get():
     wide = ("16", "1024", "32")
     table = {

@@ -84,6 +84,25 @@ def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
     return as_markdown([*params, *commit_labels(tables).values()], rows)
 
 
+def mark_tracks(machine, kind):
+    """Write the numbers of a class without parameters, a line each; `kind` ends in a dot."""
+    tables = {commit: recorded(machine, commit) for commit in recorded_commits(machine)}
+    names = sorted({name for table in tables.values() for name in table if name.startswith(kind)})
+    tables = {
+        commit: table
+        for commit, table in tables.items()
+        if any(table.get(name, {}).get((), MISSING).known for name in names)
+    }
+    rows = [
+        [
+            name.removeprefix(f"{kind}track_").replace("_", " "),
+            *(table.get(name, {}).get((), MISSING).show() for table in tables.values()),
+        ]
+        for name in names
+    ]
+    return as_markdown(["", *commit_labels(tables).values()], rows)
+
+
 def mark_layouts(machine, commit):
     """Write in words how the layouts compare on gather-then-SDPA, from paired ratios."""
     table = recorded(machine, commit)
@@ -161,6 +180,7 @@ MARKS = {
     "adr-table": mark_adr_table,
     "headline": mark_headline,
     "series": mark_series,
+    "tracks": mark_tracks,
     "layouts": mark_layouts,
     "pattern": mark_pattern,
     "watermark": mark_watermark,
