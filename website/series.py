@@ -234,12 +234,30 @@ def _noise(machine, results):
         return Noise()
 
 
+def of_one_version(found):
+    """Return the tables of `Measured`s, each benchmark's values of its last measured version alone.
+
+    Another version measures something else, which is no point of the same line.
+    """
+    last = {}
+    for one in sorted(found, key=lambda one: one.started_at):
+        last.update(one.versions)
+    return [
+        {
+            name: cells
+            for name, cells in one.table.items()
+            if one.versions.get(name) == last.get(name)
+        }
+        for one in found
+    ]
+
+
 def series_of(machine, environment, results=RESULTS, commits=None):
     """Return what the page shows of one machine in one environment, at all commits or at some."""
     commits = measured_commits(machine, results, environment) if commits is None else commits
     files = {m.commit: m for m in measured(machine, results) if m.environment == environment}
     found = [files[commit] for commit in commits]
-    tables = [one.table for one in found]
+    tables = of_one_version(found)
     folder = Path(results, machine)
     record = load_json(str(folder / "machine.json"), 1)
     about = [str(record[key]) for key in ("cpu", "ram", "os") if record.get(key)]
