@@ -22,6 +22,9 @@ INSTALL = $(BIN)/python -m pip install -q \
 PINNED = sed -n '/^$(1)==/,/\# via/p' requirements.lock > $(2)/pinned.txt && \
 	$(2)/bin/python -m pip install -q --require-hashes --only-binary :all: -r $(2)/pinned.txt
 
+# Called from a git hook, make works in this repository and not in the hook's.
+unexport $(shell git rev-parse --local-env-vars 2>/dev/null)
+
 .DEFAULT_GOAL := help
 OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.

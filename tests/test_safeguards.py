@@ -14,7 +14,7 @@ from asv.util import UserError
 from tracking import compare, history, lock, nightly, repository, safeguards
 from tracking.repository import ROOT
 
-MODULES = ("__init__", "files", "lock", "repository", "safeguards", "valid")
+MODULES = ("__init__", "files", "lock", "repository", "safeguards", "unattended", "valid")
 SUITE = """
 import os
 import re
@@ -116,7 +116,7 @@ def test_without_the_safeguard_the_environment_falsifies(asv, project):
 
 def test_what_forces_is_forgotten_and_the_rest_stays():
     stays = {"PATH": "", "HOME": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "LC_ALL": ""}
-    goes = {"PAGEDKV_AUTOTUNE": "", "OMP_NUM_THREADS": "", "PYTHONOPTIMIZE": "", "GIT_DIR": ""}
+    goes = {"PAGEDKV_AUTOTUNE": "", "OMP_NUM_THREADS": "", "PYTHONOPTIMIZE": ""}
     environ = {**stays, **goes}
     safeguards.forget(environ)
     assert environ == stays
@@ -130,6 +130,23 @@ def test_another_package_is_for_existing_environments_alone(asv):
     safeguards.forget(environ)
     assert not environ
     assert "benchmarks run without ASV_PYTHONPATH" in asv("check", "-E", "nosuch")[1]
+
+
+def test_a_hook_of_another_repository_redirects_nothing(asv, project, tmp_path):
+    """asv calls git itself: for revisions, tags, branches and checkouts."""
+    git(tmp_path, "init", "--quiet", "--initial-branch=main", "users")
+    users = tmp_path / "users"
+    git(users, "commit", "--quiet", "--allow-empty", "-m", "another project")
+    before = {path: path.read_bytes() for path in users.rglob("*") if path.is_file()}
+    hook = {"GIT_DIR": str(users / ".git"), "GIT_WORK_TREE": str(users)}
+    hook["GIT_INDEX_FILE"] = str(users / ".git/index")
+    git(project, "tag", "phase-0")
+    assert asv("run", "--machine", "box", *HERE, **hook)[0] == 0
+    assert asv("publish", "--no-pull", **hook)[0] == 0
+    published = json.loads((project / ".asv/html/index.json").read_text())
+    assert published["revision_to_hash"] == {"0": git(project, "rev-parse", "HEAD")}
+    assert [*published["tags"]] == ["phase-0"]
+    assert {path: path.read_bytes() for path in users.rglob("*") if path.is_file()} == before
 
 
 def make_dirty(project, name):

@@ -7,6 +7,7 @@ from pathlib import Path
 from asv.util import UserError
 
 from tracking.files import shown
+from tracking.unattended import unattended
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,10 +31,12 @@ PHASES = (
 def git(*args, root=None, text=None, env=None):
     """Return what a git command prints, without white space around it.
 
+    A hook's variables do not redirect it, nor does it take a repository around `root` for its own.
+
     Parameters
     ----------
     root : Path, optional
-        A repository other than the project's.
+        The top folder of a repository other than the project's.
     text : str, optional
         What the command reads from its input.
     env : dict, optional
@@ -44,13 +47,15 @@ def git(*args, root=None, text=None, env=None):
     UserError
         If it fails, with what it said.
     """
+    root = Path(root or ROOT)
+    around = {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
     done = subprocess.run(
-        ["git", "-C", str(root or ROOT), *args],
+        ["git", "-C", str(root), *args],
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",  # as Python has file names that are not UTF-8
         input=text,
-        env={**os.environ, **(env or {})},
+        env={**unattended(os.environ), **around, **(env or {})},
     )
     if done.returncode:
         command = next(arg for arg in args if not arg.startswith("-") and "=" not in arg)

@@ -28,6 +28,7 @@ from asv.util import ProcessError, UserError, load_json
 from tracking.files import shown, write_text
 from tracking.lock import acquire
 from tracking.repository import ROOT, check_history, check_suite, git, uncommitted_suite
+from tracking.unattended import unattended
 
 try:
     from tracking import valid
@@ -41,7 +42,7 @@ WITHOUT_RESULTS = ("Machine", "Preview", "Quickstart", "Update")
 # What decides how the package, MLX, the libraries below it or Python run.
 FORCES = re.compile(
     r"(PAGEDKV|MLX|METAL|MTL|MALLOC)_.*|Malloc.*|GLIBC_TUNABLES|\w+_NUM_THREADS|"
-    "VECLIB_MAXIMUM_THREADS|CUDA_LAUNCH_BLOCKING|GIT_(DIR|WORK_TREE|INDEX_FILE)|ASV_PYTHONPATH|"
+    "VECLIB_MAXIMUM_THREADS|CUDA_LAUNCH_BLOCKING|ASV_PYTHONPATH|"
     "PYTHON(DEVMODE|HASHSEED|MALLOC|OPTIMIZE|PROFILEIMPORTTIME|TRACEMALLOC)"
 )
 
@@ -55,6 +56,9 @@ def setup():
     # asv has gone to where its config is
     config = Config.load(Path(args.config).name if args.config else None)
     sys.excepthook = report
+    environ = unattended(os.environ)  # for the git that asv calls
+    os.environ.clear()
+    os.environ |= environ
     asv.util.write_json = functools.partial(write_json, config.results_dir)
     existing, commit = _existing(args, config), getattr(args, "set_commit_hash", None)
     if command in MEASURING:

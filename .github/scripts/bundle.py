@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 BRANCH = "results"
@@ -31,9 +31,17 @@ class RefusedError(Exception):
     """What was handed on is not what it has to be."""
 
 
+@cache
+def redirecting():
+    """Return the names of the variables that send git to another repository, as it lists them."""
+    listed = subprocess.run(["git", "rev-parse", "--local-env-vars"], capture_output=True)
+    return listed.stdout.decode().split()
+
+
 def git(*args, repository="."):
     """Return what a git command prints; it asks nobody for a password."""
-    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    env = {name: value for name, value in os.environ.items() if name not in redirecting()}
+    env["GIT_TERMINAL_PROMPT"] = "0"
     command = ["git", "-C", str(repository), *args]
     done = subprocess.run(command, env=env, capture_output=True)
     if done.returncode:

@@ -1,0 +1,130 @@
+"""git from a program: in the repository that is meant, whoever called the program."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from asv.util import UserError
+from test_bundle import script as bundle
+
+from tracking import detection, repository
+from tracking.repository import ROOT
+
+TESTS = Path(__file__).parent
+TINY = """
+import subprocess
+
+
+def test_commits(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (tmp_path / "a").touch()
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--no-verify", "-m", "a"], check=True)
+    assert (tmp_path / ".git/index").exists()
+"""
+
+
+def git(root, *args):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    command = ["git", "-C", str(root), *identity, *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def repository_at(folder, name):
+    """A repository whose only commit has one file, of that name."""
+    folder.mkdir()
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    (folder / name).write_text(name)
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", name)
+    return folder
+
+
+def content(folder):
+    """Every file below a folder with what it holds."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hook_of(folder):
+    """What git sets for a hook, a shell alias or `rebase -x` in a linked worktree."""
+    return {
+        "GIT_DIR": str(folder / ".git/worktrees/linked"),
+        "GIT_WORK_TREE": str(folder.with_name("linked")),
+        "GIT_COMMON_DIR": str(folder / ".git"),
+        "GIT_INDEX_FILE": str(folder / ".git/worktrees/linked/index"),
+        "GIT_OBJECT_DIRECTORY": str(folder / ".git/objects"),
+        "GIT_NAMESPACE": "users",
+        "GIT_PREFIX": "",
+        "GIT_CONFIG_PARAMETERS": "'core.bare'='true'",
+        "GIT_AUTHOR_NAME": "the user",
+    }
+
+
+@pytest.fixture
+def hook(tmp_path):
+    """The variables of a hook of the user's repository, which has to stay as it is."""
+    users = repository_at(tmp_path / "users", "theirs")
+    git(users, "worktree", "add", "--quiet", "-b", "linked", str(tmp_path / "linked"))
+    before = content(users) | content(tmp_path / "linked")
+    yield hook_of(users)
+    assert content(users) | content(tmp_path / "linked") == before
+
+
+@pytest.fixture
+def project(tmp_path):
+    return repository_at(tmp_path / "project", "ours")
+
+
+def test_tests_in_a_hook_leave_its_repository_alone(hook, tmp_path):
+    tiny = tmp_path / "test_tiny.py"
+    tiny.write_text(TINY)
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "--rootdir", tmp_path, tiny]
+    env = {**os.environ, **hook, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_command_in_a_hook_is_about_the_project(hook, project, monkeypatch):
+    head = git(project, "rev-parse", "HEAD")
+    for name, value in hook.items():
+        monkeypatch.setenv(name, value)
+    assert repository.git("rev-parse", "HEAD", root=project) == head
+    assert repository.git("ls-files", root=project) == "ours"
+    repository.git("tag", "--force", "phase-0", head, root=project)
+    assert bundle.git("rev-parse", "phase-0", repository=project) == head
+
+
+def test_commits_that_are_made_in_a_hook_are_the_projects(hook, project, monkeypatch):
+    monkeypatch.setattr(repository, "ROOT", project)
+    (project / "pagedkv").mkdir()
+    (project / "pagedkv/__init__.py").touch()
+    git(project, "add", ".")
+    git(project, "commit", "--quiet", "-m", "a package")
+    for name, value in hook.items():
+        monkeypatch.setenv(name, value)
+    made = detection.slowed(10)
+    assert repository.git("log", "-1", "--format=%an", made) == "compare"
+    assert repository.git("ls-tree", "--name-only", made).split() == ["ours", "pagedkv"]
+
+
+def test_make_in_a_hook_adds_to_the_projects_index(hook, project):
+    shutil.copy(ROOT / "Makefile", project)
+    (project / "results/box").mkdir(parents=True)
+    (project / "results/box/machine.json").touch()
+    command = ["make", "record", "MACHINE=box"]
+    done = subprocess.run(command, cwd=project, env={**os.environ, **hook}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "results/box/machine.json" in git(project, "ls-files")
+
+
+def test_a_project_without_git_is_not_the_repository_around_it(project, monkeypatch):
+    """An unpacked archive may lie in a repository of something else."""
+    inner = project / "inner"
+    inner.mkdir()
+    with pytest.raises(UserError, match="not a git repository"):
+        repository.git("tag", "phase-0", "HEAD", root=inner)
+    assert git(project, "tag", "--list") == ""
