@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 # A hook, a shell alias or `rebase -x` that runs the tests has variables of its repository: each git
-# command of a test would work there.
+# command of a test would work there. With the user's settings a commit may ask for a password.
 for name in [name for name in os.environ if name.startswith("GIT_")]:
     del os.environ[name]
+os.environ["GIT_CONFIG_GLOBAL"] = str(Path(__file__).with_name("gitconfig"))
+os.environ["GIT_CONFIG_NOSYSTEM"] = "1"
 # On CUDA MLX multiplies float32 in TF32 unless told otherwise, which is 1e-3 from the oracle.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # Tests neither measure this machine nor write into the user's cache folder.

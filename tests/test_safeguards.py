@@ -149,6 +149,18 @@ def test_a_hook_of_another_repository_redirects_nothing(asv, project, tmp_path):
     assert {path: path.read_bytes() for path in users.rglob("*") if path.is_file()} == before
 
 
+def test_a_users_settings_of_git_change_nothing(asv, project, tmp_path):
+    """In columns two tags are one line, which asv takes for one name."""
+    settings = tmp_path / "gitconfig"
+    settings.write_text("[column]\n\tui = always\n[color]\n\tui = always\n")
+    for tag in ("phase-0", "phase-1"):
+        git(project, "tag", tag)
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    assert asv("publish", "--no-pull", GIT_CONFIG_GLOBAL=str(settings))[0] == 0
+    published = json.loads((project / ".asv/html/index.json").read_text())
+    assert [*published["tags"]] == ["phase-0", "phase-1"]
+
+
 def make_dirty(project, name):
     file = project / name
     file.parent.mkdir(exist_ok=True)
