@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tracking import nightly
+from tracking import nightly, valid
 from tracking.repository import ROOT
 
 SCRIPT = ROOT / ".github/scripts/bundle.py"
@@ -40,6 +40,10 @@ def measured(tmp_path):
     (folder / "mac/noise.csv").write_text("asv knows it not")
     (folder / "benchmarks.json").write_text("{}")
     return folder
+
+
+def test_no_valid_file_is_too_large():
+    assert script.LARGEST == valid.MOST_BYTES
 
 
 def test_take(measured, tmp_path):

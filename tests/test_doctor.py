@@ -94,7 +94,7 @@ def test_memory(monkeypatch):
 @pytest.fixture
 def record(monkeypatch, tmp_path):
     """asv's record of this machine, and the one in its results."""
-    file = tmp_path / "asv-machine.json"
+    file = tmp_path / ".asv-machine.json"
     here = {
         **Machine.get_defaults(),
         "machine": "box",

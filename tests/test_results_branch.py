@@ -264,6 +264,8 @@ def push_by_hand(clone, path, content):
     [
         (B, b'{"version": 2, "resu'),
         (B, b""),
+        (B, b"[" * 100_000),
+        (B, json.dumps(result(a=1) | {"results": {"a": [None, [["0", "1"]] * 60]}}).encode()),
         (B, json.dumps(result(a=1) | {"results": {"a": [["1"], [], "1"]}}).encode()),
         (B, json.dumps(result(a=1)).replace('"a"', '"<b>"').encode()),
         ("results/<b>/bbbbbbbb-env.json", json.dumps(result(machine="<b>", a=1)).encode()),
@@ -292,6 +294,18 @@ def test_what_is_broken_on_the_branch_stops_nothing(path, content, clones, capsy
         results_branch.push_results(root=second)
         results_branch.fetch_results(root=first)
         assert values(first / B) == {"a": [7.0]}
+
+
+def test_what_was_broken_on_the_branch_is_no_base(clones):
+    """It is what both last had in common, and as good as nothing."""
+    first, second = clones
+    push_by_hand(first, B, b"[" * 100_000)
+    results_branch.fetch_results(root=second)
+    put(first, result(a=1))
+    results_branch.push_results(root=first)
+    put(second, result(b=2))
+    results_branch.fetch_results(root=second)
+    assert values(second / B) == {"a": [1.0], "b": [2.0]}
 
 
 def test_what_is_broken_here_is_not_pushed(clones, capsys):

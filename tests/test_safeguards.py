@@ -396,6 +396,21 @@ def test_no_stored_html_is_published(asv, project):
         assert file.is_dir() or b"alert(1)" not in file.read_bytes()
 
 
+COMMANDS = (("publish", "--no-pull"), ("compare", "HEAD", "HEAD"), ("show", "HEAD"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_stands_for_endless_cells_stops_nothing(command, asv, project):
+    """asv makes each cell of it, 2 to the 60th."""
+    assert asv("run", "--machine", "box", *HERE)[0] == 0
+    [file] = [f for f in project.glob("results/box/*.json") if f.name != "machine.json"]
+    data = json.loads(file.read_text())
+    data["results"]["all.Answer.track_answer"] = [None, [["0", "1"]] * 60]
+    file.write_text(json.dumps(data))
+    said = asv(*command)[1]
+    assert "expected up to 10 parameters of all.Answer.track_answer, got 60; set aside" in said
+
+
 def test_without_the_safeguards_stored_html_is_published(asv, project):
     assert asv("run", "--machine", "box", *HERE)[0] == 0
     record = project / "results/box/machine.json"

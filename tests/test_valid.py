@@ -86,6 +86,19 @@ ROW = ("results", results.ATTENTION)
         ((*ROW, 1, 0, 0), HTML, "is not of type params"),
         ((*ROW, 2), HTML, "is not of type text"),
         ((*ROW, 11), [["1"]], "is not of type samples"),
+        ((*ROW, 11), [[1.0] * 1001], "is not of type samples"),
+        ((*ROW, 11), [[1.0, None]], "is not of type samples"),
+        ((*ROW, 3), -1, "is not of type milliseconds"),
+        ((*ROW, 3), 10**15, "is not of type milliseconds"),
+        ((*ROW, 4), math.inf, "is not of type value"),
+        ((*ROW, 5, 3), 2**63, "expected integers of 64 bits, got 9223372036854775808"),
+        (("date",), 1e300, "is not of type 'milliseconds'"),
+        (("durations",), {"<build>": 1e300}, "is not of type 'value'"),
+        (("python",), "x" * 300_000, "expected texts of up to 262144 characters, got 300000"),
+        (("env_vars",), {"x" * 300_000: ""}, "expected texts of up to 262144 characters"),
+        (("env_vars",), dict.fromkeys(map(str, range(150_000)), ""), "up to 200000 values"),
+        (("date",), json.loads("[" * 9 + "]" * 9), "expected up to 8 levels, got more"),
+        (("date",), json.loads("[" * 800 + "]" * 800), "expected up to 8 levels, got more"),
         ((*ROW, 12), HTML, "is not of type base64"),
         ((*ROW, 13), None, "expected 2 to 13 columns"),
         (ROW, [[1.0]], "expected 2 to 13 columns"),
@@ -106,7 +119,7 @@ ROW = ("results", results.ATTENTION)
         (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
         (("env_vars",), {"A": HTML}, "is not of type 'text'"),
         (("requirements",), {HTML: ""}, "is not of type 'text'"),
-        (("durations",), {"<build>": "long"}, "is not of type 'number'"),
+        (("durations",), {"<build>": "long"}, "is not of type 'value'"),
         (("durations",), {HTML: 1.0}, "does not match"),
         (("python",), 3.12, "is not of type 'text'"),
         (("result_columns", 0), "samples", "'result' was expected"),
@@ -118,6 +131,46 @@ def test_what_results_may_not_hold(path, value, reason, file):
     change(file, *path, to=value)
     with pytest.raises(valid.BrokenFileError, match=reason):
         valid.load(file)
+
+
+# In few bytes, for whoever reads cell by cell.
+MANY_CELLS = (
+    ([["0", "1"]] * 60, "expected up to 10 parameters of a.B.time_c, got 60"),
+    ([["0"]] * 11, "expected up to 10 parameters of a.B.time_c, got 11"),
+    ([["0"] * 10] * 10, "expected up to 10000 cells, got 10000000000 up to a.B.time_c"),
+    ([["0"] * 101] * 2, "expected up to 10000 cells, got 10201 up to a.B.time_c"),
+)
+
+
+@pytest.mark.parametrize(("params", "reason"), MANY_CELLS)
+def test_a_benchmark_of_more_cells_than_a_reader_can_take(params, reason, file, capsys):
+    change(file, "results", to={"a.B.time_c": [None, params]})
+    with pytest.raises(valid.BrokenFileError, match=reason):
+        valid.load(file)
+    with pytest.raises(valid.BrokenFileError, match=reason):
+        valid.write_json(file, json.loads(file.read_text()))
+    assert len(results.environments(file.parent.name, file.parents[1])) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_all_cells_of_a_file_count(file):
+    each = {f"a.B.time_{number}": [None, [["0"] * 100] * 2] for number in range(2)}
+    change(file, "results", to=each)
+    with pytest.raises(valid.BrokenFileError, match=r"got 20000 up to a\.B\.time_1"):
+        valid.load(file)
+
+
+def test_the_largest_file_is_read_and_written_whole(file):
+    padding = " " * (valid.MOST_BYTES - file.stat().st_size)
+    file.write_text(file.read_text() + padding)
+    data = valid.load(file)
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(valid.BrokenFileError, match="expected up to 2097152 bytes, got more"):
+        valid.load(file)
+    before = file.stat().st_size
+    with pytest.raises(valid.BrokenFileError, match="would be broken: expected up to 2097152 byt"):
+        valid.write_json(file, data, indent=400)
+    assert file.stat().st_size == before
 
 
 @pytest.mark.parametrize(
@@ -160,6 +213,14 @@ def test_what_a_list_of_benchmarks_may_not_hold(path, tmp_path):
     change(listed, "a.B.time_c", *path, to=HTML)
     with pytest.raises(valid.BrokenFileError):
         valid.load(listed)
+
+
+@pytest.mark.parametrize(("params", "reason"), MANY_CELLS)
+def test_a_list_of_benchmarks_of_more_cells_than_asv_can_take(params, reason, tmp_path):
+    about = {"name": "a.B.time_c", "unit": "s", "version": "1"}
+    about |= {"params": params, "param_names": []}
+    with pytest.raises(valid.BrokenFileError, match=reason):
+        valid.write_json(tmp_path / "benchmarks.json", {"a.B.time_c": about, "version": 2})
 
 
 def test_a_name_that_a_log_would_obey_is_shown_as_text(tmp_path):

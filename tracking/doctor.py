@@ -17,12 +17,13 @@ from pathlib import Path
 
 import mlx.core as mx
 from asv.machine import Machine, MachineCollection
-from asv.util import UserError, load_json
+from asv.util import UserError
 
 from benchmarks.common import GRID, kv_bytes, layers
+from tracking import valid
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
-from tracking.project import asv_settings, machine_name
+from tracking.project import asv_settings, known_machines, machine_name
 from tracking.repository import ROOT, check_history, git
 from tracking.results import ATTENTION, RESULTS
 
@@ -76,7 +77,7 @@ def check_mlx(machine):
 def check_record(machine):
     """Asv's record of this machine is complete and is the one its results carry."""
     path = Path(MachineCollection.get_machine_file_path())
-    known = load_json(str(path), Machine.api_version) if path.exists() else {}
+    known = known_machines()
     if machine not in known:
         return Finding(NOTE, f"asv has no record of {machine}", "`make bench` writes it")
     record = known[machine]
@@ -93,7 +94,7 @@ def check_record(machine):
         return Finding(BAD, is_now, "give this machine a name of its own: MACHINE=name")
     recorded = RESULTS / machine / "machine.json"
     if recorded.exists():
-        stored = load_json(str(recorded), Machine.api_version)
+        stored = valid.load(recorded)
         apart = [key for key in record if key in stored and stored[key] != record[key]]
         if apart:
             seen = f"{', '.join(apart)} differ from results/{machine}/machine.json"

@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 
 from asv.machine import Machine, MachineCollection
-from asv.util import UserError, load_json
+from asv.util import UserError
 
 from tracking.files import write_text
-from tracking.project import record_machine
+from tracking.project import known_machines, record_machine
 from tracking.repository import ROOT, check_history, git
 from tracking.results import RESULTS
 
@@ -79,8 +79,7 @@ def default_name(results=RESULTS):
     chip = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", (about["cpu"] or about["arch"]).lower())
     memory = round(int(about["ram"] or 0) / 2**30)
     name = re.sub(r"\W+", "-", f"{chip} {memory}gb", flags=re.ASCII).strip("-")
-    path = Path(MachineCollection.get_machine_file_path())
-    own = load_json(str(path), Machine.api_version) if path.exists() else {}
+    own = known_machines()
     names = (name, *(f"{name}-{number}" for number in range(2, 100)))
     return next(name for name in names if name in own or not (results / name).exists())
 

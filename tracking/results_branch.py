@@ -48,11 +48,11 @@ def merge(file, other, base):
 
 
 def _rows(commit, path, root):
-    """Return the rows of a file of results in a commit, {} if it has none."""
+    """Return the rows of a file of results in a commit, {} if it has none that are valid."""
     try:
-        text = git("show", f"{commit}:{path}", root=root)
-        return json.loads(text)["results"]
-    except (UserError, ValueError, TypeError, KeyError):
+        content = git("show", f"{commit}:{path}", root=root).encode(errors="surrogateescape")
+        return valid.parse(path, content)["results"]
+    except UserError:
         return {}
 
 

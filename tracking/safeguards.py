@@ -180,10 +180,11 @@ def write_json(results, path, data, api_version=None, compact=False):
     if api_version is not None:
         data = {**data, "version": api_version}
     layout = {} if compact else {"indent": 4, "sort_keys": True}
-    if valid and Path(results).resolve() in Path(path).resolve().parents:
-        valid.check(path, data, state="would be")
     try:
-        write_text(path, json.dumps(data, **layout))
+        if valid and Path(results).resolve() in Path(path).resolve().parents:
+            valid.write_json(path, data, **layout)
+        else:
+            write_text(path, json.dumps(data, **layout))
     except OSError as error:
         raise UserError(f"{path} cannot be written and is as it was: {error}") from None
 

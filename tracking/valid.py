@@ -1,7 +1,8 @@
 """Files of results, checked before anything reads, merges or publishes them.
 
 `results.schema.json` says what they may hold: numbers where numbers belong, and no text that a
-page would take for HTML. What is broken is named and left out; nothing stops for it.
+page would take for HTML. No file takes long to read: its bytes and values are limited, and so are
+the cells that its parameters stand for. What is broken is named and left out; nothing stops for it.
 """
 
 import json
@@ -23,7 +24,18 @@ SCHEMA = Path(__file__).with_name("results.schema.json")
 TEXT = re.compile('[^<>&"`\x00-\x1f\x7f-\x9f]{0,200}')
 BASE64 = re.compile("[A-Za-z0-9+/=]*")
 LARGEST = 1e100
-LONGEST_INTEGER = 20  # digits
+INTEGERS = 2**63  # from minus this on, up to below it
+LONGEST_INTEGER = 20  # digits, read at all
+LATEST = 253_402_300_799_999  # milliseconds: the end of the year 9999
+
+# The largest file that is recorded has 32,000 bytes, 6,000 values and 566 cells.
+MOST_BYTES = 2 * 2**20
+MOST_VALUES = 200_000
+MOST_CELLS = 10_000  # of all benchmarks in a file
+MOST_PARAMETERS = 10
+MOST_SAMPLES = 1000  # of a cell; asv compares those of two commits pair by pair
+LONGEST_TEXT = 2**18  # the code of a benchmark, or its profile
+DEEPEST = 8
 KINDS = {
     "machine.json": "machine",
     "benchmarks.json": "benchmarks",
@@ -44,16 +56,28 @@ def _is_numbers(_, value):
     return isinstance(value, list) and {*map(type, value)} <= {int, float, type(None)}
 
 
-def _is_values(checker, value):
-    """Return whether each number is NaN or one that can be reckoned with."""
-    return _is_numbers(checker, value) and all(
-        one is None or one != one or -LARGEST <= one <= LARGEST for one in value
-    )
+def _is_value(_, value):
+    """Return whether a number is NaN or one that can be reckoned with."""
+    return type(value) in (int, float) and (value != value or -LARGEST <= value <= LARGEST)
+
+
+def _is_values(_, value):
+    return isinstance(value, list) and all(one is None or _is_value(_, one) for one in value)
+
+
+def _is_milliseconds(_, value):
+    return type(value) is int and 0 <= value <= LATEST
 
 
 def _is_samples(checker, value):
     return isinstance(value, list) and all(
-        one is None or _is_numbers(checker, one) for one in value
+        one is None
+        or (
+            isinstance(one, list)
+            and len(one) <= MOST_SAMPLES
+            and all(_is_value(checker, sample) for sample in one)
+        )
+        for one in value
     )
 
 
@@ -70,7 +94,9 @@ def _is_base64(_, value):
 
 TYPES = {
     "text": _is_text,
+    "milliseconds": _is_milliseconds,
     "numbers": _is_numbers,
+    "value": _is_value,
     "values": _is_values,
     "samples": _is_samples,
     "params": _is_params,
@@ -118,11 +144,29 @@ def load(file, anywhere=False):
         latter does not matter of a file that may lie anywhere.
     """
     try:
-        data = json.loads(Path(file).read_bytes().decode(), parse_int=_integer)
-    except (ValueError, RecursionError, OSError) as error:
+        with Path(file).open("rb") as there:
+            content = there.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise BrokenFileError(f"{shown(file)} is broken: {error}") from None
+    return parse(file, content, anywhere)
+
+
+def parse(file, content, anywhere=False):
+    """Return what `load` does of a file that holds some bytes."""
+    _check_size(file, content)
+    try:
+        data = json.loads(content.decode(), parse_int=_integer)
+    except (ValueError, RecursionError) as error:
         raise BrokenFileError(f"{shown(file)} is broken: {error}") from None
     check(file, data, anywhere)
     return data
+
+
+def _check_size(file, content, state="is"):
+    if len(content) > MOST_BYTES:
+        raise BrokenFileError(
+            f"{shown(file)} {state} broken: expected up to {MOST_BYTES} bytes, got more"
+        )
 
 
 def broken(file):
@@ -149,7 +193,7 @@ def check(file, data, anywhere=False, state="is"):
     """Raise what `load` does if a file must not hold this, which it does or would do."""
     file = Path(file)
     kind = KINDS.get(file.name, "results")
-    reason = _violation(kind, data)
+    reason = _excess(data) or _violation(kind, data) or _many_cells(kind, data)
     if not (reason or anywhere) and kind in ("machine", "results"):
         machine = data["machine"] if kind == "machine" else data["params"]["machine"]
         if machine != file.parent.name:
@@ -158,6 +202,46 @@ def check(file, data, anywhere=False, state="is"):
         reason = _mismatch(data) or (not anywhere and _misplaced(file, data))
     if reason:
         raise BrokenFileError(f"{shown(file)} {state} broken: {reason}")
+
+
+def _excess(data):
+    """Return what of data is more than any file needs, None if nothing is; one level at a time."""
+    level, values = [data], 0
+    for _ in range(DEEPEST):
+        inner = []
+        for one in level:
+            if isinstance(one, str) and len(one) > LONGEST_TEXT:
+                return f"expected texts of up to {LONGEST_TEXT} characters, got {len(one)}"
+            if isinstance(one, int) and not -INTEGERS <= one < INTEGERS:
+                return f"expected integers of 64 bits, got {one}"
+            if isinstance(one, dict):
+                inner += [*one, *one.values()]
+            elif isinstance(one, list):
+                inner += one
+        level, values = inner, values + len(inner)
+        if values > MOST_VALUES:
+            return f"expected up to {MOST_VALUES} values, got more"
+        if not level:
+            return None
+    return f"expected up to {DEEPEST} levels, got more"
+
+
+def _many_cells(kind, data):
+    """Return which parameters stand for more cells than any file needs, None if none do."""
+    if kind not in ("results", "benchmarks"):
+        return None
+    cells = 0
+    found = data["results"] if kind == "results" else data
+    for benchmark, about in found.items():
+        if benchmark == "version":  # of asv's list
+            continue
+        params = about[1] if kind == "results" else about["params"]
+        if len(params) > MOST_PARAMETERS:
+            return f"expected up to {MOST_PARAMETERS} parameters of {benchmark}, got {len(params)}"
+        cells += math.prod(map(len, params))
+        if cells > MOST_CELLS:
+            return f"expected up to {MOST_CELLS} cells, got {cells} up to {benchmark}"
+    return None
 
 
 def _violation(kind, data):
@@ -200,8 +284,8 @@ def _mismatch(data):
     return None
 
 
-def write_json(file, data):
-    """Write a file of results as `write_text` does, if it may hold this.
+def write_json(file, data, **layout):
+    """Write a file of results as `write_text` does, if it may hold this; `layout` is json's.
 
     Raises
     ------
@@ -211,7 +295,9 @@ def write_json(file, data):
         As `write_text`.
     """
     check(file, data, state="would be")
-    write_text(file, json.dumps(data))
+    text = json.dumps(data, **layout)
+    _check_size(file, text.encode(), state="would be")
+    write_text(file, text)
 
 
 def files(results):

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 
 from asv.console import log
-from asv.util import UserError, load_json
+from asv.util import UserError
 
 from benchmarks.common import PARAM_NAMES, kv_bytes
 from benchmarks.generate import BLOCK_SIZE, Decode
+from tracking import valid
 from tracking.grid import HOST_SHARE, series_name
 from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
@@ -259,7 +260,7 @@ def series_of(machine, environment, results=RESULTS, commits=None):
     found = [files[commit] for commit in commits]
     tables = of_one_version(found)
     folder = Path(results, machine)
-    record = load_json(str(folder / "machine.json"), 1)
+    record = valid.load(folder / "machine.json")
     about = [str(record[key]) for key in ("cpu", "ram", "os") if record.get(key)]
     about.append(f"NumPy {_numpy_versions(tables)}")
     retired = folder / RETIRED

@@ -51,17 +51,24 @@ def check_still(number, labelled):
 def harmless(text):
     """Return a table as text that calls nobody, links nowhere and has no HTML, cut to fit.
 
-    First replaced, which makes it longer, then cut, at the end of a line.
+    GitHub looks for links, names, issues and commits in what Markdown made of a comment, entities
+    and escapes resolved, but not in code. So every cell of the table, and every line besides, is
+    code as it stands. First replaced, which makes it longer, then cut, at the end of a line.
     """
     text = "".join(char for char in text if char.isprintable() or char == "\n")
-    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("@", "(at)")
-    text = re.sub(r"\](?=[(\[:])", "] ", text)  # a link
-    text = re.sub(r"(?i)(#|gh-)(?=\d)", r"\1 ", text)  # another issue
-    text = re.sub(r"(?i)\b(https?:/|www\.)", r"\1 ", text)
+    text = "\n".join(map(_as_code, text.split("\n")))
     if len(text.encode()) > MOST:
         text = text.encode()[:MOST].decode(errors="ignore")
         text = text[: text.rfind("\n") + 1] + CUT
     return text
+
+
+def _as_code(line):
+    """Return a line whose parts between bars are code; the one below a table's header stays."""
+    if re.fullmatch(r"[|:\- ]*", line):
+        return line
+    cells = (re.sub(r"`|\*\*", "", cell).strip() for cell in line.split("|"))
+    return "|".join(f" `{cell}` " if cell else "" for cell in cells).strip()
 
 
 def write_comment(number, labelled, run, table):
