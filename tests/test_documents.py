@@ -17,10 +17,33 @@ from tracking.repository import ROOT
 
 
 @pytest.mark.parametrize(
-    ("context", "block_size", "percent"), [(1024, 32, 0), (1000, 32, 2.34375), (1, 64, 98.4375)]
+    ("context", "block_size", "percent"),
+    [(1024, 32, 0), (1000, 32, 2.34375), (1, 64, 98.4375), (0, 32, 0)],
 )
 def test_fragmentation(context, block_size, percent):
     assert tables.fragmentation(context, block_size) == percent
+
+
+def test_what_is_over_nothing_is_infinite(monkeypatch):
+    """And nothing over nothing is the same."""
+    names = [
+        f"overhead.Gather{layout}.ratio_vs_contiguous" for layout in ("BlockMajor", "HeadMajor")
+    ]
+    cells = [
+        {(batch, context): results.Value(v) for batch in "14" for context, v in found}
+        for found in (
+            [("1024", 0.0), ("2048", 2.0), ("4096", 0.0)],
+            [("1024", 0.0), ("2048", 0.0), ("4096", 1.0)],
+        )
+    ]
+    table = dict(zip(names, cells, strict=True))
+    table["settled.WatermarkTokens.track_tokens"] = {
+        ("8", "8", "8", mark): results.Value(v) for mark, v in (("0", 0.0), ("1", 0.0), ("2", 3.0))
+    }
+    table["settled.WatermarkSteps.track_steps"] = table["settled.WatermarkTokens.track_tokens"]
+    monkeypatch.setattr(documents, "recorded", lambda machine, commit: table)
+    assert "median 1.00, 0.00 to inf over 6 cells" in documents.mark_layouts("box", "a")
+    assert "| +0%, +0% | +inf%, +inf% |" in documents.mark_watermark("box", "a")
 
 
 def test_percentages():

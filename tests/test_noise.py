@@ -211,6 +211,8 @@ def test_codes_tell_commits_of_the_same_package_and_suite(tmp_path, monkeypatch)
         ("{header}\n2026-12-01,a,b,c,2,10,s(1),fast\n", "could not convert"),
         ("{header}\n2026-12-01,a,b,c,2,10,s(1),nan\n", "expected numbers in line 2"),
         ("{header}\n2026-12-01,a,b,c,2,0,s(1),1.0\n", "expected numbers in line 2"),
+        ("{header}\n2026-12-01,a,b,c,0,10,s(1),1.0\n", "expected 1 to 1000 rounds in line 2"),
+        (f"{{header}}\n2026-12-01,a,b,c,1{400 * '0'},1,s(1),1.0\n", "1 to 1000 rounds in line 2"),
         ("{header}\nyesterday,a,b,c,2,10,s(1),1.0\n", "yesterday"),
         ("{header}\n2026-12-01,a,b,c,2,10,s(1),1.0,9\n", "expected 8 entries in line 2"),
         ("\udcff", "decode"),

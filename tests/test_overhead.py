@@ -107,6 +107,7 @@ def test_a_path_has_one_colour_and_no_two_paths_share_it(recorded):
     paths = {one["path"] for each in recorded["series"] for one in each["benchmarks"]} - {""}
     assert {"auto", "contiguous"} <= paths <= charts.PATHS.keys()
     assert len(set(charts.PATHS.values())) == len(charts.PATHS)
+    assert charts.colours([], [0])["0"] == charts.colours([], [256])["256"]
     few = charts.colours(["mine", "auto"], [1024])
     many = charts.colours(["auto", "fused", "gather_rows"], [512, 1024, 32768])
     assert few["auto"] == many["auto"]

@@ -365,11 +365,12 @@ def cell_values():
     ]
 
 
-def test_two_commits_are_compared(recorded, site):
+def compared(recorded, site, values):
+    """A page of one series of steps at two commits, with the two compared."""
     overhead, address, folder = site
-    contexts = [1024 * 2**i for i in range(6)]
-    step = {"name": STEP, "measure": "step", "path": "auto", "values": cell_values()}
-    step["thresholds"] = [[1.05, "±5.0%, a guess"]] * 6
+    contexts = [1024 * 2**i for i in range(len(values))]
+    step = {"name": STEP, "measure": "step", "path": "auto", "values": values}
+    step["thresholds"] = [[1.05, "±5.0%, a guess"]] * len(values)
     step |= {"params": ["batch", "context", "block_size"], "cells": [[1, c, 32] for c in contexts]}
     one = json.loads(json.dumps(recorded["series"][0]))
     one |= {"benchmarks": [step], "commits": one["commits"][:2]}
@@ -377,8 +378,16 @@ def test_two_commits_are_compared(recorded, site):
     (folder / "compared.html").write_text(page(data))
     first, second = (commit["hash"][:8] for commit in one["commits"])
     overhead.open(f"{address}/compared.html", commit=second, against=first, changes="all")
-    rows = {row[0].split(", ")[1]: row[3::2] for row in overhead.table("compare-table")[1:]}
-    assert rows == {
+    return overhead
+
+
+def rows_compared(overhead):
+    return {row[0].split(", ")[1]: row[3::2] for row in overhead.table("compare-table")[1:]}
+
+
+def test_two_commits_are_compared(recorded, site):
+    overhead = compared(recorded, site, cell_values())
+    assert rows_compared(overhead) == {
         "1024 tokens": ["\u221250%", "improved"],
         "2048 tokens": ["+30%", "worsened"],
         "4096 tokens": ["+3%", "unchanged"],
@@ -392,6 +401,38 @@ def test_two_commits_are_compared(recorded, site):
     assert {row[4] for row in overhead.table("compare-table")[1:]} == {"±5%?"}
     overhead.choose("changes", "changed")
     assert len(overhead.table("compare-table")) == 3
+
+
+def test_a_comparison_with_nothing_has_a_verdict(recorded, site):
+    nothing, two = [0, 0, 0], [2, 2, 2]
+    overhead = compared(recorded, site, [[nothing, nothing], [nothing, two], [two, nothing]])
+    assert rows_compared(overhead) == {
+        "1024 tokens": ["+0%", "unchanged"],
+        "2048 tokens": ["+∞%", "worsened"],
+        "4096 tokens": ["\u2212100%", "improved"],
+    }
+    assert overhead.text("#compare-title").endswith(
+        "Mixed: 1 number improved by \u2212100%, 1 worsened by +∞%, 1 unchanged."
+    )
+
+
+def test_a_cell_of_nothing_is_in_no_chart_of_factors(recorded, site):
+    """A logarithm has no place for 0."""
+    one = json.loads(json.dumps(next(s for s in recorded["series"] if s["machine"] == CPU)))
+    for benchmark in one["benchmarks"]:
+        if benchmark["measure"] in ("step", "time"):
+            benchmark["values"] = [
+                [[0, 0, 0] if isinstance(v, list) else v for v in row]
+                for row in benchmark["values"]
+            ]
+    overhead, address, folder = site
+    (folder / "nothing.html").write_text(page(recorded | {"series": [one]}))
+    overhead.open(f"{address}/nothing.html", machine=CPU)
+    assert "0.00" in overhead.text("#step-now")
+    assert overhead.points("attention-phases") > 0
+    assert not overhead.visible("#step-phases")
+    assert not overhead.visible("#bandwidths")
+    assert not re.search("NaN|Infinity", overhead.text("body"))
 
 
 def test_words_that_a_stranger_does_not_know_are_explained(at):

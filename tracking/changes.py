@@ -15,7 +15,7 @@ from asv.util import UserError
 from tracking.grid import selection, series_name
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
-from tracking.results import MISSING, Value, measured
+from tracking.results import MISSING, Value, measured, over
 
 
 def apart(one, other):
@@ -46,13 +46,20 @@ class Change:
     @property
     def ratio(self):
         """Return the Value of after over before, its interval from the ends farthest apart."""
-        ends = self.after.low / self.before.high, self.after.high / self.before.low
-        return Value(self.after.value / self.before.value, *ends)
+        ends = over(self.after.low, self.before.high), over(self.after.high, self.before.low)
+        return Value(over(self.after.value, self.before.value), *ends)
 
     @property
     def worse(self):
         """Return the factor by which it is worse, below 1 where it is better."""
-        return self.ratio.value if self.better == "smaller" else 1 / self.ratio.value
+        if self.better == "smaller":
+            return self.ratio.value
+        return over(self.before.value, self.after.value)
+
+    @property
+    def size(self):
+        """Return the factor by which it is worse or better, at least 1, infinite from or to 0."""
+        return max(self.worse, over(1, self.worse))
 
     def verdict(self, noise):
         """Return "worsened", "improved", "unchanged", "failed", "repaired" or "n/a".
@@ -154,7 +161,7 @@ class Moved:
     """The cells of a comparison that worsened, or that improved: by how much, and how many.
 
     `mean` is the geometric mean of the factors, `least` and `most` are their range; 1.1 is worse or
-    better by 10%.
+    better by 10%, and infinity is from or to 0.
     """
 
     cells: int
@@ -163,7 +170,10 @@ class Moved:
     most: float
 
     def __str__(self):
-        least, mean, most = (f"{100 * (x - 1):.1f}%" for x in (self.least, self.mean, self.most))
+        least, mean, most = (
+            f"{100 * (x - 1):.1f}%" if math.isfinite(x) else "∞"
+            for x in (self.least, self.mean, self.most)
+        )
         if self.cells == 1:
             return f"1 cell by {mean}"
         return f"{self.cells} cells by {mean} ({least} to {most})"
@@ -233,8 +243,8 @@ def verdict(compared, noise):
     }
     return Verdict(
         words[bool(worsened), bool(improved)],
-        _moved([change.worse for change in worsened]),
-        _moved([1 / change.worse for change in improved]),
+        _moved([change.size for change in worsened]),
+        _moved([change.size for change in improved]),
         sum(change.before.known and change.after.known for change in compared),
         len(by_word.get("failed", [])),
         _sure([*worsened, *improved], compared, noise),
@@ -254,7 +264,7 @@ def _sure(changed, compared, noise):
         return f"changes of up to {100 * (worst - 1):.1f}% are within the noise"
 
     def beyond(change):
-        return abs(math.log(change.worse)) / math.log(noise.threshold(change.name).factor)
+        return math.log(change.size) / math.log(noise.threshold(change.name).factor)
 
     surest = max(changed, key=beyond)
     threshold = noise.threshold(surest.name)
@@ -262,6 +272,5 @@ def _sure(changed, compared, noise):
         return "certain, what is counted has no noise"
     if threshold.source == "guess":
         return "how sure is not known, the noise is not recorded"
-    size = max(surest.worse, 1 / surest.worse)
-    as_large = sum(change >= size for change in threshold.changes)
+    as_large = sum(change >= surest.size for change in threshold.changes)
     return f"{as_large} of {len(threshold.changes)} changes of identical code were as large"

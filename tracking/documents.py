@@ -24,6 +24,7 @@ from tracking.results import (
     RESULTS,
     load,
     measured_commits,
+    over,
     recorded,
     recorded_commits,
     recorded_environment,
@@ -114,7 +115,7 @@ def mark_layouts(machine, commit):
             f"- batch {batch}, layout {layout}: {percent(min(known))} to {percent(max(known))} "
             f"over contiguous, median {percent(statistics.median(known))} of {len(known)} cells"
         )
-    both = [a[cell].value / b[cell].value for cell in a if a[cell].known and b[cell].known]
+    both = [over(a[cell].value, b[cell].value) for cell in a if a[cell].known and b[cell].known]
     lines.append(
         f"- time of A over time of B: median {statistics.median(both):.2f}, "
         f"{min(both):.2f} to {max(both):.2f} over {len(both)} cells"
@@ -139,11 +140,11 @@ def mark_watermark(machine, commit):
     steps = table["settled.WatermarkSteps.track_steps"]
     marks = [mark for mark in sorted({int(cell[3]) for cell in tokens}) if mark]
 
-    def over(values, trace, mark):
-        return percent(values[(*trace, str(mark))].value / values[(*trace, "0")].value)
+    def more(values, trace, mark):
+        return percent(over(values[(*trace, str(mark))].value, values[(*trace, "0")].value))
 
     rows = [
-        [*trace, *(f"{over(tokens, trace, m)}, {over(steps, trace, m)}" for m in marks)]
+        [*trace, *(f"{more(tokens, trace, m)}, {more(steps, trace, m)}" for m in marks)]
         for trace in sorted({cell[:3] for cell in tokens}, key=lambda trace: [*map(int, trace)])
     ]
     header = ["prompt", "new", "blocks", *("half of running" if m < 0 else str(m) for m in marks)]

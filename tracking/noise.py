@@ -196,6 +196,8 @@ def read(file):
                     raise ValueError(f"expected numbers in line {number}")
                 datetime.datetime.fromisoformat(row["time"])
                 row["rounds"], row["samples"] = int(row["rounds"]), int(row["samples"])
+                if not 1 <= row["rounds"] <= 1000:
+                    raise ValueError(f"expected 1 to 1000 rounds in line {number}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{file}: {error}. Remove it, and run `make noise`") from error
     return rows

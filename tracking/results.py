@@ -81,6 +81,16 @@ class Value:
 MISSING = Value(math.nan, why="not asked")
 
 
+def over(value, base):
+    """Return a value over another: infinite over nothing, and 1 where both are nothing.
+
+    Values below zero are nothing, as in published regressions.
+    """
+    if base <= 0:
+        return 1.0 if value <= 0 else math.inf
+    return max(value, 0.0) / base
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one file of results says: the values at one commit in one environment."""

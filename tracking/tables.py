@@ -22,7 +22,7 @@ def by_number(cell):
 def fragmentation(context, block_size):
     """Percent of the slots in a sequence's blocks that hold no token."""
     slots = blocks_needed(context, block_size) * block_size
-    return 100 * (slots - context) / slots
+    return 100 * (slots - context) / slots if slots else 0
 
 
 def percent_over(ratio):

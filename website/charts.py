@@ -102,7 +102,7 @@ def colours(paths, contexts):
     new = sorted(set(paths) - PATHS.keys())
     found = {path: OTHERS[i % len(OTHERS)] for i, path in enumerate(new)} | PATHS
     for context in contexts:
-        power = round(math.log2(context)) - 8
+        power = round(math.log2(max(context, 1))) - 8
         found[str(context)] = CONTEXTS[min(max(power, 0), len(CONTEXTS) - 1)]
     return found
 

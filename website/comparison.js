@@ -2,7 +2,7 @@
 // Whether a number changed from one commit to another: "improved", "worsened", "unchanged" or why that is not known.
 function verdict(before, after, threshold, larger) {
   if (!known(before) || !known(after)) return "not comparable";
-  const change = after.value / before.value;
+  const change = over(after.value, before.value);
   if (before.low === null || after.low === null) return "not judged";
   const apart = after.high < before.low || before.high < after.low;
   if (!apart || Math.max(change, 1 / change) <= threshold) return "unchanged";
@@ -37,7 +37,7 @@ function showComparison(number) {
   const both = cell => other >= 0 && hasNumber(number)(cell) && hasNumber(other)(cell);
   const judged = MEASURES.flatMap(measure => cells(measure, both)).map(cell => {
     const [was, is] = [at(cell, other), at(cell, number)];
-    const change = is.value / was.value;
+    const change = over(is.value, was.value);
     return { cell, was, is, change, verdict: verdict(was, is, cell.threshold[0], larger(cell.measure)) };
   });
   const labels = other < 0 ? [] : [commits[other].label, commits[number].label];

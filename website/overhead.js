@@ -143,7 +143,7 @@ function linesByCell(columns, number) {
     const rows = columns.map(({ benchmarks, unit }) => {
       if (unit === "fragmentation") {
         const slots = Math.ceil(context / block) * block;
-        return { text: (100 * (slots - context) / slots).toFixed(1) };
+        return { text: (slots ? 100 * (slots - context) / slots : 0).toFixed(1) };
       }
       const cell = here.find(cell => benchmarks.includes(cell.benchmark.name));
       const row = cell ? at(cell, number) : { state: "not asked" };

@@ -25,7 +25,10 @@ const ratio = value => value.toFixed(2);
 const digits = value => value >= 100 ? value.toFixed(0) : value.toPrecision(3);
 const interval = (row, show) => row.low === null ? "" : `[${show(row.low)}, ${show(row.high)}]`;
 const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-const percent = change => `${change < 1 ? "−" : "+"}${Math.abs(100 * (change - 1)).toFixed(0)}%`;
+// A value over another: infinite over nothing, and 1 where both are nothing.
+const over = (value, base) => base > 0 ? Math.max(value, 0) / base : value > 0 ? Infinity : 1;
+const percent = change => change === Infinity ? "+∞%"
+  : `${change < 1 ? "−" : "+"}${Math.abs(100 * (change - 1)).toFixed(0)}%`;
 
 const WHY = {
   "not asked": "no run asked for it",
@@ -95,9 +98,10 @@ function pivot(id, rows, down, across, show, { chosen, share } = {}) {
   }));
 }
 
-// Draws the rows that make lines, a line for each value of `by`, and says what was left out.
+// Draws the rows that make lines, a line for each value of `by`, and says what was left out. An axis of
+// factors has no place for 0.
 function draw(chart, rows, id, by) {
-  const lines = Object.values(Object.groupBy(rows.filter(known), row => row[by]));
+  const lines = Object.values(Object.groupBy(rows.filter(row => known(row) && row.value > 0), row => row[by]));
   const drawn = lines.filter(line => line.length > 1).flat();
   const lone = lines.filter(line => line.length === 1).map(([row]) => by === "context"
     ? `${row.context} tokens (${ratio(row.value)} at ${row.label})` : `${row.path} (${ratio(row.value)} at ${row.context} tokens)`);
