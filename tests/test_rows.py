@@ -104,8 +104,9 @@ def test_the_first_block_is_replaced_in_the_columns_that_are_not_used():
     long.append(9)
     rows = Rows([short, long])
     assert rows.block_tables.tolist() == [[0, 0, 0], [1, 2, 3]]
-    short.fork()
+    fork = short.fork()
     rows.reserve([1, 1]).commit()
+    assert fork.ids.tolist() == [0]
     assert rows.block_tables.tolist() == [[4, 4, 4], [1, 2, 3]]
 
 

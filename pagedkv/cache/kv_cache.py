@@ -259,13 +259,14 @@ class PagedKVCache(Pools):
     def _batches(self, tables: list[BlockTable]) -> Batches:
         """Return what makes the batch of a step: what made one of the last if that goes on."""
         for place, batches in enumerate(self._going_on):
-            if batches.rows.seen.tables == tables:
+            if batches.rows.take_up(tables):
                 return self._going_on.pop(place)  # until it is up to date again
         self._check_own(tables)
         return Batches(tables, self.num_blocks)
 
     def _keep(self, batches: Batches) -> None:
         """Let a step of the same sequences go on; a prompt does not end the steps of others."""
+        batches.rows.let_go()
         self._going_on = [*self._going_on[-1:], batches]
 
     def _check_own(self, tables: list[BlockTable]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
@@ -31,12 +32,27 @@ class Copies(Protocol):
     copies: list[tuple[int, int]]
 
 
+class Held(weakref.ref[Any]):
+    """What an object holds of a pool, for the time after the object: `ids` of blocks, its to set.
+
+    The garbage collector may drop an object in the middle of a change of the pool. So nothing but
+    `deque.append` runs then, which no interrupt divides; the pool's next operation does the rest.
+    """
+
+    __slots__ = ("ids",)
+    ids: array[int]
+
+
+_NONE = array("i")
+
+
 class BlockPool:
     """Hands out the ids of a fixed number of blocks and counts who holds them.
 
     A block that was given back is handed out again, the last one first, before one that was never
     used: what is touched stays small. Every operation takes constant time per block, and an
-    exception at any point of it, a KeyboardInterrupt too, leaves the pool as it was.
+    exception at any point of it, a KeyboardInterrupt too, leaves the pool as it was. The blocks of
+    a `BlockTable` that was dropped come back before blocks are next taken or counted.
 
     Parameters
     ----------
@@ -66,6 +82,8 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the next one is the last
         self.changes = 0
         self.guarded: list[int] = []
+        self._held: set[Held] = set()
+        self._dropped: deque[Held] = deque()
 
     @property
     def num_blocks(self) -> int:
@@ -75,6 +93,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
+        self.collect()
         return len(self._free)
 
     @property
@@ -132,10 +151,35 @@ class BlockPool:
         return now == before  # by identity first: few arrays are looked into
 
     def watch(self, table: Table) -> None:
-        """Note that a table holds blocks of this pool."""
+        """Note that a table may see blocks of this pool."""
 
     def watch_open(self, reservation: Copies) -> None:
         """Note that a reservation may give tables the blocks back that it has copied."""
+
+    def held_by(self, owner: object) -> Held:
+        """Return where an object notes which blocks it holds, to be taken back when it is gone."""
+        held = Held(owner, self._dropped.append)
+        held.ids = _NONE
+        self._held.add(held)
+        return held
+
+    def collect(self) -> None:
+        """Take back the blocks of objects that were dropped; what interrupts it can call it again.
+
+        Whatever counts or takes blocks begins with this.
+        """
+        while self._dropped:
+            held = self._dropped[0]
+            ids = held.ids
+            try:
+                held.ids = _NONE
+                # From the end, as `BlockTable.truncate` does.
+                self.release(ids[::-1])
+            except BaseException:
+                held.ids = ids
+                raise
+            self._held.discard(held)
+            self._dropped.popleft()
 
     def remember(self) -> None:
         """Note that blocks are cached: what they hold may be looked for after nobody sees it."""
@@ -172,15 +216,13 @@ class BlockPool:
         ValueError
             If the pool has no such block.
         """
-        try:
-            if block_id >= 0:
-                return self._counts[block_id]
-        except (IndexError, TypeError):
-            pass
-        raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")
+        if self._dropped:
+            self.collect()
+        return self._holders(block_id)
 
     def shared(self, block_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Return which blocks have more than one holder, of ids that the pool has."""
+        self.collect()
         held: NDArray[np.bool_] = self._view[block_ids] > 1
         return held
 
@@ -205,6 +247,7 @@ class BlockPool:
             If `count` is not an integer or is negative.
         """
         count = count_of(count, "count")
+        self.collect()
         counts, free = self._counts, self._free
         kept = len(free) - count
         if kept < 0:
@@ -226,8 +269,8 @@ class BlockPool:
             self.restore(before)
             raise
 
-    def retain(self, block_ids: Sequence[int]) -> None:
-        """Add a holder to each of the blocks.
+    def retain(self, block_ids: Sequence[int]) -> int:
+        """Add a holder to each of the blocks; return how many these are.
 
         Raises
         ------
@@ -244,6 +287,7 @@ class BlockPool:
                     raise IndexError
                 # One statement: an interrupt comes between two, and what was done must be known.
                 counts[block_id], done = count + 1, done + 1
+            return done
         except BaseException as error:
             for block_id in block_ids[:done]:
                 counts[block_id] -= 1
@@ -285,11 +329,20 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every block is held or free, once; for tests, linear time."""
+        self.collect()
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         for block_id, count in enumerate(self._counts):
             assert count >= 0, f"block {block_id} has {count} holders"
             assert (count == 0) == (block_id in free), f"block {block_id} is lost or in use"
+
+    def _holders(self, block_id: int) -> int:
+        try:
+            if block_id >= 0:
+                return self._counts[block_id]
+        except (IndexError, TypeError):
+            pass
+        raise ValueError(f"expected a block id in [0, {self.num_blocks}), got {block_id}")
 
     def _taken(self, block_ids: list[int], before: list[Any]) -> None:
         """Give blocks what they need; note in `before` what `restore` needs."""
@@ -301,7 +354,7 @@ class BlockPool:
         """Raise a ValueError that says which id was wrong, if one was."""
         if isinstance(error, (IndexError, TypeError)):
             for block_id, times in Counter(block_ids).items():
-                if (count := self.reference_count(block_id)) < times:
+                if (count := self._holders(block_id)) < times:
                     raise ValueError(
                         f"expected block {block_id} to have at least {times} holders, got {count}"
                     ) from None

@@ -46,7 +46,8 @@ def slots_of(ids: array[int], block_size: int, start: int, stop: int) -> NDArray
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens, held in a `BlockPool`.
 
-    Host only: it says where tokens lie; `PagedKVCache` moves them.
+    Host only: it says where tokens lie; `PagedKVCache` moves them. `truncate` gives blocks back;
+    so does dropping the table, before the pool next takes or counts blocks.
 
     Parameters
     ----------
@@ -79,6 +80,8 @@ class BlockTable:
         self.block_size = positive_int32(block_size, "block_size")
         self.ids = array("i")
         self.num_tokens = self.passed = 0
+        pool.collect()  # else dropped tables pile up
+        self._held = pool.held_by(self)
         pool.watch(self)
 
     @property
@@ -258,15 +261,16 @@ class BlockTable:
             raise ValueError(f"expected {len(self.ids)} blocks at most, got {start} to {stop}")
         own = before[0][start:stop]
         frames: list[Any] = []
-        self.pool.retain(ids)
+        held = array("i")
         try:
+            held = ids[: self.pool.retain(ids)]
             self.state = before[0][:start] + ids + before[0][stop:], before[1]
             self.pool.hand_over(own, ids, frames)
             self.pool.release(own)
         except BaseException:
             self.state = before
             self.pool.restore(frames)
-            self.pool.release(ids)
+            self.pool.release(held)
             raise
 
     def _check_seen(self, ids: array[int], num_tokens: int) -> None:
@@ -285,7 +289,7 @@ class BlockTable:
     @state.setter
     def state(self, state: tuple[array[int], int]) -> None:
         self.pool.changes += 1
-        self.ids, self.num_tokens = state
+        self.ids, self.num_tokens, self._held.ids = *state, state[0]
 
     def grow(self, count: int, block_ids: list[int]) -> tuple[int, int] | None:
         """Go on by tokens in blocks that the caller took from the pool, as a `Reservation` does.

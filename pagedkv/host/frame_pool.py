@@ -83,6 +83,7 @@ class FramePool(BlockPool):
     @property
     def num_free(self) -> int:
         """Blocks that can be taken, with a frame in every group."""
+        self.collect()
         return min(len(self._free), len(self._spare) // self._groups)
 
     @property
@@ -93,6 +94,7 @@ class FramePool(BlockPool):
     @property
     def num_free_frames(self) -> int:
         """Frames that no block has."""
+        self.collect()
         return len(self._spare)
 
     def frames_needed(self, blocks: int, blocks_at_once: int) -> int:
@@ -121,6 +123,7 @@ class FramePool(BlockPool):
 
     def group_frames(self) -> tuple[int, ...]:
         """Return how many frames each group of layers has; in linear time."""
+        self.collect()
         return tuple((self.frames >= 0).sum(axis=0).tolist())
 
     def places(self, block_ids: NDArray[np.integer]) -> NDArray[np.int32]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import islice
+from operator import itemgetter
 
 from pagedkv.errors import PagedKVError
+from pagedkv.host.block_pool import Held
 from pagedkv.host.block_table import BlockTable
 
 
@@ -33,6 +35,7 @@ class Reservation:
         self._lengths = [table.num_tokens for table in tables]
         self._before: list[tuple[BlockTable, tuple[array[int], int], int]] = []
         self._blocks: list[int] = []
+        self._held: Held | None = None  # the copied blocks, while it is open
         self._pool.watch_open(self)
 
     def take(self, needs: Sequence[int] | None = None) -> None:
@@ -66,6 +69,9 @@ class Reservation:
                 self._before.append((table, table.state, count))
                 if copied := table.grow(count, list(islice(blocks, need))):
                     self.copies.append(copied)
+            if self.copies:
+                self._held = self._pool.held_by(self)
+                self._held.ids = array("i", map(itemgetter(0), self.copies))
         except BaseException:
             self._restore()
             raise
@@ -79,13 +85,14 @@ class Reservation:
             If it was committed or undone before.
         """
         self._check_open()
-        # Not in the `try`: Python 3.12 passes it over for an interrupt inside of a comprehension.
-        sources = [source for source, _ in self.copies]
+        sources = array("i", map(itemgetter(0), self.copies))
         try:
+            self._hold(array("i"))
             self.is_open = False
             self._pool.release(sources)
         except BaseException:
             self.is_open = True
+            self._hold(sources)
             raise
         for table, (_, length), count in self._before:
             self._pool.pass_by(table, length + count)
@@ -101,7 +108,12 @@ class Reservation:
         self._check_open()
         self._restore()
 
+    def _hold(self, sources: array[int]) -> None:
+        if self._held is not None:
+            self._held.ids = sources
+
     def _restore(self) -> None:
+        self._hold(array("i"))  # the tables' again
         self._pool.changes += 1
         for table, (ids, length), _ in self._before:
             # The blocks that were full may have been exchanged for others' since (`share`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,7 @@ class Rows:
         self._places = np.arange(len(tables))
         self._no_needs = [0] * len(tables)
         self.changed: list[int] = []
+        self._refs = [ref(table) for table in tables]
         self.seen = Seen.of(tables)
         self._write(list(range(len(tables))))
 
@@ -122,6 +124,19 @@ class Rows:
     def room(self) -> NDArray[np.int32]:
         """As `block_tables`, with an M that is larger and seldom changes."""
         return self._array
+
+    def let_go(self) -> None:
+        """Hold no table until `take_up`: one that everybody else drops gives its blocks back."""
+        seen = self.seen
+        self.seen = Seen([], seen.ids, seen.lens, seen.changes)
+
+    def take_up(self, tables: list[BlockTable]) -> bool:
+        """Return whether these are the tables, in order; if so, they are held again."""
+        if [reference() for reference in self._refs] != tables:
+            return False
+        seen = self.seen
+        self.seen = Seen(tables, seen.ids, seen.lens, seen.changes)
+        return True
 
     def follow(self) -> Seen:
         """Look at the tables, and return what they hold now."""

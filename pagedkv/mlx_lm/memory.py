@@ -96,11 +96,9 @@ class Memory:
 
     Attributes
     ----------
-    dropped : deque of list of BlockTable
-        Of caches that somebody let go of, to be taken back by `collect`: the garbage collector may
-        come while the pool is being changed.
     endings : deque of callable
-        Of generations that somebody let go of, likewise.
+        Of generations that the caller let go of, for `collect`: the garbage collector may come
+        while the pool is being changed. A call that was interrupted is made again.
     live : WeakSet
         The `Sequences` that hold blocks of it, and somebody them.
     givers : list of callable
@@ -132,7 +130,6 @@ class Memory:
             shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
         )
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
-        self.dropped: deque[list[BlockTable]] = deque()
         self.endings: deque[Callable[[], None]] = deque()
         self.live: weakref.WeakSet[Any] = weakref.WeakSet()
         self.givers: list[Callable[[int], int]] = [self.tree.evict]
@@ -166,6 +163,8 @@ class Memory:
     def collect(self) -> None:
         """End generations that were let go of, and take back the blocks of such caches.
 
+        It can be called again after an interrupt.
+
         Raises
         ------
         PagedKVError
@@ -173,10 +172,13 @@ class Memory:
         """
         self.check_open()
         while self.endings:
-            self.endings.popleft()()
-        while self.dropped:
-            for table in self.dropped.popleft():
-                table.truncate(0)
+            try:
+                self.endings[0]()
+            except Exception:
+                self.endings.popleft()  # it would fail again
+                raise
+            self.endings.popleft()
+        self.kv.pool.collect()
 
     def keep(
         self,

@@ -29,7 +29,7 @@ class Sequences:
     memory : Memory
         Whose blocks they hold.
     tables : list of BlockTable
-        The sequences. When this object is dropped, their blocks go back to it.
+        The sequences. The list is this object's; dropped with it, they give their blocks back.
     is_batch : bool
         Whether mlx-lm made a batch of them: its offset is an array then.
 
@@ -69,8 +69,6 @@ class Sequences:
         self.begins = [0] * len(tables)
         self.trimmed = 0  # by the first layer, for the others; so is `made`
         self.made: weakref.ref[Sequences] | None = None
-        self.finalizer = weakref.finalize(self, memory.dropped.append, tables)
-        self.finalizer.atexit = False
         memory.live.add(self)
 
     @property

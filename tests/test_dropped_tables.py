@@ -1,0 +1,151 @@
+"""Blocks of tables and steps that are dropped come back, whenever the garbage collector comes."""
+
+import gc
+
+import numpy as np
+import pytest
+from interrupts import interrupted
+
+from pagedkv import BlockPool, BlockTable, OutOfBlocksError, PagedKVCache
+from pagedkv.host.frame_pool import FramePool
+from pagedkv.host.rows import Rows
+
+POOLS = {"blocks": lambda: BlockPool(4), "frames": lambda: FramePool(8, (None, 4), 4)}
+
+
+@pytest.fixture(params=POOLS)
+def pool(request):
+    return POOLS[request.param]()
+
+
+def grown(pool, tokens):
+    table = BlockTable(pool, 4)
+    table.append(tokens)
+    return table
+
+
+def test_a_dropped_table_gives_its_blocks_back(pool):
+    whole = pool.num_free_frames
+    grown(pool, 9)
+    assert (pool.num_free, pool.num_free_frames) == (4, whole)
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda pool: pool.allocate(4),
+        lambda pool: pool.check_invariants(),
+        lambda pool: pool.num_free,
+        lambda pool: pool.num_free_frames,
+        lambda pool: pool.group_frames(),
+        lambda pool: pool.reference_count(0),
+        lambda pool: pool.shared(np.array([0])),
+        lambda pool: pool.frames_of_cached(0),
+        lambda pool: BlockTable(pool, 4),
+    ],
+)
+def test_whatever_counts_or_takes_blocks_takes_them_back_first(pool, look):
+    grown(pool, 16)
+    look(pool)
+    pool.check_invariants()
+
+
+def test_what_others_hold_stays_theirs():
+    pool = BlockPool(4)
+    table = grown(pool, 6)
+    other, ids = table.fork(), table.ids.tolist()
+    del other
+    assert [pool.reference_count(block) for block in ids] == [1, 1]
+    table.append(1)  # its last block is its own again
+    assert pool.num_free == 2
+
+
+def test_a_table_in_a_circle_comes_back_when_the_garbage_collector_comes():
+    pool = BlockPool(4)
+    table = grown(pool, 16)
+    table.circle = table
+    del table
+    with pytest.raises(OutOfBlocksError):
+        pool.allocate(1)
+    gc.collect()
+    assert pool.num_free == 4
+
+
+def test_one_that_gave_its_blocks_back_gives_none_twice(pool):
+    table = grown(pool, 9)
+    kept = table.fork()
+    table.truncate(0)
+    del table
+    assert [pool.reference_count(block) for block in kept.ids] == [1, 1, 1]
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize("ending", ["commit", "undo", "dropped"])
+def test_a_reservation_that_is_dropped_gives_back_what_it_copied(ending):
+    pool = BlockPool(6)
+    table = grown(pool, 6)
+    other = table.fork()
+    reservation = Rows([other]).reserve([1])
+    assert reservation.copies
+    if ending != "dropped":
+        getattr(reservation, ending)()
+    del reservation
+    counts = [pool.reference_count(block) for block in table.ids]
+    assert counts == [2, 2 if ending == "undo" else 1]
+    del other
+    assert [pool.reference_count(block) for block in table.ids] == [1, 1]
+    pool.check_invariants()
+    del table
+    assert pool.num_free == 6
+
+
+def test_a_step_that_is_dropped_with_its_sequences_leaves_nothing():
+    cache = PagedKVCache(num_layers=1, num_blocks=4, block_size=4, kv_heads=1, head_dim=8)
+    table = cache.new_table()
+    cache.extend([table], [6]).commit()
+    fork = table.fork()
+    step = cache.extend([fork], [4])
+    assert step.copies
+    del step, fork, table
+    assert cache.memory_usage().live_blocks == 0
+    cache.pool.check_invariants()
+
+
+def test_what_interrupts_the_taking_back_loses_nothing(pool):
+    make = {BlockPool: POOLS["blocks"], FramePool: POOLS["frames"]}[type(pool)]
+
+    def start():
+        pool = make()
+        tables = [grown(pool, 4), grown(pool, 5)]
+        tables.append(tables[1].fork())
+        return pool
+
+    for pool, _ in interrupted(start, lambda pool: pool.collect()):
+        assert pool.num_free == 4
+        pool.check_invariants()
+        assert sorted(pool.allocate(4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.truncate(2),
+        lambda table: table.fork(),
+        lambda table: table.share(0, table.ids[:1].tolist()),
+        lambda table: Rows([table]).reserve([3]).commit(),
+    ],
+)
+def test_after_an_interrupted_change_what_a_table_holds_comes_back_and_no_more(change):
+    def start():
+        pool = BlockPool(8)
+        table = grown(pool, 6)
+        return [table, table.fork()]
+
+    for tables, _ in interrupted(start, lambda tables: change(tables[0])):
+        pool = tables[0].pool
+        pool.check_invariants()
+        while tables:
+            assert 8 - pool.num_free == len({block for table in tables for block in table.ids})
+            tables.pop()
+        assert pool.num_free == 8
