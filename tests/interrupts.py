@@ -8,17 +8,20 @@ import pagedkv
 PACKAGE = str(Path(pagedkv.__file__).parent)
 
 
-def interrupted(start, operation):
+def interrupted(start, operation, *files):
     """Yield (state, whether the operation came to its end) for an interrupt before each line.
 
-    `start()` makes a state, `operation(state)` changes it; lines are those of the package.
+    `start()` makes a state, `operation(state)` changes it; lines are those of the package, or of
+    some of its files.
     """
+    traced = tuple(str(Path(PACKAGE, name)) for name in files) or PACKAGE
+
     for number in range(1, 10_000):
         lines = 0
 
         def trace(frame, event, _, number=number):
             nonlocal lines
-            if not frame.f_code.co_filename.startswith(PACKAGE):
+            if not frame.f_code.co_filename.startswith(traced):
                 return None
             lines += event == "line"
             if lines == number:

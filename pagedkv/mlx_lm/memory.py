@@ -199,9 +199,10 @@ class Memory:
         return len(blocks) * self.kv.block_size
 
     def close(self) -> None:
-        """Give the pools' memory back."""
+        """Give the pools' memory back; again after an interrupt."""
         self.is_open = False
         self.givers.clear()
         for sequences in list(self.live):
             sequences.step = None  # of a pass that never ended
-        del self.kv, self.tree
+        for name in ("kv", "tree"):
+            vars(self).pop(name, None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -56,7 +58,8 @@ class PromptCache(list[Any], RoutedPrompt):
         self._tokens = np.empty(0, np.int64) if tokens is None else tokens
         self.cached, self.namespace = cached, namespace
         self._held = None if tokens is None else tokens[:cached]
-        self._version, self._is_busy = self.sequences.version if layers else 0, False
+        self._version, self._trims = self.sequences.version if layers else 0, 0
+        self._ending: ref[partial[None]] | None = None  # of the generation under way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
         layers = [copy.deepcopy(layer, memo) for layer in self]
@@ -104,7 +107,7 @@ class PromptCache(list[Any], RoutedPrompt):
         """
         sequences = self.sequences
         sequences.memory.collect()
-        if self._is_busy:
+        if self._ending is not None and self._ending() is not None:
             raise PagedKVError("expected no other generation with this prompt cache under way")
         sequences.end()
         [table] = sequences.tables
@@ -134,20 +137,22 @@ class PromptCache(list[Any], RoutedPrompt):
             model = held_back = _LastChunk(model, self._output, len(prompt), chunk)
             if (report := options.get("prompt_progress_callback")) is not None:
                 options["prompt_progress_callback"] = held_back.reporting(report)
-        self._is_busy, self._held, self._trims = True, None, sequences.trims
         answer: list[int] = []
+        # Nothing but this generation holds it: whatever interrupts that, it is no longer under way.
+        end = partial(self._end, sequences, held, answer)
         try:
+            self._ending, self._held, self._trims = ref(end), None, sequences.trims
             for token, logprobs in own(prompt, model, *stream, **options):
                 answer.append(token)
                 yield token, logprobs
         except GeneratorExit:
             # Maybe out of the garbage collector, in the middle of a change of the pool.
-            sequences.memory.endings.append(lambda: self._end(sequences, held, answer, keeps=True))
+            sequences.memory.endings.append(partial(end, keeps=True))
             raise
         except BaseException:
-            self._end(sequences, held, answer, keeps=False)
+            end(keeps=False)
             raise
-        self._end(sequences, held, answer, keeps=True)
+        end(keeps=True)
 
     def _end(
         self,
@@ -157,8 +162,11 @@ class PromptCache(list[Any], RoutedPrompt):
         *,
         keeps: bool,
     ) -> None:
-        """Note what the cache holds of `held` and an answer, all it may hold, and cache that."""
-        self._is_busy = False
+        """Note what the cache holds of `held` and an answer, all it may hold, and cache that.
+
+        It can be called again after an interrupt.
+        """
+        self._ending = None
         if not sequences.memory.is_open:
             return
         sequences.end()

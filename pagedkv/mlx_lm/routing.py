@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from pagedkv.errors import OutOfBlocksError
 
 Self = TypeVar("Self", bound="Closing")
 _lock = threading.RLock()  # the garbage collector may close a store while another is opened
-_open = 0
+_open: set[object] = set()  # one for each store
 _by_keys: weakref.WeakValueDictionary[int, Routed] = weakref.WeakValueDictionary()
 """Caches by the identity of the K that a layer was given last and may hand on to others."""
 
@@ -309,25 +310,24 @@ def open_routes(owner: object) -> Callable[[], object]:
     Returns
     -------
     callable
-        Undoes it, once; the last store's leaves mlx-lm as it was.
+        Undoes it, and can be called again, as after an interrupt; the last store's leaves mlx-lm as
+        it was.
     """
-    global _open
+    opened = object()
+    weakref.finalize(owner, _close_routes, opened).atexit = False
     with _lock:
-        _open += 1
+        _open.add(opened)
         _replace(_OWN, _ROUTES)
         _replace_methods(_METHODS)
-        undo = weakref.finalize(owner, _close_routes)
-        undo.atexit = False
-        return undo
+    return partial(_close_routes, opened)
 
 
-def _close_routes() -> None:
-    global _open
+def _close_routes(opened: object) -> None:
     with _lock:
-        _open -= 1
-        if not _open:
+        if _open == {opened}:
             _replace(_ROUTES, _OWN)
             _replace_methods(_OWN_METHODS)
+        _open.discard(opened)
 
 
 @contextmanager

@@ -130,13 +130,16 @@ class ScheduledModel(Closing):
         return out[:, -1] if output else out[mx.array(step.sample_rows), -1]
 
     def close(self) -> None:
-        """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`."""
-        if self._is_open:
-            self._is_open = False
-            self._undo_routes()
-            if self._output is not None:
-                self._output.close()
-            del self.cache, self._pass.cache
+        """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`.
+
+        It can be called again, also after an interrupt.
+        """
+        self._is_open = False
+        self._undo_routes()
+        if self._output is not None:
+            self._output.close()
+        for holder in (self, self._pass):
+            vars(holder).pop("cache", None)
 
 
 def _check_all_paged(model: Any, shapes: list[LayerShape], layers: int) -> None:

@@ -56,7 +56,8 @@ class Sequences:
         self.lengths: list[int] | None = None  # of prompts to come, which are padded on the right
         self._passed = 0  # tokens of them, with padding
         self.step: Extension | None = None
-        self._begun: list[int] | None = None  # lengths before a step, from its begin to its end
+        # Lengths to go back to, from a step's begin to its end; or those of a `trim` under way.
+        self._begun: list[int] | None = None
         self.version = self.trims = 0  # grow with each pass, with each `trim`
         self.mask: mx.array | None = None  # the last one that was asked for as an array
         self.lens: list[int] = []  # before the step under way
@@ -122,8 +123,8 @@ class Sequences:
                 if self.is_batch or any(table.num_tokens for table in self.tables):
                     raise ValueError(f"expected {len(self.tables)} sequences, got {batch}")
                 more = [self.kv.new_table() for _ in range(batch - len(self.tables))]
-                self.tables[:] = [*self.tables, *more][:batch]
-                self.begins = [0] * batch
+                # One statement, here and below: an interrupt does not come between its parts.
+                self.tables[:], self.begins = [*self.tables, *more][:batch], [0] * batch
             lens = [table.num_tokens for table in self.tables]
             counts = [count] * batch
             if self.counts is not None:
@@ -176,25 +177,28 @@ class Sequences:
         self._done.add(layer)
         if len(self._done) == len(self.memory.shapes):
             assert self.step is not None
+            offsets, self._offsets = self._offsets, None
             self.version += 1
             self.step.commit()
-            self._begun = self.step = None
-            self._passed += count
-            if self.lengths is not None or self.counts is not None:
-                self._offsets = None
-            elif self._offsets is not None:
-                self._offsets = self._offsets + count
+            self.end()
+            if offsets is not None and self.lengths is None and self.counts is None:
+                self._offsets = offsets + count
 
     def end(self) -> None:
-        """End the pass under way, if one is: not all of its layers came, so nothing is kept."""
+        """End the pass under way, if one is: not all of its layers came, so nothing is kept.
+
+        It can be called again after an interrupt, and finishes what one has left undone.
+        """
+        passed = self._passed
         if self.step is not None:
-            step, self.step = self.step, None
-            if step.is_open:  # else an interrupt came after all had attended
-                step.rollback()
-        elif self._begun is not None:  # an interrupt came before the step was noted
+            if self.step.is_open:
+                self.step.rollback()
+            elif self.lengths and [table.num_tokens for table in self.tables] != self._begun:
+                passed += self._size[1]  # all layers have attended
+        elif self._begun is not None:  # the step was not noted, or a `trim` is under way
             for table, length in zip(self.tables, self._begun, strict=True):
                 table.truncate(min(length, table.num_tokens))
-        self._begun = None
+        self.step, self._begun, self._passed = None, None, passed
 
     def _end_stale(self, layer: int) -> None:
         """End a pass that never ended, if `layer` belongs to the next one."""
@@ -210,8 +214,8 @@ class Sequences:
     def without_padding(self, counts: list[int]) -> Iterator[None]:
         """Let a pass compute so many new tokens of each sequence, see `counts`."""
         self.changed()
-        self.counts = counts
         try:
+            self.counts = counts
             yield
         finally:
             self.counts = None
@@ -237,9 +241,9 @@ class Sequences:
                 f"expected to trim {MARGIN} tokens at most, got {count}: what the tokens before "
                 "them see has left a layer's window"
             )
-        self.trims += 1
-        for table in self.tables:
-            table.truncate(table.num_tokens - count)
+        lengths = [table.num_tokens - count for table in self.tables]
+        self.trims, self._begun = self.trims + 1, lengths
+        self.end()
         return count
 
     def can_trim(self, count: int) -> bool:
@@ -270,14 +274,16 @@ class Sequences:
     def filter(self, rows: Sequence[int]) -> None:
         """Keep some of the sequences."""
         self.changed()
-        kept = [self.tables[row] for row in rows]
-        dropped = [table for table in self.tables if table not in kept]
-        self.tables[:] = kept
-        self.begins = [self.begins[row] for row in rows]
-        if self.lengths is not None:
-            self.lengths = [self.lengths[row] for row in rows]
-        for table in dropped:
-            table.truncate(0)
+        tables, begins, lengths = self.tables, self.begins, self.lengths
+        if lengths is not None:
+            lengths = [lengths[row] for row in rows]
+        kept = [tables[row] for row in rows], [begins[row] for row in rows]
+        before = tables[:], begins, self.lengths
+        try:
+            self.tables[:], self.begins, self.lengths = *kept, lengths
+        except BaseException:
+            self.tables[:], self.begins, self.lengths = before
+            raise
 
     def extend(self, other: Sequences) -> None:
         """Take over the sequences of another batch of the same store."""
@@ -285,9 +291,13 @@ class Sequences:
             raise PagedKVError("expected caches of one store")
         self.changed()
         other.changed()
-        taken, other.tables[:] = other.tables[:], []
-        self.tables += taken
-        self.begins, other.begins = self.begins + other.begins, []
+        before = self.tables[:], self.begins, other.tables[:], other.begins
+        tables, begins = before[0] + before[2], before[1] + before[3]
+        try:
+            self.tables[:], self.begins, other.tables[:], other.begins = tables, begins, [], []
+        except BaseException:
+            self.tables[:], self.begins, other.tables[:], other.begins = before
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
         return self.fork(range(len(self.tables)), is_batch=self.is_batch)

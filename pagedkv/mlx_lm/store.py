@@ -161,8 +161,7 @@ class PagedStore(Closing):
         if memory.is_whole and len(prompt) > 1:
             blocks, _ = memory.tree.match_prefix(prompt[:-1], namespace)
             table.adopt(blocks, len(blocks) * memory.kv.block_size)
-        self._asked += len(prompt)
-        self._cached += table.num_tokens
+        self._asked, self._cached = self._asked + len(prompt), self._cached + table.num_tokens
         layers = self._layers(sequences)
         return PromptCache(layers, prompt, table.num_tokens, namespace, self._output)
 
@@ -284,12 +283,8 @@ class PagedStore(Closing):
                 )
         if count:
             paged = [layers[shape.index] for shape in memory.shapes]
-            try:
-                for start in range(0, count, CHUNK):  # layers with a window need not hold all
-                    _write(sequences, paged, contents, min(CHUNK, count - start))
-            except BaseException:
-                sequences.tables[0].truncate(0)
-                raise
+            for start in range(0, count, CHUNK):  # layers with a window need not hold all
+                _write(sequences, paged, contents, min(CHUNK, count - start))
             sequences.begins = [max(count - held.arrays[0].shape[2] for held in contents)]
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
@@ -314,14 +309,16 @@ class PagedStore(Closing):
         )
 
     def close(self) -> None:
-        """Give mlx-lm back as it was, and the memory; caches of the store are of no use then."""
-        if not self.is_open:
-            return
+        """Give mlx-lm back as it was, and the memory; caches of the store are of no use then.
+
+        It can be called again, also after an interrupt.
+        """
         self.is_open = False
-        if self._make_own is None:
-            del self._model.make_cache
-        else:
-            self._model.make_cache = self._make_own
+        if vars(self._model).get("make_cache") is self._maker:
+            if self._make_own is None:
+                del self._model.make_cache
+            else:
+                self._model.make_cache = self._make_own
         if self._output is not None:
             self._output.close()
         self._undo_routes()
