@@ -141,6 +141,10 @@ class Attended(_Paged):
         self.tables = [self.cache.new_table() for _ in range(self.num_sequences)]
 
     def fill(self, contents):
+        if not contents:
+            for table in self.tables:
+                table.append(self.context)
+            return
         with self.cache.extend(self.tables, [self.context] * self.num_sequences) as step:
             for layer, (keys, values) in enumerate(contents):
                 self.cache.write(layer, keys, values, step.slots)

@@ -181,6 +181,9 @@ class _Mixed(Attended):
         )
 
     def fill(self, contents):
+        if not contents:
+            super().fill(contents)
+            return
         with self.cache.extend(self.tables, [self.context] * self.num_sequences) as step:
             for layer, (keys, values) in enumerate(contents):
                 self.cache.write(layer, keys, values, step.slots_of(layer))

@@ -8,6 +8,7 @@ import pytest
 from cases import OPTIONS, Case, poison, score_options
 from launching import TUNING, WHOLE, assert_close, make_plan, run
 from reference import random
+from test_kv_cache import SomeLayers
 
 from pagedkv import (
     PagedKVCache,
@@ -242,7 +243,7 @@ def test_kernels_write_codes(attend, query_len, heads, head_dim, block_size, dty
 
 def cache_of(bits, **sizes):
     usual = {"num_layers": 2, "num_blocks": 16, "block_size": 16, "kv_heads": 2, "head_dim": 64}
-    return PagedKVCache(**usual | sizes, dtype=mx.float16, bits=bits)
+    return SomeLayers(**usual | sizes, dtype=mx.float16, bits=bits)
 
 
 @pytest.mark.parametrize("window", [None, 20])

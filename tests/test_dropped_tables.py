@@ -2,6 +2,7 @@
 
 import gc
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from interrupts import interrupted
@@ -103,7 +104,8 @@ def test_a_reservation_that_is_dropped_gives_back_what_it_copied(ending):
 def test_a_step_that_is_dropped_with_its_sequences_leaves_nothing():
     cache = PagedKVCache(num_layers=1, num_blocks=4, block_size=4, kv_heads=1, head_dim=8)
     table = cache.new_table()
-    cache.extend([table], [6]).commit()
+    with cache.extend([table], [6]) as step:
+        step.attend(0, *mx.zeros((3, 1, 1, 6, 8), mx.float16), scale=1.0)
     fork = table.fork()
     step = cache.extend([fork], [4])
     assert step.copies

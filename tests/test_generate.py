@@ -252,7 +252,7 @@ def test_tokens_that_only_the_device_knows_are_put_in_there():
         ([40, 41], r"got \[40, 41\]"),
         (mx.array([40, 41, 42]), r"got mlx.core.int32 of shape \(3,\)"),
         (mx.array([[40, 41]]), r"got mlx.core.int32 of shape \(1, 2\)"),
-        (mx.array([40, 41], mx.uint32), r"got mlx.core.uint32 of shape \(2,\)"),
+        (mx.array([40, 41], mx.int64), r"got mlx.core.int64 of shape \(2,\)"),
     ]:
         with pytest.raises(ValueError, match=rf"as an int32 array of shape \(2,\), {message}"):
             cache.step(second, bad)

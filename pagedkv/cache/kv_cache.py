@@ -80,9 +80,10 @@ class PagedKVCache(Pools):
     dtype : mx.Dtype
         Of queries, new K and V, and outputs: float16, bfloat16 or float32.
     windows : sequence of int or None, optional
-        For each layer, how many tokens a token sees, itself the last; None for all. Layers are put
-        in groups by it, and a group gives blocks back as they leave its window. `num_blocks` is the
-        memory of so many whole blocks, see `Pools`.
+        For each layer, how many tokens a token sees, itself the last; None for all. Attention in
+        the layer sees as many. Layers are put in groups by it, and a group gives blocks back as
+        they leave its window. `num_blocks` is the memory of so many whole blocks, see `Pools`. By
+        default `scores` say with each call what a layer sees.
     margin : int
         Tokens that can be taken back from a sequence at any time, whatever the windows.
     bits : int or tuple of (int or None, int or None), optional
@@ -210,9 +211,10 @@ class PagedKVCache(Pools):
         schedule : Schedule
             What `Scheduler.schedule` returned last, of a scheduler with this cache's `pool`.
         sampled : mx.array
-            The tokens that were sampled for `schedule.samples_before`, in this order, int32, shape
-            [len(samples_before)]. They may be lazy: nothing waits for them here. Needed, and looked
-            at, only if some of the schedule's tokens are `unknown`.
+            The tokens that were sampled for `schedule.samples_before`, in this order, int32, or
+            uint32 as `mx.argmax` returns them, shape [len(samples_before)]. They may be lazy:
+            nothing waits for them here. Needed, and looked at, only if some of the schedule's
+            tokens are `unknown`.
 
         Returns
         -------
@@ -287,9 +289,10 @@ class PagedKVCache(Pools):
 
 def _check_sampled(sampled: mx.array | None, count: int) -> None:
     if isinstance(sampled, mx.array):
-        if sampled.shape == (count,) and sampled.dtype == mx.int32:
+        if sampled.shape == (count,) and sampled.dtype in (mx.int32, mx.uint32):
             return
         got = f"{sampled.dtype} of shape {sampled.shape}"
     else:
         got = repr(sampled)
-    raise ValueError(f"expected sampled tokens as an int32 array of shape ({count},), got {got}")
+    expected = f"as a uint32 or as an int32 array of shape ({count},)"
+    raise ValueError(f"expected sampled tokens {expected}, got {got}")

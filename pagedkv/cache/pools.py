@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from pagedkv.cache.donated import Donated
 from pagedkv.cache.groups import Groups
 from pagedkv.cache.in_place import InPlace
 from pagedkv.cache.slots import SlotMapping
+from pagedkv.errors import PagedKVError
 from pagedkv.limits import id_below, integers, positive_int32
 
 
@@ -59,6 +61,9 @@ class Pools:
             raise ValueError(
                 f"expected a window of each of {self.num_layers} layers, got {len(windows)}"
             )
+        # By layer: windows, if they were given; the last options of a call, and what they became.
+        self._windows = None if windows is None else [*windows]
+        self._scores: dict[int, tuple[ScoreOptions, ScoreOptions]] = {}
         self.groups = Groups.of([None] * self.num_layers if windows is None else windows)
         self.num_blocks *= len(self.groups.windows)
         positive_int32(self.num_blocks * self.block_size, "num_blocks * block_size")
@@ -141,11 +146,18 @@ class Pools:
         ValueError
             If there is no such layer, or shapes, dtypes, the default device, or the pool the slots
             were made for do not fit. Nothing has changed then.
+        PagedKVError
+            If the slots are of a step that is over. Nothing has changed then.
         RuntimeError
             On a CPU, if MLX cannot compute K or V. Nothing has changed then. On a GPU that shows
             when something of the step is evaluated; `wait` says what follows.
         """
         layer = self._check_layer(layer)
+        step = slots.step and slots.step()
+        if slots.step:
+            if step is None:
+                raise PagedKVError("expected slots of a step under way, this one was dropped")
+            step.check_writing(self)
         if (slots.num_blocks, slots.block_size) != (self.num_blocks, self.block_size):
             raise ValueError(
                 f"expected slots of {self.num_blocks} blocks of {self.block_size} tokens, "
@@ -162,6 +174,8 @@ class Pools:
             of = "blocks" if slots.group is None else f"group {slots.group}"
             raise ValueError(f"expected slots of group {group}, got those of {of}")
         self._store.write(self._slabs[layer], (keys, values), slots.slots)
+        if step:
+            step.wrote(layer)
 
     def attend(
         self,
@@ -180,7 +194,8 @@ class Pools:
         layer : int
             Which layer, from 0.
         queries, batch, scale, path, scores
-            As for `paged_attention`.
+            As for `paged_attention`. A layer's window is the cache's, if that was made with
+            `windows`: it need not be repeated in `scores`.
 
         Returns
         -------
@@ -190,12 +205,35 @@ class Pools:
         Raises
         ------
         ValueError, UnsupportedPathError
-            As `paged_attention`, and if there is no such layer or the default device is another.
+            As `paged_attention`, and if there is no such layer, `scores` have another window than
+            the cache has for it, or the default device is another.
         """
         layer = self._check_layer(layer)
+        scores = self.scores_of(layer, scores)
         plan = self._plan_for(layer, queries, batch, scale, path, scores)
         plan, tables = self._by_group(layer, plan, batch, scores)
         return self._store.attend(self._slabs[layer], plan, queries, scores, None, tables)
+
+    def scores_of(self, layer: int, scores: ScoreOptions) -> ScoreOptions:
+        """Return a layer's options with its window, if the cache was made with `windows`.
+
+        ValueError if there is no such layer, or they have another window.
+        """
+        if self._windows is None:
+            return scores
+        given, found = self._scores.get(layer, (None, scores))
+        if given is not scores:
+            window = self._windows[id_below(self.num_layers, layer, "a layer")]
+            found = scores
+            if scores.window is None and window is not None:
+                found = replace(scores, window=window)
+            elif scores.window != window:
+                raise ValueError(
+                    f"expected window={window} in layer {layer}, as the cache was made, "
+                    f"got {scores.window}"
+                )
+            self._scores[layer] = scores, found
+        return found
 
     def plan(
         self,

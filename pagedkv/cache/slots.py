@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.limits import integers, positive_int32
+
+
+class Writing(Protocol):
+    """What a write asks of the `Step` whose slots it takes."""
+
+    def check_writing(self, pools: object) -> None:
+        """Raise unless the step is under way in these pools."""
+
+    def wrote(self, layer: int) -> None:
+        """Note that a layer's K and V were written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +40,15 @@ class SlotMapping:
     group : int or None
         The group of layers in whose frames these are; None for blocks, which are written where
         all layers are in one group.
+    step : callable or None
+        A weak reference to the step that made them, None if `from_slots` did.
     """
 
     slots: mx.array
     block_size: int
     num_blocks: int
     group: int | None = None
+    step: Callable[[], Writing | None] | None = field(default=None, repr=False)
 
     @classmethod
     def from_slots(

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -127,6 +128,8 @@ class Step:
         self._seen = batches.rows.seen
         self._pools, self._counts = pools, counts
         self._slots: dict[int, SlotMapping] = {}  # by group of layers
+        self._ref = ref(self)
+        self._written: set[int] = set()  # layers
         self.is_even = counts.count(counts[0]) == len(counts)
         self._parts = [_Part(self.batch, counts[0], 0)] if self.is_even else []
 
@@ -153,7 +156,9 @@ class Step:
             blocks, offsets = np.divmod(self._seen.last_slots(self._counts), size)
             places = self._seen.tables[0].pool.places(blocks)[group]
             made = mx.array(places * size + offsets.astype(np.int32))
-            slots = SlotMapping(made, size, self._pools.num_blocks, self._pools.slot_group(layer))
+            slots = SlotMapping(
+                made, size, self._pools.num_blocks, self._pools.slot_group(layer), self._ref
+            )
             self._slots[group] = slots
         return slots
 
@@ -184,7 +189,7 @@ class Step:
         keys, values : mx.array
             The same with Hkv heads of the layer; Hq is a multiple of Hkv.
         scale, path, scores
-            As for `decode_attention`.
+            As for `decode_attention`; the window of `scores` as for `PagedKVCache.attend`.
 
         Returns
         -------
@@ -205,10 +210,13 @@ class Step:
         if not self._seen.holds():
             raise PagedKVError(f"expected {_UNCHANGED}")
         pools, slots, new = self._pools, self.slots_of, (keys, values)
+        scores = pools.scores_of(layer, scores)
         if self.is_even:
             [part] = self._parts
             plan = part.plan(pools, layer, queries, new, scale, path, scores)
-            return pools.write_and_attend(layer, plan, queries, new, slots, scores, part.batch)
+            out = pools.write_and_attend(layer, plan, queries, new, slots, scores, part.batch)
+            self._written.add(layer)
+            return out
         parts = self._parts or self._make_parts()
         self._check_packed(queries=queries, keys=keys, values=values)
         planned = []
@@ -227,6 +235,7 @@ class Step:
             )
             for part, plan, own, own_new in planned
         ]
+        self._written.add(layer)
         return mx.concatenate(outputs)
 
     def attend_again(
@@ -255,6 +264,24 @@ class Step:
             for part in self._parts or self._make_parts()
         ]
         return mx.concatenate(outputs)
+
+    def check_writing(self, pools: object) -> None:
+        """Raise unless `PagedKVCache.write` of these pools may take the step's slots.
+
+        Raises
+        ------
+        PagedKVError
+            If the step is over.
+        ValueError
+            If it is another cache's.
+        """
+        if pools is not self._pools:
+            raise ValueError("expected slots of this cache, got those of a step of another")
+        self._check_open()
+
+    def wrote(self, layer: int) -> None:
+        """Note that a layer's K and V were written, by `PagedKVCache.write`."""
+        self._written.add(layer)
 
     def _check_packed(self, **arrays: mx.array) -> None:
         total = sum(self._counts)
@@ -353,17 +380,31 @@ class Extension(Step):
         """Whether it was neither committed nor rolled back."""
         return self._reservation.is_open
 
+    def skip(self, layer: int) -> None:
+        """Let a layer lack the new tokens: no coming token sees them there.
+
+        ValueError if there is no such layer.
+        """
+        self._written.add(id_below(self._pools.num_layers, layer, "a layer"))
+
     def commit(self) -> None:
-        """Keep the new tokens.
+        """Keep the new tokens, whose K and V `attend` or `PagedKVCache.write` put into every layer.
 
         Raises
         ------
         PagedKVError
-            If the step is over; or if somebody else changed one of its sequences. The step is over
-            then, and the sequences stay as they are now.
+            If a layer got no K and V: nothing has changed then, and `rollback` is possible. If the
+            step is over; or if somebody else changed one of its sequences. The step is over then,
+            and the sequences stay as they are now.
         """
         self._check_open()
         self._check_sequences()
+        if len(self._written) < self._pools.num_layers:
+            missing = sorted({*range(self._pools.num_layers)} - self._written)
+            raise PagedKVError(
+                f"expected K and V in each of {self._pools.num_layers} layers before commit, got "
+                f"none in layers {missing}"
+            )
         self._reservation.commit()
         self._over = "committed"
 

@@ -56,8 +56,8 @@ def pools_of(
         )
     block_size = positive_int32(block_size, "block_size")
     is_one = len({*zip(kv_heads, head_dims, strict=True)}) == 1
-    windows = [shape.window if is_one else None for shape in shapes]
-    groups = Groups.of(windows)
+    windows = [shape.window for shape in shapes] if is_one else None
+    groups = Groups.of(windows or [None] * len(shapes))
     if num_blocks is None:
         slabs = shapes[: groups.num_slabs]
         rows = [x.kv_heads * row_bytes(x.head_dim, each, dtype) for x in slabs for each in bits]

@@ -345,6 +345,8 @@ def _write(
                 slots = step.slots_of(layer.layer)
                 slots = replace(slots, slots=slots.slots[-keys.shape[2] :])
                 sequences.kv.write(layer.layer, keys, values, slots)
+            else:
+                step.skip(layer.layer)
 
 
 class _Maker(RoutedMaker):
