@@ -16,6 +16,7 @@ from pagedkv.attention.codes import take
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
+from pagedkv.mlx_lm.files import fingerprint
 from pagedkv.mlx_lm.probe import LayerShape
 from pagedkv.mlx_lm.routing import Routed
 from pagedkv.mlx_lm.sequences import Sequences
@@ -244,11 +245,22 @@ class PagedLayer(ShapedLayer):
                 cache.state = (*held, table.num_tokens, 0, window, held[0].shape[2])
         return cache
 
+    def check_model(self, *models: Any) -> None:
+        """Raise ValueError unless the store is one of some models'."""
+        self.sequences.memory.check_model(*models)
+
+    def fingerprint(self) -> str | None:
+        """Return what tells the model's weights from others."""
+        model = self.sequences.memory.model()
+        return None if model is None else fingerprint(model)
+
     def held_by(self, cache: Any) -> Content | None:
         """Return what a cache of mlx-lm's own holds; None if the layer would lack something."""
         window = self._kept_window
         if isinstance(cache, KVCache):
-            return Content(cache.offset, list(cache.keys_and_values()) if cache.offset else [])
+            arrays = list(cache.keys_and_values()) if cache.offset else []
+            is_whole = all(x.shape[2] == cache.offset for x in arrays)
+            return Content(cache.offset, arrays) if is_whole else None
         if window is None or not isinstance(cache, RotatingKVCache) or cache.keep:
             return None
         arrays = []

@@ -21,6 +21,7 @@ from pagedkv.host.block_table import BlockTable
 from pagedkv.host.prefix_cache import RadixTree
 from pagedkv.limits import integers, positive_int32
 from pagedkv.mlx_lm.probe import LayerShape
+from pagedkv.mlx_lm.routing import RoutedMaker
 
 MARGIN = 16  # tokens that a draft model may have had wrong
 
@@ -83,6 +84,8 @@ class Memory:
 
     Parameters
     ----------
+    model : nn.Module
+        Whose K and V are kept; it is held weakly.
     shapes : list of LayerShape
         The paged layers.
     block_size : int
@@ -117,6 +120,7 @@ class Memory:
 
     def __init__(
         self,
+        model: Any,
         shapes: list[LayerShape],
         block_size: int,
         *,
@@ -125,6 +129,7 @@ class Memory:
         bits: tuple[int | None, int | None],
         is_whole: bool,
     ) -> None:
+        self.model = weakref.ref(model)
         self.shapes, self.bits, self.is_whole = shapes, bits, is_whole
         self.kv = pools_of(
             shapes, block_size, num_blocks=num_blocks, num_bytes=num_bytes, bits=bits
@@ -140,6 +145,26 @@ class Memory:
         """Raise PagedKVError if the store was closed."""
         if not self.is_open:
             raise PagedKVError("expected an open store, this one was closed")
+
+    def check_model(self, *models: Any) -> None:
+        """Raise ValueError unless K and V of the store are those of one of some models.
+
+        A copy of the store's model shares it, and so does a model that contains that, or a part of
+        it. What is no `nn.Module` is taken at its word.
+        """
+        own: Any = self.model()
+        for model in models:
+            maker = getattr(model, "make_cache", None)
+            if isinstance(maker, RoutedMaker) and maker.is_open:
+                is_own = maker.memory is self
+            elif own is None or not hasattr(model, "modules"):
+                is_own = True
+            else:
+                is_own = any(x is own for x in model.modules())
+                is_own = is_own or any(x is model for x in own.modules())
+            if is_own:
+                return
+        raise ValueError("expected a prompt cache of this model, got one of another model's store")
 
     def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
         """Begin a step, see `PagedKVCache.extend`; the `givers` make room for it."""

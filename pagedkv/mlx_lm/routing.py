@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 from mlx_lm.generate import generate_step as own_generate_step
+from mlx_lm.generate import speculative_generate_step as own_speculative_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
 from pagedkv.errors import OutOfBlocksError
+from pagedkv.mlx_lm.files import save_caches
 
 Self = TypeVar("Self", bound="Closing")
 _lock = threading.RLock()  # the garbage collector may close a store while another is opened
@@ -80,6 +82,13 @@ class Routed:
         """Return a cache of mlx-lm's own with the same tokens."""
         raise NotImplementedError
 
+    def check_model(self, *models: Any) -> None:
+        """Raise ValueError unless the layer belongs to one of some models."""
+
+    def fingerprint(self) -> str | None:
+        """Return what tells the model's weights from others, if there is a model."""
+        return None
+
 
 class RoutedPrompt:
     """A prompt cache that takes part in its generation."""
@@ -95,6 +104,7 @@ class RoutedMaker:
     """A model's `make_cache` while it has a store; a copy of the model may have it for longer."""
 
     is_open = True
+    memory: Any = None
 
     def __call__(self, tokens: Sequence[int] = ()) -> RoutedPrompt:
         """Return a prompt cache, for a prompt if it is known."""
@@ -134,6 +144,7 @@ def attend(
 def generate_step(prompt: mx.array, model: Any, *stream: Any, **options: Any) -> Any:
     """Generate as mlx-lm does; a store's prompt cache leaves out what it holds already."""
     own, make, cache = _OWN["generate_step"], _maker(model), options.get("prompt_cache")
+    _check_models(cache, model)
     if isinstance(cache, RoutedPrompt) or (cache is None and make):
         for name in ("kv_bits", "max_kv_size"):
             if options.get(name) is not None:
@@ -149,6 +160,15 @@ def generate_step(prompt: mx.array, model: Any, *stream: Any, **options: Any) ->
     return own(prompt, model, *stream, **options)
 
 
+def speculative_generate_step(
+    prompt: mx.array, model: Any, draft_model: Any, *arguments: Any, **options: Any
+) -> Any:
+    """Generate as mlx-lm does, with caches of a store that belong to one of the models."""
+    _check_models(options.get("prompt_cache"), model, draft_model)
+    own = _OWN["speculative_generate_step"]
+    return own(prompt, model, draft_model, *arguments, **options)
+
+
 def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> Any:
     """Make a prompt cache as mlx-lm does; a model with a store has no cache of another size."""
     if max_kv_size is not None and _maker(model):
@@ -161,12 +181,27 @@ def _maker(model: Any) -> RoutedMaker | None:
     return make if isinstance(make, RoutedMaker) and make.is_open else None
 
 
+def _check_models(cache: Any, *models: Any) -> None:
+    """Raise ValueError if a layer of a prompt cache belongs to a store of none of some models."""
+    for layer in cache or ():
+        if isinstance(layer, Routed):
+            layer.check_model(*models)
+
+
 def save_prompt_cache(
     file_name: str, cache: list[Any], metadata: dict[str, str] | None = None
 ) -> None:
-    """Save a prompt cache as mlx-lm does: of a paged one the tokens it holds, not the pools."""
+    """Save a prompt cache as mlx-lm does: of a paged one the tokens it holds, not the pools.
+
+    The metadata of a paged one tell its model's weights from others, and damage.
+    """
+    own = _OWN["save_prompt_cache"]
+    paged = [layer for layer in cache if isinstance(layer, Routed)]
+    if not paged:
+        own(file_name, cache, metadata)
+        return
     unpaged = [layer.unpaged() if isinstance(layer, Routed) else layer for layer in cache]
-    _OWN["save_prompt_cache"](file_name, unpaged, metadata)
+    save_caches(own, file_name, unpaged, metadata, paged[0].fingerprint())
 
 
 def insert_segments(
@@ -178,6 +213,8 @@ def insert_segments(
     **options: Any,
 ) -> Any:
     """Insert as mlx-lm does; a request that a store can never hold is refused, with all others."""
+    for cache in caches or ():
+        _check_models(cache, generator.model)
     if make := _maker(generator.model):
         answers = max_tokens or [generator.max_tokens] * len(segments)
         held = [_held(cache) for cache in caches or [None] * len(segments)]
@@ -252,12 +289,14 @@ _OWN_METHODS: dict[str, Callable[..., Any]] = {
 _ROUTES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attend,
     "generate_step": generate_step,
+    "speculative_generate_step": speculative_generate_step,
     "make_prompt_cache": make_prompt_cache,
     "save_prompt_cache": save_prompt_cache,
 }
 _OWN: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": base.scaled_dot_product_attention,
     "generate_step": own_generate_step,
+    "speculative_generate_step": own_speculative_generate_step,
     "make_prompt_cache": caches.make_prompt_cache,
     "save_prompt_cache": caches.save_prompt_cache,
 }

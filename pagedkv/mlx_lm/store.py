@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from pagedkv.attention.codes import bits_of_each
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
+from pagedkv.mlx_lm.files import fingerprint, read_caches
 from pagedkv.mlx_lm.layer import Content, PagedLayer, sequences_of
 from pagedkv.mlx_lm.memory import Memory
 from pagedkv.mlx_lm.output import OutputLayer, output_layer
@@ -111,6 +112,7 @@ class PagedStore(Closing):
         try:
             shapes = layer_shapes(model, caches)
             self.memory = Memory(
+                model,
                 shapes,
                 block_size,
                 num_blocks=num_blocks,
@@ -247,40 +249,32 @@ class PagedStore(Closing):
     def load(self, file_name: str) -> PromptCache:
         """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
 
+        A file of a paged cache knows its model's weights, and whether it was damaged since.
+
         Raises
         ------
         OutOfBlocksError
             If the store has too few blocks. Nothing has changed then.
         ValueError
-            If the file is of another model, or lacks tokens that left a window.
+            If the file cannot be read or was damaged, is of another model, is quantized by mlx-lm's
+            `kv_bits`, or lacks tokens that left a window. Nothing has changed then.
         """
         memory = self.memory
         memory.collect()
-        found = load_prompt_cache(file_name)
+        found, model = read_caches(file_name)
+        if model is not None and model != (own := fingerprint(self._model)):
+            raise ValueError(
+                f"expected a prompt cache of weights {own}, this model's, got one of weights "
+                f"{model} in {file_name}"
+            )
         sequences = Sequences(memory, [memory.kv.new_table()])
         layers = self._layers(sequences)
-        if len(found) != len(layers):
-            raise ValueError(f"expected {len(layers)} layers, got {len(found)} in {file_name}")
-        for index, (layer, cache) in enumerate(zip(layers, found, strict=True)):
-            if not isinstance(layer, PagedLayer) and type(cache) is not type(layer):
-                names = type(layer).__name__, type(cache).__name__
-                raise ValueError(
-                    f"expected {names[0]} in layer {index}, got {names[1]} in {file_name}"
-                )
-        contents = [layers[shape.index].held_by(found[shape.index]) for shape in memory.shapes]
-        counts = {content.num_tokens if content else -1 for content in contents}
-        if len(counts) > 1 or counts == {-1}:
-            raise ValueError(f"expected all tokens in every layer of {file_name}")
-        [count] = counts
-        for shape, content in zip(memory.shapes, contents, strict=True):
-            got = [(x.shape[1], x.shape[3], x.dtype) for x in content.arrays]
-            dims = shape.key_dim, shape.value_dim
-            expected = [(shape.kv_heads, dim, shape.dtype) for dim in dims if count]
-            if got != expected:
-                raise ValueError(
-                    f"expected K and V of heads, dims and dtype {expected} in layer {shape.index}, "
-                    f"got {got} in {file_name}"
-                )
+        try:
+            contents = self._contents(layers, found)
+        except Exception as error:
+            reason = f"{error}" if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{reason}, in {file_name}") from error
+        count = contents[0].num_tokens
         if count:
             paged = [layers[shape.index] for shape in memory.shapes]
             for start in range(0, count, CHUNK):  # layers with a window need not hold all
@@ -290,6 +284,42 @@ class PagedStore(Closing):
             if not isinstance(layer, PagedLayer):
                 layers[index] = found[index]
         return PromptCache(layers, None, 0, None, self._output)
+
+    def _contents(self, layers: list[Any], found: list[Any]) -> list[Content]:
+        """Return what a file's caches hold for the paged layers; ValueError if it does not fit."""
+        if len(found) != len(layers):
+            raise ValueError(f"expected {len(layers)} layers, got {len(found)}")
+        for index, (layer, cache) in enumerate(zip(layers, found, strict=True)):
+            if isinstance(cache, QuantizedKVCache):
+                raise ValueError(
+                    "expected K and V as the model computed them, got those of mlx-lm's kv_bits="
+                    f"{cache.bits} in layer {index}"
+                )
+            if not isinstance(layer, PagedLayer) and type(cache) is not type(layer):
+                names = type(layer).__name__, type(cache).__name__
+                raise ValueError(f"expected {names[0]} in layer {index}, got {names[1]}")
+        shapes = self.memory.shapes
+        held = [layers[shape.index].held_by(found[shape.index]) for shape in shapes]
+        contents = [content for content in held if content is not None]
+        if len(contents) < len(held) or len({content.num_tokens for content in contents}) > 1:
+            tokens = [content and content.num_tokens for content in held]
+            raise ValueError(f"expected all tokens in every layer, got {tokens} by layer")
+        for shape, content in zip(shapes, contents, strict=True):
+            sizes = [x.shape for x in content.arrays]
+            if any(len(size) != 4 or size[0] != 1 or size[2] != sizes[0][2] for size in sizes):
+                raise ValueError(
+                    f"expected K and V of one sequence, [1, H, L, D] each, in layer {shape.index}, "
+                    f"got {sizes}"
+                )
+            got = [(x.shape[1], x.shape[3], x.dtype) for x in content.arrays]
+            dims = shape.key_dim, shape.value_dim
+            expected = [(shape.kv_heads, dim, shape.dtype) for dim in dims if content.num_tokens]
+            if got != expected:
+                raise ValueError(
+                    f"expected K and V of heads, dims and dtype {expected} in layer {shape.index}, "
+                    f"got {got}"
+                )
+        return contents
 
     def stats(self) -> StoreStats:
         """Return what the store holds and what it saved."""
@@ -351,7 +381,7 @@ def _write(
 
 class _Maker(RoutedMaker):
     def __init__(self, store: PagedStore) -> None:
-        self._store = store
+        self._store, self.memory = store, store.memory
         self._admission = Admission(store.memory)
 
     def __call__(self, tokens: Sequence[int] = ()) -> Any:
