@@ -100,7 +100,8 @@ class PagedKVCache(Pools):
     ------
     ValueError
         If a size or the number of slots is not a positive 32-bit integer, a sequence does not have
-        one for each layer, or the dtype is another. Nothing has been allocated then.
+        one for each layer, the dtype is another, or the pools are larger than what the device has
+        left. Nothing has been allocated then.
     """
 
     def __init__(

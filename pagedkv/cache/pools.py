@@ -15,6 +15,7 @@ from pagedkv.attention.inputs import DTYPES, New, Shape
 from pagedkv.attention.paths import backend_of
 from pagedkv.attention.plan import AttentionPlan, plan_for
 from pagedkv.attention.scores import PLAIN, ScoreOptions
+from pagedkv.cache.device_memory import check_room
 from pagedkv.cache.donated import Donated
 from pagedkv.cache.groups import Groups
 from pagedkv.cache.in_place import InPlace
@@ -88,6 +89,7 @@ class Pools:
         self._slabs, self._group_of = self.groups.slab_of, self.groups.group_of
         if len(self.groups.windows) > 1 and len(set(self._shapes)) > 1:
             raise ValueError("expected one shape of layers with windows and without")
+        check_room(self.num_blocks * self.block_bytes)
         shapes = self._shapes[: self.groups.num_slabs]
         kinds = [dtype if each is None else mx.uint32 for each in self._bits]
         keys, values = (

@@ -48,8 +48,8 @@ class ScheduledModel(Closing):
     UnsupportedModelError
         If a layer cannot be paged.
     ValueError
-        If the budget is missing, given twice, malformed or too small for a block, or `kv_bits` is
-        something else.
+        If the budget is missing, given twice, malformed, too small for a block or larger than what
+        the device has left, or `kv_bits` is something else.
     PagedKVError
         If the model has an open `PagedStore`.
 

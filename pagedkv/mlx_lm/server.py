@@ -242,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--memory", metavar="BYTES", help="memory of K and V, such as 8GB")
+    sizes = "memory of K and V, such as 8GB; 80%% of what the device has left, or auto"
+    budget.add_argument("--memory", metavar="BYTES", help=sizes)
     budget.add_argument("--num-blocks", type=int, help="or the number of blocks")
     parser.add_argument("--block-size", type=int, default=32, help="tokens in a block (32)")
     kinds = "bits of K and V: 8, 4, or 8,4 for 8 of K and 4 of V"

@@ -7,11 +7,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from pagedkv.attention.codes import bits_of_each
+from pagedkv.cache.device_memory import check_room, device_memory
 from pagedkv.errors import OutOfBlocksError, PagedKVError
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
@@ -25,6 +27,8 @@ from pagedkv.mlx_lm.routing import Closing, RoutedMaker, open_routes
 from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+AUTO = 0.8
+"""Of what the device has left: a chunk of a prompt, logits and what MLX keeps take the rest."""
 WARM_UP_BATCHES, WARM_UP_TOKENS, WARM_UP_STEPS = (1, 8), 700, 3
 """Batch sizes, longest prompt and answer in tokens: they select different kernels."""
 
@@ -73,7 +77,9 @@ class PagedStore(Closing):
     model : nn.Module
         A model of mlx-lm. Layers that keep something else than K and V keep mlx-lm's own caches.
     memory : int or str
-        Bytes of the pools, or such as ``"8GB"`` or ``"500MiB"``; or give `num_blocks`.
+        Bytes of the pools, or such as ``"8GB"`` or ``"500MiB"``; or give `num_blocks`. ``"80%"`` is
+        a share of what the device has left, see `pagedkv.cache.device_memory`, when the weights are
+        loaded; ``"auto"`` is `AUTO` of it. The rest is for what a model computes.
     num_blocks : int
         Blocks in the pools.
     block_size : int
@@ -89,8 +95,8 @@ class PagedStore(Closing):
         If a layer that keeps K and V cannot be paged, or not with `kv_bits`: that takes head dims
         that are multiples of 8, 256 at most.
     ValueError
-        If the budget is missing, given twice, malformed or too small for a block, or `kv_bits` is
-        something else.
+        If the budget is missing, given twice, malformed, too small for a block or larger than what
+        the device has left, or `kv_bits` is something else.
     PagedKVError
         If the model has an open store.
     """
@@ -411,13 +417,37 @@ def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -
     maker = getattr(model, "make_cache", None)
     if isinstance(maker, RoutedMaker) and maker.is_open:
         raise PagedKVError("expected a model without an open store")
-    return 0 if memory is None else parse_bytes(memory)
+    if memory is None:
+        return 0
+    if isinstance(memory, str) and _share_of(memory) is not None:
+        mx.eval(model.parameters())  # else they would come on top
+    num_bytes = parse_bytes(memory)
+    check_room(num_bytes)
+    return num_bytes
 
 
 def parse_bytes(memory: int | str | None) -> int:
-    """Return bytes; ValueError for what is neither a number nor such as ``"8GB"``."""
+    """Return bytes, of a share those of what the default device has left now.
+
+    ValueError for what is neither a number nor such as ``"8GB"``, ``"80%"`` or ``"auto"``.
+    """
+    share = _share_of(memory) if isinstance(memory, str) else None
+    if share is not None:
+        return int(device_memory().left * share)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", str(memory), re.IGNORECASE)
     if isinstance(memory, bool) or not found:
-        raise ValueError(f"expected memory in bytes or such as '8GB', got {memory!r}")
+        raise ValueError(
+            f"expected memory in bytes or such as '8GB', got {memory!r}: a share is such as '80%', "
+            "or 'auto'"
+        )
     number, unit = found.groups()
     return int(float(number) * _UNITS[(unit or "").upper()])
+
+
+def _share_of(memory: str) -> float | None:
+    """Return the share that a budget is, in (0, 1]; None if it is none."""
+    if memory.strip().lower() == "auto":
+        return AUTO
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory)
+    share = float(found[1]) / 100 if found else 0
+    return share if 0 < share <= 1 else None
