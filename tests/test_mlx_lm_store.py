@@ -159,12 +159,50 @@ def test_a_budget_in_bytes(model):
 
 
 UNSUPPORTED = {
-    "mamba": "no layer of it keeps K and V",
+    "mamba": "no layer of it keeps K and V: layer 0 keeps ArraysCache",
+    "afm7": "layer 1 reads 'keys_and_values' of its cache, which a paged layer does not have",
+    "gemma3n": "layer 2 reads 'keys_and_values' of its cache, which a paged layer does not have",
+    "plamo": r"its pass failed in layer 0, ValueError: \[scaled_dot_product_attention\]",
     "gemma2": "layer 0 does not attend through mlx-lm's base",
     "deepseek_v3": "layer 0 attends over other K and V than its own",
     "stablelm": "layer 0 attends over other K and V than its own",
 }
 OPTIONS = {
+    "afm7": {
+        "hidden_dim": 64,
+        "num_layers": 4,
+        "num_kv_reuse_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "gemma3n": {
+        "text_config": {
+            "model_type": "gemma3n_text",
+            "hidden_size": 64,
+            "num_hidden_layers": 6,
+            "intermediate_size": [96] * 6,
+            "num_attention_heads": 4,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 97,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 97,
+            "sliding_window": 8,
+            "max_position_embeddings": 4096,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 10000.0,
+            "final_logit_softcapping": 30.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "hidden_size_per_layer_input": 16,
+            "altup_num_inputs": 2,
+            "altup_coef_clip": 120.0,
+            "altup_correct_scale": True,
+            "altup_active_idx": 0,
+            "laurel_rank": 8,
+        }
+    },
     "mamba": {
         "state_size": 16,
         "conv_kernel": 4,
@@ -184,6 +222,43 @@ def test_models_that_cannot_be_paged_are_refused(name):
         PagedStore(model, num_blocks=4)
     assert bindings() == before
     assert type(caches.make_prompt_cache(model)[0]) is not PagedLayer
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("embed_tokens", "before a layer used its cache, KeyError: 'why'"),
+        ("layers.1", "after layer 0, KeyError: 'why'"),
+        ("layers.1.self_attn.o_proj", "after layer 1, KeyError: 'why'"),
+        ("norm", "after layer 2, KeyError: 'why'"),
+    ],
+)
+def test_a_pass_that_fails_says_where_and_why(broken, reason, monkeypatch):
+    model = small_model("llama")
+    part = dict(model.model.named_modules())[broken]
+
+    def fail(*arguments, **options):
+        raise KeyError("why")
+
+    part.__class__ = type("Broken", (type(part),), {"__call__": fail})
+    with pytest.raises(
+        UnsupportedModelError, match=f"llama cannot be paged: its pass failed {reason}"
+    ):
+        PagedStore(model, num_blocks=4)
+
+
+def test_a_cache_that_is_used_as_a_list_says_so():
+    model = small_model("llama")
+
+    def index(self, x, mask=None, cache=None):
+        return x if cache is None else cache[0]
+
+    part = model.model.layers[1]
+    part.__class__ = type("Broken", (type(part),), {"__call__": index})
+    with pytest.raises(
+        UnsupportedModelError, match=r"failed after layer 0, TypeError: .*subscript"
+    ):
+        PagedStore(model, num_blocks=4)
 
 
 def test_options_that_a_store_has_not_are_refused(model, store):

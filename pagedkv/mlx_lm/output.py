@@ -122,7 +122,8 @@ def output_layer(model: Any, make_caches: Callable[[], list[Any]]) -> OutputLaye
     """Return the module that makes logits of hidden states, open.
 
     None if no linear layer or embedding is it, or what it makes is not all that the logits follow
-    from, as with an adapter beside it: a pass that lets it see two rows of three tells.
+    from, as with an adapter beside it: a pass that lets it see two rows of three tells. None, too,
+    if the pass fails.
 
     Parameters
     ----------
@@ -155,7 +156,10 @@ def output_layer(model: Any, make_caches: Callable[[], list[Any]]) -> OutputLaye
     with ExitStack() as stack:
         for kind, method in methods.items():
             stack.enter_context(replaced(kind, **{method: noting(kind, method)}))
-        logits = model(tokens, cache=make_caches())
+        try:
+            logits = model(tokens, cache=make_caches())
+        except Exception:
+            return None  # of a model that takes a single sequence, say
     if last is None:
         return None
     found = OutputLayer(*last)

@@ -48,17 +48,36 @@ class LayerShape:
         return max(self.key_dim, self.value_dim)
 
 
-class _Probe(Routed):
-    """A cache that notes what is done with it; `masks` are those handed out, with their windows."""
+class _PagedCache(Routed):
+    """A cache that notes what is done with it.
+
+    Parameters
+    ----------
+    index : int
+        Its place in the list of caches.
+    masks : list of (object, int or None)
+        The masks that any was asked for, with their windows.
+    used : list of _PagedCache
+        Itself is added whenever the model does something with it.
+    """
 
     offset = 0
 
-    def __init__(self, masks: list[tuple[object, int | None]]) -> None:
+    def __init__(
+        self, index: int, masks: list[tuple[object, int | None]], used: list[_PagedCache]
+    ) -> None:
+        self.index, self._used = index, used
         self.new: tuple[mx.array, mx.array] | None = None
         self.window: int | None = None
         self.odd = "does not keep K and V"
         self.is_shared = False
         self._masks = masks
+
+    def __getattr__(self, name: str) -> Any:
+        # An AttributeError, for models that ask whether there is one.
+        self._used.append(self)
+        reason = f"reads {name!r} of its cache, which a paged layer does not have"
+        raise AttributeError(reason, name=name, obj=self)
 
     def make_mask(
         self,
@@ -73,6 +92,7 @@ class _Probe(Routed):
         return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._used.append(self)
         self.odd = "writes K and V twice" if self.new else "does not attend through mlx-lm's base"
         self.new = keys, values
         self.give(keys)
@@ -122,17 +142,19 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
         If a layer that keeps K and V cannot be paged, or none does.
     """
     masks: list[tuple[object, int | None]] = []
+    used: list[_PagedCache] = []
     probes: list[Any] = [
-        _Probe(masks) if type(cache) in (KVCache, RotatingKVCache) else cache for cache in caches
+        _PagedCache(index, masks, used) if type(cache) in (KVCache, RotatingKVCache) else cache
+        for index, cache in enumerate(caches)
     ]
     name = type(model).__module__.rpartition(".")[2]
     try:
         model(mx.zeros((1, TOKENS), mx.int32), cache=probes)
     except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be paged: {error}") from error
+        raise UnsupportedModelError(f"{name} cannot be paged: {_failure(error, used)}") from error
     shapes = []
     for index, (cache, probe) in enumerate(zip(caches, probes, strict=True)):
-        if not isinstance(probe, _Probe):
+        if not isinstance(probe, _PagedCache):
             continue
         if probe.odd or probe.new is None:
             raise UnsupportedModelError(f"{name} cannot be paged: layer {index} {probe.odd}")
@@ -150,5 +172,18 @@ def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
         dims = key_dim, values.shape[3]
         shapes.append(LayerShape(index, heads, *dims, window, keys.dtype, probe.is_shared))
     if not shapes:
-        raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V")
+        kept = f": layer 0 keeps {type(caches[0]).__name__}" if caches else ""
+        raise UnsupportedModelError(f"{name} cannot be paged: no layer of it keeps K and V{kept}")
     return shapes
+
+
+def _failure(error: Exception, used: list[_PagedCache]) -> str:
+    """Say in which layer a pass failed, by the caches that were used until then, and why."""
+    reason = f"{type(error).__name__}: {error}"
+    if not used:
+        return f"its pass failed before a layer used its cache, {reason}"
+    last = used[-1]
+    if isinstance(error, AttributeError) and error.obj is last:
+        return f"layer {last.index} {error}"
+    where = "in" if last.odd else "after"
+    return f"its pass failed {where} layer {last.index}, {reason}"
