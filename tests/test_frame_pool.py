@@ -206,3 +206,77 @@ def test_interrupts_lose_no_frame(name):
         held = np.array([pool.reference_count(block) > 0 for block in range(pool.num_blocks)])
         assert (pool.frames[~held] < 0).all()
         assert (pool.frames[held, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("running", [8, 256])
+def test_idle_frames_are_counted_by_the_tables_that_changed(running, monkeypatch):
+    """A scheduler asks for their number while a request waits, once a schedule."""
+    pool = pool_of(num_frames=running * 30)
+    pool.remember()
+    tables = [grown(pool, 20) for _ in range(running)]
+    rows = Rows(tables)
+    pool.num_idle()
+    looks = []
+    own = BlockTable.block_ids
+    monkeypatch.setattr(
+        BlockTable, "block_ids", property(lambda t: looks.append(t) or own.__get__(t))
+    )
+    for _ in range(3):  # the last block has room for them
+        rows.reserve([1] * running).commit()
+        pool.num_idle()
+        looks.clear()
+        pool.num_idle()
+        assert looks == []
+    rows.reserve([0, 2, *[0] * (running - 3), 3]).commit()
+    tables[4].truncate(9)
+    looks.clear()
+    assert pool.num_idle() == pool.idle().sum()
+    assert {*map(id, looks)} <= {id(tables[row]) for row in (1, 4, running - 1)}
+    assert len(looks) <= 3
+    monkeypatch.undo()
+    pool.check_invariants()
+
+
+def test_an_interrupted_count_is_made_anew():
+    def start():
+        pool = pool_of(num_frames=60)
+        tables = [grown(pool, 20), grown(pool, 9)]
+        pool.remember()
+        tables.append(tables[0].fork())
+        assert pool.num_idle() == 0
+        grown(pool, 30, tables[1])
+        tables[0].truncate(0)
+        dropped = grown(pool, 12)
+        pool.num_idle()
+        del dropped
+        return pool, tables
+
+    for (pool, _), _ in interrupted(start, lambda state: state[0].num_idle()):
+        pool.check_invariants()
+
+
+def test_what_is_guarded_or_was_copied_is_not_idle():
+    pool = pool_of(num_frames=60)
+    tree = RadixTree(pool, SIZE)
+    table = grown(pool, 24)
+    tokens = list(range(24))
+    tree.insert(tokens, table.ids.tolist())
+    blocks = table.ids.tolist()
+    del table
+    assert pool.num_idle() == pool.idle().sum() == 6
+    pool.guarded = blocks
+    assert pool.num_idle() == pool.idle().sum() == 4  # the next token sees 5 before it
+    pool.check_invariants()
+    pool.guarded = []
+    assert pool.num_idle() == 6
+    fork = BlockTable(pool, SIZE)
+    fork.adopt(blocks, 22)
+    other = fork.fork()
+    reservation = Rows([fork]).reserve([1])
+    assert reservation.copies
+    del other
+    pool.check_invariants()
+    assert not pool.idle()[reservation.copies[0][0]].any()
+    reservation.commit()
+    pool.check_invariants()
+    assert pool.idle()[blocks[-1]].any()

@@ -18,6 +18,7 @@ from pagedkv.limits import count_of, positive_int32
 class Table(Protocol):
     """What a pool reads of a `BlockTable`; `passed` is its own."""
 
+    held: Held
     passed: int
 
     @property
@@ -35,12 +36,15 @@ class Copies(Protocol):
 class Held(weakref.ref[Any]):
     """What an object holds of a pool, for the time after the object: `ids` of blocks, its to set.
 
+    `counted` is the pool's: the blocks that `FramePool` has counted it for, and how far it was.
+
     The garbage collector may drop an object in the middle of a change of the pool. So nothing but
     `deque.append` runs then, which no interrupt divides; the pool's next operation does the rest.
     """
 
-    __slots__ = ("ids",)
+    __slots__ = ("counted", "ids")
     ids: array[int]
+    counted: tuple[NDArray[np.int32], int] | None
 
 
 _NONE = array("i")
@@ -159,7 +163,7 @@ class BlockPool:
     def held_by(self, owner: object) -> Held:
         """Return where an object notes which blocks it holds, to be taken back when it is gone."""
         held = Held(owner, self._dropped.append)
-        held.ids = _NONE
+        held.ids, held.counted = _NONE, None
         self._held.add(held)
         return held
 
@@ -178,8 +182,13 @@ class BlockPool:
             except BaseException:
                 held.ids = ids
                 raise
+            self._gone(held)
             self._held.discard(held)
             self._dropped.popleft()
+
+    def changed(self, held: Held) -> None:
+        """Note that a table is about to change."""
+        self.changes += 1
 
     def remember(self) -> None:
         """Note that blocks are cached: what they hold may be looked for after nobody sees it."""
@@ -335,6 +344,9 @@ class BlockPool:
         for block_id, count in enumerate(self._counts):
             assert count >= 0, f"block {block_id} has {count} holders"
             assert (count == 0) == (block_id in free), f"block {block_id} is lost or in use"
+
+    def _gone(self, held: Held) -> None:
+        """Note that an object which was dropped holds nothing any more."""
 
     def _holders(self, block_id: int) -> int:
         try:

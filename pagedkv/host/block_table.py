@@ -66,6 +66,8 @@ class BlockTable:
     passed : int
         So many of them were there to stay when it last let go of what none after them sees, see
         `FramePool`; the pool's.
+    held : Held
+        What it holds, for the pool.
 
     Raises
     ------
@@ -81,7 +83,7 @@ class BlockTable:
         self.ids = array("i")
         self.num_tokens = self.passed = 0
         pool.collect()  # else dropped tables pile up
-        self._held = pool.held_by(self)
+        self.held = pool.held_by(self)
         pool.watch(self)
 
     @property
@@ -288,8 +290,8 @@ class BlockTable:
 
     @state.setter
     def state(self, state: tuple[array[int], int]) -> None:
-        self.pool.changes += 1
-        self.ids, self.num_tokens, self._held.ids = *state, state[0]
+        self.pool.changed(self.held)
+        self.ids, self.num_tokens, self.held.ids = *state, state[0]
 
     def grow(self, count: int, block_ids: list[int]) -> tuple[int, int] | None:
         """Go on by tokens in blocks that the caller took from the pool, as a `Reservation` does.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.errors import OutOfBlocksError
-from pagedkv.host.block_pool import BlockPool, Copies, Table
+from pagedkv.host.block_pool import BlockPool, Copies, Held, Table
 from pagedkv.limits import count_of, positive_int32
 
 
@@ -79,6 +79,12 @@ class FramePool(BlockPool):
         self._used = np.zeros(self.num_blocks, np.int64)
         self._asked_for = np.zeros(self.num_blocks, bool)
         self._clock, self._remembers = 0, False
+        # How many tables see a block, and how many idle frames it has, by window; see `_count`.
+        self._seers = np.zeros((len(self._windows), self.num_blocks), np.int32)
+        self._idle = np.zeros_like(self._seers)
+        self._num_idle, self._is_counted = 0, False
+        self._stale = np.zeros(self.num_blocks, bool)  # blocks with other frames or seers since
+        self._changed: set[Held] = set()  # tables
 
     @property
     def num_free(self) -> int:
@@ -118,8 +124,8 @@ class FramePool(BlockPool):
         return self._full * blocks
 
     def frames_of_cached(self, num_blocks: int) -> int:
-        """Return how many frames cached prefixes have that nobody else uses; in linear time."""
-        return self.frames_seeing_all(num_blocks) + int(self.idle().sum())
+        """Return how many frames cached prefixes have that nobody else uses; see `num_idle`."""
+        return self.frames_seeing_all(num_blocks) + self.num_idle()
 
     def group_frames(self) -> tuple[int, ...]:
         """Return how many frames each group of layers has; in linear time."""
@@ -176,6 +182,7 @@ class FramePool(BlockPool):
 
         What is remembered, or somebody else holds, keeps its frames: `reclaim` knows who sees it.
         """
+        self._changed.add(table.held)
         before, table.passed = table.passed, max(table.passed, num_tokens - self._margin)
         for window, groups in self._windows:
             old, new = (self._first_seen(n, window) for n in (before, table.passed))
@@ -231,6 +238,7 @@ class FramePool(BlockPool):
             raise ValueError("expected blocks of this table alone, somebody else holds one")
         for ids in (theirs, mine):
             before.append((ids, self.frames[ids], len(self._spare), []))
+            self._stale[ids] = True
         (_, lacking, *_), (_, having, *_) = before
         self.frames[theirs] = np.where(moves, having, lacking)
         self.frames[mine] = np.where(moves, -1, having)
@@ -270,23 +278,87 @@ class FramePool(BlockPool):
         self._give_back(ids[:enough], idle[ids[:enough]])
         return self.num_free - free
 
+    def num_idle(self) -> int:
+        """Return how many frames no table can see any more.
+
+        In time linear in what changed since the last call, but for a look at a flag of each block.
+        """
+        self._count()
+        others = (self._idle[place, ids].sum() for place, ids in enumerate(self._seen_by_others()))
+        return self._num_idle - int(sum(others))
+
     def idle(self) -> NDArray[np.bool_]:
-        """Return which frames no table can see any more, shape as `frames`; linear time."""
+        """Return which frames no table can see any more, shape as `frames`."""
+        self._count()
         idle = np.zeros(self.frames.shape, bool)
-        copied = [source for one in self._open if one.is_open for source, _ in one.copies]
-        for window, groups in self._windows:
-            unseen = self._view > 0
-            unseen[copied] = False
-            count = len(self.guarded) * self._size
-            unseen[self.guarded[self._first_seen(count, window) :]] = False
-            for table in self._tables:
-                unseen[table.block_ids[self._first_seen(table.passed, window) :]] = False
-            idle |= unseen[:, None] & groups
+        for place, ids in enumerate(self._seen_by_others()):
+            unseen = self._seers[place] == 0
+            unseen[ids] = False
+            idle |= unseen[:, None] & self._windows[place][1]
         return idle & (self.frames >= 0)
+
+    def changed(self, held: Held) -> None:
+        """Note that a table is about to change."""
+        self.changes += 1
+        self._changed.add(held)
+
+    def _seen_by_others(self) -> list[list[int]]:
+        """Return the blocks that something else than a table sees, by window."""
+        copied = [source for one in self._open if one.is_open for source, _ in one.copies]
+        count = len(self.guarded) * self._size
+        return [
+            [*{*copied, *self.guarded[self._first_seen(count, window) :]}]
+            for window, _ in self._windows
+        ]
+
+    def _count(self) -> None:
+        """Bring `_seers` and `_idle` up to date; anew if something interrupted that."""
+        self.collect()
+        if not self._is_counted:
+            self._seers[:] = self._idle[:] = self._num_idle = 0
+            self._stale[:] = True
+            self._changed = {table.held for table in self._tables}
+            for held in self._changed:
+                held.counted = None
+        self._is_counted = False
+        for held in self._changed:
+            self._count_one(held)
+        ids = np.flatnonzero(self._stale)
+        if len(ids):
+            has = self.frames[ids] >= 0
+            for place, (_, groups) in enumerate(self._windows):
+                idle = has[:, groups].sum(axis=1) * (self._seers[place, ids] == 0)
+                self._num_idle += int(idle.sum() - self._idle[place, ids].sum())
+                self._idle[place, ids] = idle
+            self._stale[ids] = False
+        self._changed.clear()
+        self._is_counted = True
+
+    def _count_one(self, held: Held) -> None:
+        """Count what a table sees in place of what it was counted for."""
+        table = held()
+        ids = np.empty(0, np.int32) if table is None else table.block_ids
+        passed = 0 if table is None else table.passed
+        before, held.counted = held.counted, (ids, passed)
+        for counted, by in ((before, -1), (held.counted, 1)):
+            if counted is not None:
+                for place, (window, _) in enumerate(self._windows):
+                    seen = counted[0][self._first_seen(counted[1], window) :]
+                    self._seers[place, seen] += by
+                    self._stale[seen] = True
+
+    def _gone(self, held: Held) -> None:
+        """Note that a table which was dropped sees nothing any more."""
+        whole, self._is_counted = self._is_counted, False
+        if held.counted is not None and whole:
+            self._count_one(held)
+        self._changed.discard(held)
+        self._is_counted = whole
 
     def restore(self, before: list[Any]) -> None:
         """Put frames back where they were."""
         for block_ids, frames, size, spare in before:
+            self._stale[block_ids] = True
             self._spare[size:] = spare
             self.frames[block_ids] = frames
 
@@ -302,6 +374,20 @@ class FramePool(BlockPool):
         assert (self.frames[~free][:, full] >= 0).all(), "a block lacks frames"
         for table in self._tables:
             assert self.holds_seen(table.block_ids, table.passed), "a table lacks what it sees"
+        idle = self._scanned()
+        assert (self.idle() == idle).all(), "an idle frame is miscounted"
+        assert self.num_idle() == idle.sum(), "idle frames are miscounted"
+
+    def _scanned(self) -> NDArray[np.bool_]:
+        """Return what `idle` does, by a look at every table."""
+        idle = np.zeros(self.frames.shape, bool)
+        for (window, groups), others in zip(self._windows, self._seen_by_others(), strict=True):
+            unseen = self._view > 0
+            unseen[others] = False
+            for table in self._tables:
+                unseen[table.block_ids[self._first_seen(table.passed, window) :]] = False
+            idle |= unseen[:, None] & groups
+        return idle & (self.frames >= 0)
 
     def _first_seen(self, num_tokens: int, window: int) -> int:
         """Return the first block that a token after so many sees."""
@@ -318,6 +404,7 @@ class FramePool(BlockPool):
 
     def _give_back(self, block_ids: NDArray[np.integer], groups: NDArray[np.bool_]) -> None:
         """Let go of the frames of blocks in some groups, the same for all blocks or by block."""
+        self._stale[block_ids] = True
         frames, spare = self.frames[block_ids], self._spare
         size = len(spare)
         try:
@@ -329,6 +416,7 @@ class FramePool(BlockPool):
             raise
 
     def _taken(self, block_ids: list[int], before: list[Any]) -> None:
+        self._stale[block_ids] = True
         kept = len(self._spare) - len(block_ids) * self._groups
         spare = self._spare[kept:]
         before.append((block_ids, -1, kept, spare))
@@ -338,6 +426,7 @@ class FramePool(BlockPool):
         self._used[block_ids], self._asked_for[block_ids] = self._clock, False
 
     def _emptied(self, block_ids: list[int], before: list[Any]) -> None:
+        self._stale[block_ids] = True
         frames = self.frames[block_ids]
         before.append((block_ids, frames, len(self._spare), []))
         self._spare.extend(frames[frames >= 0].tolist())
