@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from interrupts import interrupted
 
-from pagedkv import BlockPool, BlockTable, OutOfBlocksError, PagedKVCache
+from pagedkv import (
+    BlockPool,
+    BlockTable,
+    OutOfBlocksError,
+    PagedKVCache,
+    RadixTree,
+    Scheduler,
+)
 from pagedkv.host.frame_pool import FramePool
 from pagedkv.host.rows import Rows
 
@@ -112,6 +119,38 @@ def test_a_step_that_is_dropped_with_its_sequences_leaves_nothing():
     del step, fork, table
     assert cache.memory_usage().live_blocks == 0
     cache.pool.check_invariants()
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_dropped_tree_gives_its_blocks_back(pool, resets):
+    tree, table = RadixTree(pool, 4), grown(pool, 8)
+    tree.insert(range(8), table.ids.tolist())
+    if resets:
+        tree.reset()
+        tree.insert(range(4), table.ids.tolist(), "again")
+    ids = table.ids.tolist()
+    del tree
+    assert [pool.reference_count(block) for block in ids] == [1, 1]
+    del table
+    assert pool.num_free == 4
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_dropped_scheduler_gives_its_blocks_back(pool, steps):
+    scheduler = Scheduler(pool, 4, max_tokens=4)
+    for name, prompt in (("a", [1, 2, 3, 4, 5]), ("b", [1, 2, 3])):
+        scheduler.add(name, prompt, 3)
+    for _ in range(steps):
+        schedule = scheduler.schedule()
+        scheduler.update(dict.fromkeys(schedule.samples, 7))
+    scheduler.schedule()  # in flight
+    assert pool.num_free < 4
+    del scheduler
+    schedule = None
+    gc.collect()
+    assert pool.num_free == 4
+    pool.check_invariants()
 
 
 def test_what_interrupts_the_taking_back_loses_nothing(pool):

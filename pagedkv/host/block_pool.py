@@ -33,6 +33,13 @@ class Copies(Protocol):
     copies: list[tuple[int, int]]
 
 
+class Ids(Protocol):
+    """Ids of blocks, as a list or an array is."""
+
+    def __getitem__(self, part: slice, /) -> Sequence[int]:
+        """Return a part of them."""
+
+
 class Held(weakref.ref[Any]):
     """What an object holds of a pool, for the time after the object: `ids` of blocks, its to set.
 
@@ -43,7 +50,7 @@ class Held(weakref.ref[Any]):
     """
 
     __slots__ = ("counted", "ids")
-    ids: array[int]
+    ids: Ids
     counted: tuple[NDArray[np.int32], int] | None
 
 

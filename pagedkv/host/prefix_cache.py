@@ -12,6 +12,7 @@ from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.cache_event import CacheEvent, Listener
 from pagedkv.host.radix_node import (
     TOKEN,
+    Cached,
     Integers,
     Origin,
     PrefixMatch,
@@ -26,9 +27,9 @@ _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
 class RadixTree:
     """The longest cached prefix of a prompt, in whole blocks, and which to forget first.
 
-    The tree holds a reference of its own on every block in it. A prompt that hits adds references
-    to the blocks of its match and copies nothing. Tokens are compared exactly. Edges are runs of
-    blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` a run.
+    The tree holds a reference of its own on every block in it, until it is dropped. A prompt that
+    hits adds references to the blocks of its match and copies nothing. Tokens are compared exactly.
+    Edges are runs of blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` a run.
 
     One thread at a time may use a tree and its pool. An exception at any point, a KeyboardInterrupt
     too, leaves it whole; if that comes in `lock` or `unlock`, runs may stay locked.
@@ -56,6 +57,8 @@ class RadixTree:
         self.block_size = positive_int32(block_size, "block_size")
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
+        self._held = pool.held_by(self)
+        self._held.ids = Cached(self._roots)
         self._num_blocks = self._num_locked = self._resets = 0
         self._clock = itertools.count(1)
         # Leaves, least recently used first. What is out of date is put right when its turn comes.
@@ -285,6 +288,7 @@ class RadixTree:
         self._arrange(self._line + self._aside, [])
         freed = self._evict(self.pool.num_blocks + 1)  # all there is
         self._roots, self._num_blocks, self._num_locked, self._resets = {}, 0, 0, self._resets + 1
+        self._held.ids = Cached(self._roots)
         if self.on_event:
             self.on_event(CacheEvent("cleared"))
         return freed

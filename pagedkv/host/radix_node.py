@@ -98,6 +98,18 @@ class RadixNode:
         return upper
 
 
+class Cached:
+    """Blocks of a tree's runs, for the time after the tree; see `Held`."""
+
+    def __init__(self, roots: dict[Hashable, RadixNode]) -> None:
+        self._roots = roots
+
+    def __getitem__(self, part: slice, /) -> list[int]:
+        """Return some of them, in no order."""
+        nodes = [node for root in self._roots.values() for node in root.below()]
+        return [block for node in nodes for block in node.blocks][part]
+
+
 class PrefixMatch(NamedTuple):
     """A cached prefix.
 
