@@ -5,10 +5,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
 
 import openai
-from mlx_lm import server as own
 from small_models import config_of, small_model
 
 from benchmarks.server import MARKS, save_served
@@ -60,35 +58,34 @@ def options(model, **others):
 
 
 @contextmanager
-def served(provider):
+def served(provider, limits=None, grace=0.0):
     """Serve what a provider loads; yield the address and what answers."""
-    ready, servers = threading.Event(), []
+    ready, found = threading.Event(), {}
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
+    def responses():
+        caches = server.PromptCaches(provider.cli_args.prompt_cache_size)
+        found["responses"] = server.Responses(provider, caches)
+        return found["responses"]
 
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            servers.append(self)
-            ready.set()
+    def note(listening):
+        found["server"] = listening
+        ready.set()
 
-    caches = server.PromptCaches(provider.cli_args.prompt_cache_size)
-    generator = server.Responses(provider, caches)
     thread = threading.Thread(
-        target=own._run_http_server,
-        args=("127.0.0.1", 0, generator),
-        kwargs={"server_class": Server},
+        target=server.serve,
+        args=(("127.0.0.1", 0), responses, limits or server.Limits()),
+        kwargs={"ready": note, "grace": grace},
     )
     thread.start()
     try:
         assert ready.wait(10)
-        yield f"http://127.0.0.1:{servers[0].server_address[1]}/v1", generator
+        address = found["server"].server_address
+        yield f"http://127.0.0.1:{address[1]}/v1", found["responses"]
     finally:
-        if servers:
-            servers[0].shutdown()
-            servers[0].server_close()
-        generator.stop_and_join()
-        thread.join(10)
+        if "server" in found:
+            found["server"].shutdown()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 class Asked:
@@ -109,14 +106,18 @@ class Asked:
 
     def together(self, chats):
         """Answers to requests that are all there before the first is begun."""
-        check = self.provider.check
+        generator = self.generator
+        own = generator._next_request
 
-        def when_all_are_there(*arguments):
-            self.provider.check = check
-            assert self.wait(lambda: self.generator.requests.qsize() == len(chats) - 1)
-            check(*arguments)
+        def when_all_are_there(timeout=None):
+            if generator.requests.qsize() < len(chats):
+                time.sleep(0.01)
+                return None
+            generator._next_request = own
+            return own(timeout)
 
-        self.provider.check = when_all_are_there
+        generator._next_request = when_all_are_there
+        time.sleep(0.2)  # until a look that was under way is over
         with ThreadPoolExecutor(len(chats)) as pool:
             return list(pool.map(self.chat, chats))
 
@@ -141,13 +142,14 @@ def texts(answers):
 
 
 @contextmanager
-def asked(path, num_blocks=128, arguments=None, **budget):
+def asked(path, num_blocks=128, arguments=None, limits=None, **budget):
     """Ask a server; at the end no block is lost."""
     provider = server.Provider(
         options(path, **(arguments or {})), num_blocks=num_blocks, block_size=4, **budget
     )
-    with served(provider) as (url, generator):
+    with served(provider, limits) as (url, generator):
         found = Asked(url, generator)
+        assert found.wait(lambda: provider.is_ready)
         with found.client:
             yield found
             found.stats()

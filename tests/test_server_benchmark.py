@@ -48,5 +48,5 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 def test_a_refused_request_is_an_error(measured):
     measured.setup(1)
     measured.answer = 10**6
-    with pytest.raises(server.RefusedError, match="404"):
+    with pytest.raises(server.RefusedError, match="400"):
         measured.answers(measured.paged, 1)

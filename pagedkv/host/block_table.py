@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ class BlockTable:
         `FramePool`; the pool's.
     held : Held
         What it holds, for the pool.
+    namespace : hashable
+        Of cached prefixes: whoever caches the sequence reads and sets it. Forks have the same.
 
     Raises
     ------
@@ -82,6 +84,7 @@ class BlockTable:
         self.block_size = positive_int32(block_size, "block_size")
         self.ids = array("i")
         self.num_tokens = self.passed = 0
+        self.namespace: Hashable = None
         pool.collect()  # else dropped tables pile up
         self.held = pool.held_by(self)
         pool.watch(self)
@@ -212,7 +215,7 @@ class BlockTable:
         """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
         other = BlockTable(self.pool, self.block_size)
         other.adopt(self.ids, self.num_tokens)
-        other.passed = self.passed
+        other.passed, other.namespace = self.passed, self.namespace
         return other
 
     def truncate(self, num_tokens: int) -> None:

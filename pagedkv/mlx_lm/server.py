@@ -10,24 +10,41 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import logging
+import math
+import os
+import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from http.server import ThreadingHTTPServer
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.utils import _download, load_config
 
 from pagedkv.attention.paths import backend_of
 from pagedkv.limits import positive_int32
+from pagedkv.mlx_lm.http import LOOPBACK, Handler, Limits, Server, is_gone
 from pagedkv.mlx_lm.layer import sequences_of
+from pagedkv.mlx_lm.metrics import Metrics
+from pagedkv.mlx_lm.requests import RequestError, check_vocabulary
 from pagedkv.mlx_lm.routing import replaced
 from pagedkv.mlx_lm.store import PagedStore, parse_bytes
 
-CONNECTIONS = 128  # that wait until the server takes them
+WATCH = 0.5  # seconds between looks at a client
+API_KEY = "PAGEDKV_API_KEY"
+STORE = "memory", "num_blocks", "block_size", "kv_bits"  # options of `PagedStore`
 KV_BITS = {"8": 8, "4": 4, "8,4": (8, 4)}
 
 
@@ -38,9 +55,12 @@ class PromptCaches(LRUPromptCache):
     ----------
     store : PagedStore or None
         Whose cached prefixes are looked for and kept; None: mlx-lm's caches are all there is.
+    salt : str or None
+        Of the request that is looked for next: requests with different ones share nothing.
     """
 
     store: PagedStore | None = None
+    salt: str | None = None
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """Return a cache of the longest known prefix, and the rest of a prompt: a token at least.
@@ -52,14 +72,17 @@ class PromptCaches(LRUPromptCache):
         tokens : list of int
             The prompt. Negative ones stand for images, which the tree does not know.
         """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
+        salt = self.salt
+        key = model if salt is None else (model, salt)
+        cache, rest = super().fetch_nearest_cache(key, tokens)
         if cache is not None and not rest:
             # mlx-lm's server cannot begin with a prompt of which nothing is left.
             trimmed = can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 1)
             cache, rest = (cache, tokens[-1:]) if trimmed else (None, tokens)
         if self.store is not None and min(tokens, default=-1) >= 0:
-            found = self.store.cache(tokens)
-            if found.cached > len(tokens) - len(rest):
+            found = self.store.cache(tokens, namespace=salt)
+            # With a salt always one of the store's: it knows the salt to the end.
+            if found.cached > len(tokens) - len(rest) or (cache is None and salt is not None):
                 return found, found.rest
         return cache, rest
 
@@ -90,10 +113,13 @@ class PromptCaches(LRUPromptCache):
         prompt_cache.clear()
         sequences = sequences_of(kept)
         if sequences is not None:
-            held = sequences.tables[0].num_tokens
+            [table] = sequences.tables
+            held, salt = table.num_tokens, table.namespace
             tokens = tokens[:held]  # with a draft model the last one is not in the caches
             if self.store is not None and held <= len(tokens) and min(tokens, default=-1) >= 0:
-                self.store.keep(kept, tokens)
+                self.store.keep(kept, tokens, namespace=salt)
+            if salt is not None:
+                model = model, salt
         super().insert_cache(model, tokens, kept, cache_type=cache_type)
         if sequences is not None:
             sequences.is_spare = True
@@ -124,6 +150,10 @@ class Provider(server.ModelProvider):
         The server's, which it makes after this.
     is_ready : bool
         Whether the model of the command line was loaded, and no other is being loaded.
+    vocabulary : int
+        Tokens that the model has logits of.
+    longest_token : int
+        Characters of a token at most.
 
     Raises
     ------
@@ -135,6 +165,7 @@ class Provider(server.ModelProvider):
         self.store: PagedStore | None = None
         self.caches: PromptCaches | None = None
         self.is_ready = cli_args.model is None
+        self.vocabulary = self.longest_token = 0
         self._budget = budget
         if cli_args.kv_bits is not None:
             raise ValueError(
@@ -165,6 +196,10 @@ class Provider(server.ModelProvider):
     def _load_with_store(self, *paths: Any, **more: Any) -> None:
         super()._load(*paths, **more)  # type: ignore[no-untyped-call]
         try:
+            model: Any = self.model
+            tokenizer: Any = self.tokenizer
+            self.vocabulary = model(mx.array([[0]])).shape[-1]
+            self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
             self.store = store = PagedStore(self.model, **self._budget)
             if backend_of(mx.default_device()) != "cpu":
                 began = time.monotonic()
@@ -181,6 +216,53 @@ class Provider(server.ModelProvider):
         stats = store.stats()
         logging.info(f"Paged store: {stats.num_blocks} blocks of {stats.block_bytes} bytes")
 
+    def check_paths(self, model: str | None, adapters: str | None, draft: str | None) -> None:
+        """Raise RequestError for what leads to no model, before the one that is served is dropped.
+
+        Parameters
+        ----------
+        model, adapters, draft : str or None
+            As a request names them; None for those of the command line.
+        """
+        for name, path in (("model", model), ("draft_model", draft), ("adapters", adapters)):
+            if path in (None, "default_model", self.cli_args.model):
+                continue
+            try:
+                folder = Path(path) if name == "adapters" else _download(path)
+                if name != "adapters":
+                    dict(load_config(folder))
+                if not any(folder.glob("*.safetensors")):
+                    raise FileNotFoundError("it has no weights")
+            except Exception as error:
+                raise RequestError(
+                    f"there is nothing to load at {path}: {error}",
+                    name,
+                    status=404,
+                    code="model_not_found",
+                ) from error
+
+    def check_size(self, size: int, tokens: Sequence[int]) -> None:
+        """Refuse a prompt that is far too large, before the generation thread looks at it.
+
+        Parameters
+        ----------
+        size : int
+            Characters, or tokens.
+        tokens : sequence of int
+            The prompt, if it is one of tokens.
+        """
+        store = self.store
+        if store is None or not store.is_open:
+            return
+        most = store.memory.kv.num_blocks * store.memory.kv.block_size
+        if not tokens:
+            most *= self.longest_token
+        if size > most:
+            of = "tokens" if tokens else "characters"
+            raise RequestError(f"expected {most} {of} at most, got {size}", "prompt")
+        if tokens and self.cli_args.model is not None:
+            check_vocabulary(self.vocabulary, tokens=tokens)
+
     def check(self, prompt_tokens: int, args: Any) -> None:
         """Raise ValueError if a request is larger than the store."""
         if self.store is not None:
@@ -189,20 +271,202 @@ class Provider(server.ModelProvider):
             self.store.check(prompt_tokens, args.max_tokens, chunk, drafted)
 
 
+class _Queue:
+    """Where the generation thread puts what it has for a request; `responses` hears of the end."""
+
+    def __init__(self, own: Any, request: Any, responses: Responses) -> None:
+        self._own, self._request, self._responses = own, request, responses
+        self._context: Any = None
+        request.stop = self.stop
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its client has left, or has all of its answer."""
+        return self._context is not None and self._context._should_stop
+
+    def stop(self) -> None:
+        """End the request: nobody reads what is put here any more."""
+        self._request.is_over = True
+        if self._context is not None:
+            self._context.stop()
+
+    def put(self, item: Any) -> None:
+        """Hand over an item; None and an exception are the last."""
+        if item is None or isinstance(item, Exception):
+            self._responses.held.discard(self)
+        elif isinstance(item, server.GenerationContext):
+            self._responses.context = self._context = item
+            if getattr(self._request, "is_over", False):
+                item.stop()
+        self._own.put(item)
+
+
+class _Batches(BatchGenerator):
+    """Forgets waiting sequences whose client has left.
+
+    mlx-lm's server looks at a request when it has a response to it, and one that waits has none.
+    """
+
+    def __init__(self, responses: Responses, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._responses = responses
+        self._contexts: dict[int, Any] = {}
+        self._told: set[int] = set()  # that are to be removed
+
+    def insert_segments(self, *arguments: Any, **options: Any) -> Any:
+        """As mlx-lm's; the one sequence is of the context that the server made last."""
+        uids = super().insert_segments(*arguments, **options)
+        self._contexts.update(dict.fromkeys(uids, self._responses.context))
+        return uids
+
+    def next(self) -> Any:
+        """As mlx-lm's, with a response to each waiting sequence that is to be removed."""
+        waiting = {sequence[0] for sequence in self._unprocessed_sequences}
+        self._contexts = {uid: self._contexts[uid] for uid in waiting}
+        stopped = {
+            uid
+            for uid, context in self._contexts.items()
+            if context._should_stop and uid not in self._told
+        }
+        self._told = (self._told | stopped) & waiting
+        prompts, answers = super().next()  # type: ignore[no-untyped-call]
+        answer = PromptProcessingBatch.Response
+        return [*prompts, *(answer(uid, (0, 1), False, False) for uid in stopped)], answers
+
+
 class Responses(server.ResponseGenerator):
-    """Answers as mlx-lm's server does; refuses prompts that are empty or larger than the store."""
+    """Answers as mlx-lm's server does, each request apart from the others.
+
+    What a request may not ask for is refused before it reaches the model, and an error of the
+    generation fails the requests that it held, no other.
+
+    Attributes
+    ----------
+    metrics : Metrics
+        What was answered.
+    held : set
+        Queues of the requests that the generation thread has taken, and not ended.
+    context : GenerationContext or None
+        The one that was made last.
+    error : Exception or None
+        What ended the generation thread.
+    when_failed : callable
+        Called then.
+    """
 
     model_provider: Provider
+    prompt_cache: PromptCaches
 
     def __init__(self, model_provider: Provider, prompt_cache: PromptCaches) -> None:
         model_provider.caches = prompt_cache
+        self.metrics = Metrics(lambda: model_provider.store)
+        self.held: set[_Queue] = set()
+        self.context: Any = None
+        self.error: Exception | None = None
+        self.when_failed: Callable[[], object] = bool
+        self._client, self._tokenizing = threading.local(), threading.Lock()
         super().__init__(model_provider, prompt_cache)
 
-    def _run_generate(self) -> None:
+    def generate_for(
+        self, connection: socket.socket, request: Any, arguments: Any, **options: Any
+    ) -> tuple[Any, Iterator[Any]]:
+        """Answer as `generate` does, as long as a client is there.
+
+        Raises
+        ------
+        ConnectionAbortedError
+            If it has left; also out of the iterator.
+        """
+        self._client.connection, self._client.looked = connection, time.monotonic()
+        began = time.monotonic()
+        provider, cli_args = self.model_provider, self.cli_args
+        key = cli_args.model, cli_args.adapter_path, cli_args.draft_model
+        is_own = (arguments.model.model, arguments.model.adapter) == ("default_model", None)
+        if is_own and provider.model_key == key and provider.processor is None:
+            # Here, where a long text keeps no other request waiting.
+            with self._tokenizing:
+                found = self._checked(provider.tokenizer, request, arguments)
+            request.tokenized = key, found
         try:
-            super()._run_generate()  # type: ignore[no-untyped-call]
+            context, responses = self.generate(request, arguments, **options)
+        except BaseException:
+            request.is_over = True  # it may still wait for its turn
+            getattr(request, "stop", bool)()
+            raise
+        return context, self.metrics.observed(context, responses, began)
+
+    def _await_response(self, response_queue: Any) -> Any:
+        while True:
+            with suppress(Empty):
+                found = response_queue.get(timeout=WATCH)
+                if time.monotonic() - self._client.looked < WATCH:
+                    return found
+                self._check_client()
+                return found
+            if not self.generation_available():  # type: ignore[no-untyped-call]
+                raise RuntimeError("the generation thread has ended")
+            self._check_client()
+
+    def _check_client(self) -> None:
+        self._client.looked = time.monotonic()
+        if is_gone(self._client.connection):
+            raise ConnectionAbortedError("the client has left")
+
+    def _run_generate(self) -> None:
+        generators: list[_Batches] = []
+
+        def make(*arguments: Any, **options: Any) -> _Batches:
+            generators[:] = [_Batches(self, *arguments, **options)]  # mlx-lm closed the one before
+            return generators[0]
+
+        try:
+            with replaced(server, BatchGenerator=make):
+                while not self._stop:
+                    try:
+                        self._generate()  # type: ignore[no-untyped-call]
+                    except Exception as error:
+                        if self.model_provider.model is None:
+                            raise
+                        self._recover(error, generators)
+        except Exception as error:
+            logging.exception(f"The generation thread ends: {error}")
+            self._generation_failed, self.error = True, error
+            self.when_failed()
         finally:
+            self._fail_held(RuntimeError("the server ends"))
             mx.clear_streams()  # of this thread: else MLX ends the process with an abort
+
+    def stop_and_join(self) -> None:
+        """End, and all answers with it."""
+        self._stop = True
+        for queue in list(self.held):
+            queue.stop()
+        super().stop_and_join()  # type: ignore[no-untyped-call]
+
+    def _recover(self, error: Exception, generators: list[_Batches]) -> None:
+        """Fail the requests that were held when the loop failed, and give back their blocks."""
+        logging.error(f"A generation failed, with {len(self.held)} requests", exc_info=error)
+        traceback.clear_frames(error.__traceback__)
+        while generators:
+            with suppress(Exception):  # of what failed
+                generators.pop().close()  # type: ignore[no-untyped-call]
+        self.context = None
+        self._fail_held(RuntimeError(f"a generation failed: {error}"))
+        gc.collect()
+
+    def _fail_held(self, error: Exception) -> None:
+        for queue in list(self.held):
+            queue.put(error)
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        self.held = {queue for queue in self.held if not queue.is_over}
+        found = super()._next_request(timeout)  # type: ignore[no-untyped-call]
+        if found is None:
+            return None
+        own, *rest = found
+        queue = _Queue(own, rest[0], self)
+        self.held.add(queue)
+        return queue, *rest
 
     @property
     def is_healthy(self) -> bool:
@@ -210,10 +474,40 @@ class Responses(server.ResponseGenerator):
         return bool(super().is_healthy) and self.model_provider.is_ready
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
+        if getattr(request, "is_over", False):
+            raise ConnectionAbortedError("the client has left")
+        self.prompt_cache.salt = getattr(request, "salt", None)
+        key, found = getattr(request, "tokenized", (None, None))
+        if key is not None and key == self.model_provider.model_key:
+            return found
+        return self._checked(tokenizer, request, args)
+
+    def _checked(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """Return what mlx-lm's `_tokenize` does; RequestError for what the model cannot take."""
+        caches = self.model_provider.caches
+        if getattr(request, "salt", None) is not None and (caches is None or caches.store is None):
+            raise RequestError("expected no cache_salt with a draft model", "cache_salt")
+        size = self.model_provider.vocabulary
+        check_vocabulary(
+            size,
+            top_k=args.sampling.top_k,
+            top_logprobs=args.top_logprobs,
+            logit_bias=args.logits.logit_bias,
+        )
+        if request.request_type == "text" and not isinstance(request.prompt, str):
+            prompt = list(request.prompt)
+            found: Any = prompt, [prompt], ["assistant"], "normal", None
+        else:
+            found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
         if not found[0]:
-            raise ValueError("expected a prompt of a token at least, got none")
-        self.model_provider.check(len(found[0]), args)
+            name = "messages" if request.request_type == "chat" else "prompt"
+            raise RequestError("expected a prompt of a token at least, got none", name)
+        if found[4] is None:  # no image, for which there are tokens beyond the vocabulary
+            check_vocabulary(size, tokens=found[0])
+        try:
+            self.model_provider.check(len(found[0]), args)
+        except ValueError as error:
+            raise RequestError(str(error), "max_tokens") from None
         return found
 
     def _log_cache_stats(self) -> None:
@@ -227,13 +521,69 @@ class Responses(server.ResponseGenerator):
             )
 
 
+def serve(
+    address: tuple[str, int],
+    responses: Callable[[], Responses],
+    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
+    *,
+    grace: float = 0.0,
+    ready: Callable[[Server], None] = lambda server: None,
+) -> None:
+    """Serve until a signal, or until somebody calls the `Server`'s shutdown.
+
+    Parameters
+    ----------
+    address : (str, int)
+        Host and port.
+    responses : callable
+        Makes what answers, once the port is taken.
+    limits : Limits
+        What clients are held to.
+    grace : float
+        Seconds that running answers may take after that.
+    ready : callable
+        Is given the `Server`.
+
+    Raises
+    ------
+    OSError
+        If the port cannot be taken. No model is loaded then.
+    RuntimeError
+        If the model of the command line cannot be loaded.
+    """
+    host, _ = address
+    hosts = frozenset({*LOOPBACK, host}) if host in LOOPBACK else None
+    with Server(address, limits.connections) as listening:
+        kind = {"limits": limits, "hosts": hosts}
+        handler = type("Handler", (Handler,), kind)
+        fingerprint = server.get_system_fingerprint()
+        answers = responses()
+        listening.RequestHandlerClass = partial(handler, answers, system_fingerprint=fingerprint)
+        try:
+            answers.when_failed = partial(end, listening)
+            if answers.error is None:
+                ready(listening)
+                listening.serve_forever()
+            if answers.error is not None:
+                raise RuntimeError(str(answers.error)) from answers.error
+            listening.server_close()
+            listening.wait(grace)
+        finally:
+            answers.stop_and_join()
+
+
+def end(listening: Server) -> None:
+    """Have a server stop listening, from any thread."""
+    threading.Thread(target=listening.shutdown, daemon=True).start()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run mlx-lm's server; `arguments` are the command line's, by default.
 
     Raises
     ------
     SystemExit
-        If options are malformed, and after ``--help``.
+        If options are malformed, after ``--help``, or if the port is in use.
     """
     parser = argparse.ArgumentParser(
         "python -m pagedkv.mlx_lm.server",
@@ -248,39 +598,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--block-size", type=int, default=32, help="tokens in a block (32)")
     kinds = "bits of K and V: 8, 4, or 8,4 for 8 of K and 4 of V"
     parser.add_argument("--kv-bits", metavar="BITS", choices=KV_BITS, help=kinds)
+    doors = parser.add_argument_group("clients")
+    doors.add_argument("--api-key", help=f"what clients have to send; or set {API_KEY}")
+    doors.add_argument(
+        "--any-model", action="store_true", help="load whatever model a request names"
+    )
+    doors.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let a request bring a chat template, which is a program",
+    )
+    doors.add_argument(
+        "--grace", type=float, default=30.0, help="seconds for running answers at SIGTERM (30)"
+    )
     own, rest = parser.parse_known_args(arguments)
+    options = {name: getattr(own, name) for name in STORE}
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
     elif own.memory is None and own.num_blocks is None:
         parser.error("expected a budget, either --memory or --num-blocks")
     try:
         for name in ("num_blocks", "block_size"):
-            if getattr(own, name) is not None:
-                positive_int32(getattr(own, name), f"--{name.replace('_', '-')}")
+            if options[name] is not None:
+                positive_int32(options[name], f"--{name.replace('_', '-')}")
         if own.memory is not None:
             parse_bytes(own.memory)
-        own.kv_bits = KV_BITS.get(own.kv_bits)
+        options["kv_bits"] = KV_BITS.get(own.kv_bits)
+        if not 0 <= own.grace < math.inf:
+            raise ValueError(f"expected --grace in seconds, got {own.grace}")
     except ValueError as error:
         parser.error(str(error))
+    limits = Limits(
+        api_key=own.api_key or os.environ.get(API_KEY) or None,
+        any_model=own.any_model,
+        request_templates=own.trust_request_chat_template,
+    )
 
-    def provider(cli_args: argparse.Namespace) -> Provider:
+    def run(host: str, port: int, cli_args: argparse.Namespace) -> None:
+        if not 0 <= port < 2**16:
+            parser.error(f"expected --port to be 0 to 65535, got {port}")
+        if not any(option.split("=")[0] == "--allowed-origins" for option in rest):
+            cli_args.allowed_origins = []
+
         try:
-            return Provider(cli_args, **vars(own))
+            provider = Provider(cli_args, **options)
         except ValueError as error:
             parser.error(str(error))
+
+        def responses() -> Responses:
+            return Responses(provider, PromptCaches(cli_args.prompt_cache_size))
+
+        def ready(listening: Server) -> None:
+            def stop(number: int, frame: Any) -> None:
+                end(listening)
+
+            signal.signal(signal.SIGTERM, stop)
+            logging.info(f"Serving at http://{host}:{port}/v1")
+
+        try:
+            serve((host, port), responses, limits, grace=own.grace, ready=ready)
+        except KeyboardInterrupt:
+            pass
+        except OSError as error:
+            sys.exit(f"cannot listen at port {port} of {host}: {error.strerror or error}")
+        except Exception as error:
+            sys.exit(f"cannot serve {cli_args.model}: {error}")
 
     before = sys.argv
     sys.argv = [parser.prog, *rest]
     try:
-        with (
-            replaced(
-                server,
-                ModelProvider=provider,
-                ResponseGenerator=Responses,
-                LRUPromptCache=PromptCaches,
-            ),
-            replaced(ThreadingHTTPServer, request_queue_size=CONNECTIONS),
-        ):
+        with replaced(server, ModelProvider=lambda cli_args: cli_args, run=run):
             server.main()
     finally:
         sys.argv = before

@@ -165,6 +165,7 @@ class PagedStore(Closing):
         hash(namespace)
         prompt = integers(tokens, "tokens") if len(tokens) else np.empty(0, np.int64)
         table = memory.kv.new_table()
+        table.namespace = namespace
         sequences = Sequences(memory, [table])
         if memory.is_whole and len(prompt) > 1:
             blocks, _ = memory.tree.match_prefix(prompt[:-1], namespace)
