@@ -263,6 +263,7 @@ def test_tokens_that_only_the_device_knows_are_put_in_there():
     assert step.tokens.dtype == mx.int32
 
 
+@pytest.mark.own_process
 def test_tokens_are_not_waited_for():
     """They cannot be computed, and nobody notices before they are looked at."""
     cache = new_cache()

@@ -94,6 +94,7 @@ def test_a_wrong_kernel_is_not_used_however_fast(machine, wrong, message):
     assert re.search(message, finding.fault)
 
 
+@pytest.mark.own_process
 def test_a_kernel_that_fails_when_it_is_evaluated(machine, tmp_path):
     machine.outputs["fused"] = fails_when_evaluated(tmp_path)
     finding = machine.measure()
@@ -121,6 +122,7 @@ def test_a_long_message_of_a_compiler_is_cut(machine):
     assert len(machine.measure().fault) < 3000
 
 
+@pytest.mark.own_process
 def test_inputs_that_cannot_be_evaluated_decide_nothing(machine, cache_folder, tmp_path):
     broken = fails_when_evaluated(tmp_path)
     trial = machine.trial()

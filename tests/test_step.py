@@ -266,6 +266,7 @@ def singular(count):
     return mx.linalg.inv(mx.zeros((1, 2, 8, 8)), stream=mx.cpu)[:, :, :count]
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("bad", ["keys", "values"])
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_what_cannot_be_computed_takes_nothing_with_it(bad, evaluated):
@@ -297,6 +298,7 @@ def test_what_cannot_be_computed_takes_nothing_with_it(bad, evaluated):
     extend(paged, rng, tables, [2, 2])
 
 
+@pytest.mark.own_process
 def test_a_query_that_cannot_be_computed_takes_nothing_with_it():
     rng = np.random.default_rng(37)
     paged = cache()
