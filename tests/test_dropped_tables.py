@@ -12,6 +12,7 @@ from pagedkv import (
     BlockTable,
     OutOfBlocksError,
     PagedKVCache,
+    PagedKVError,
     RadixTree,
     Scheduler,
 )
@@ -78,6 +79,41 @@ def test_a_table_in_a_circle_comes_back_when_the_garbage_collector_comes():
         pool.allocate(1)
     gc.collect()
     assert pool.num_free == 4
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda table: table.truncate(0),
+        lambda table: table.fork(),
+        lambda table: table.share(0, table.ids[:1]),
+        lambda table: table.append(1),
+        lambda table: table.adopt([], 0),
+    ],
+)
+def test_a_finalizer_that_sees_a_dropped_table_takes_nothing_from_others(operation):
+    pool, found = BlockPool(4), []
+
+    def finalizer(table):
+        try:
+            yield
+        finally:
+            found.append(table)
+
+    table = grown(pool, 9)
+    running = finalizer(table)
+    next(running)
+    circle = [running]
+    circle.append(circle)
+    del table, running, circle
+    gc.collect()
+    other = grown(pool, 9)  # in its blocks
+    with pytest.raises(PagedKVError, match="this one was dropped"):
+        operation(found[0])
+    found.clear()
+    gc.collect()
+    assert [pool.reference_count(block) for block in other.ids] == [1, 1, 1]
+    pool.check_invariants()
 
 
 def test_one_that_gave_its_blocks_back_gives_none_twice(pool):

@@ -288,3 +288,24 @@ def test_keep_takes_integers_of_one_sequence(model, store):
     with pytest.raises(ValueError, match="cache of one sequence, got 2"):
         store.keep(batch, PROMPT)
     assert store.stats().cached_blocks == 0
+
+
+def test_a_generator_in_a_cycle_that_was_collected_holds_nothing_of_others(model):
+    """Its table has given its blocks back when it comes to end, and others may have them."""
+    right = answer(model, PROMPT[::-1])
+    with PagedStore(model, num_blocks=100, block_size=4) as store:
+        other = store.cache()
+        answer(model, PROMPT[:3], other)
+        for _ in range(3):
+            steps = generate_step(mx.array(PROMPT), model, max_tokens=8)
+            next(steps)
+            cycle = [steps]
+            cycle.append(cycle)
+            del steps, cycle
+            gc.collect()
+            copy.deepcopy(other)  # takes dropped blocks back
+            assert answer(model, PROMPT[::-1]) == right
+        del other
+        gc.collect()
+        stats = store.stats()
+        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks

@@ -174,6 +174,14 @@ class BlockPool:
         self._held.add(held)
         return held
 
+    def is_held(self, held: Held) -> bool:
+        """Whether what an object holds was not taken back yet.
+
+        A finalizer may come to an object that it belonged to after that: the garbage collector
+        runs callbacks of weak references first.
+        """
+        return held in self._held
+
     def collect(self) -> None:
         """Take back the blocks of objects that were dropped; what interrupts it can call it again.
 

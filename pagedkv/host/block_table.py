@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedkv.errors import SharedBlockError
+from pagedkv.errors import PagedKVError, SharedBlockError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.limits import count_of, positive_int32
 
@@ -131,6 +131,7 @@ class BlockTable:
         ValueError
             If `count` is not an integer or is negative.
         """
+        self._check_held()
         used = self.num_tokens % self.block_size  # of the last block, 0 if it is full
         own = used and self.pool.reference_count(self.ids[-1]) == 1
         if count == 1 and own:  # most calls
@@ -196,6 +197,7 @@ class BlockTable:
             If the sequence is not empty, the blocks are too few or too many, one is unknown or
             free, or lacks what the next token sees. Nothing has changed then.
         """
+        self._check_held()
         if self.num_tokens:
             raise ValueError(f"expected an empty sequence, got one of {self.num_tokens} tokens")
         num_tokens = count_of(num_tokens, "num_tokens")
@@ -212,7 +214,14 @@ class BlockTable:
             raise
 
     def fork(self) -> BlockTable:
-        """Return a second sequence with the same tokens in the same blocks: nothing is copied."""
+        """Return a second sequence with the same tokens in the same blocks: nothing is copied.
+
+        Raises
+        ------
+        PagedKVError
+            If this one was dropped, and its blocks may be another's.
+        """
+        self._check_held()
         other = BlockTable(self.pool, self.block_size)
         other.adopt(self.ids, self.num_tokens)
         other.passed, other.namespace = self.passed, self.namespace
@@ -232,6 +241,7 @@ class BlockTable:
             If the sequence is not that long, or what the next token would see has left a window.
             Nothing has changed then.
         """
+        self._check_held()
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"expected 0 to {self.num_tokens} tokens to keep, got {num_tokens}")
         num_tokens = count_of(num_tokens, "num_tokens")
@@ -261,6 +271,7 @@ class BlockTable:
             If the table is not that long, one is unknown or free, or somebody else holds a block of
             the table's own that has what the other's has lost. Nothing has changed then.
         """
+        self._check_held()
         stop, ids, before = start + len(block_ids), _array(block_ids), self.state
         if not 0 <= start <= stop <= len(self.ids):
             raise ValueError(f"expected {len(self.ids)} blocks at most, got {start} to {stop}")
@@ -277,6 +288,11 @@ class BlockTable:
             self.pool.restore(frames)
             self.pool.release(held)
             raise
+
+    def _check_held(self) -> None:
+        """Raise PagedKVError if the table was dropped: a finalizer in a circle may still see it."""
+        if not self.pool.is_held(self.held):
+            raise PagedKVError("expected a table in use, this one was dropped and has no blocks")
 
     def _check_seen(self, ids: array[int], num_tokens: int) -> None:
         """Raise ValueError if blocks of so many tokens lack what the next token sees."""

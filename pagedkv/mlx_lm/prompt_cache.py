@@ -167,10 +167,10 @@ class PromptCache(list[Any], RoutedPrompt):
         It can be called again after an interrupt.
         """
         self._ending = None
-        if not sequences.memory.is_open:
+        [table] = sequences.tables
+        if not sequences.memory.is_open or not table.pool.is_held(table.held):
             return
         sequences.end()
-        [table] = sequences.tables
         if held is None or sequences.trims != self._trims:
             return
         if answer:
