@@ -55,7 +55,7 @@ help:
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
 	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=1"
-	@echo "make soak        100,000 requests through the scheduler in a tight budget"
+	@echo "make soak        100,000 requests through the scheduler; a server under 32 clients, 30 min"
 	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
 	@echo "make requests    serve twelve requests with it in a tight budget of blocks"
 	@echo "make trace       replay a request trace, plot block usage"
@@ -206,6 +206,7 @@ unit: $(READY)
 
 soak: $(READY)
 	PAGEDKV_SOAK=100000 $(BIN)/pytest tests/test_scheduler_machine.py -k soak
+	PAGEDKV_SOAK_MINUTES=30 $(BIN)/pytest -s tests/test_mlx_lm_soak.py
 
 example: $(READY)
 	@$(BIN)/python examples/smollm.py

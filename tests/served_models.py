@@ -1,10 +1,16 @@
 """Small models in folders, as mlx-lm loads them, and a server of them over loopback."""
 
 import argparse
+import http.client
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 from small_models import config_of, small_model
@@ -55,6 +61,41 @@ def options(model, **others):
         "quantized_kv_start": 0,
     }
     return argparse.Namespace(**{**found, **others})
+
+
+def command_of(path, port, *more, stdout=subprocess.PIPE):
+    memory = [] if "--memory" in more else ["--memory", "1MB"]
+    options = ["--model", path, *memory, "--port", str(port), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pagedkv.mlx_lm.server", *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def await_health(process, port):
+    for _ in range(300):
+        try:
+            if send(port, "/health", b"", method="GET")[0] == 200:
+                return
+        except OSError:
+            pass
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+def send(port, path, content, headers=(), method="POST"):
+    """Send bytes or JSON; return status, headers and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    connection.request(method, path, content, dict(headers))
+    answer = connection.getresponse()
+    found = answer.status, dict(answer.getheaders()), answer.read()
+    connection.close()
+    return found
 
 
 @contextmanager

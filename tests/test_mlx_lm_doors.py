@@ -2,23 +2,19 @@
 
 import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 pytest.importorskip("openai", reason="the test group is not installed")
 from mlx_lm.generate import GenerationBatch
-from served_models import asked, saved_model, words
+from served_models import asked, await_health, command_of, saved_model, send, words
 
 from pagedkv.mlx_lm import server
 from pagedkv.mlx_lm.http import LARGEST_BODY, Limits
@@ -39,18 +35,6 @@ def serving(path):
     with asked(path) as found:
         found.port = found.client.base_url.port
         yield found
-
-
-def send(port, path, content, headers=(), method="POST"):
-    """Send bytes or JSON; return status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    if not isinstance(content, bytes):
-        content = json.dumps(content).encode()
-    connection.request(method, path, content, dict(headers))
-    answer = connection.getresponse()
-    found = answer.status, dict(answer.getheaders()), answer.read()
-    connection.close()
-    return found
 
 
 def ask(serving, body, path=TEXT):
@@ -452,29 +436,6 @@ def test_one_that_waits_for_blocks_and_leaves_is_forgotten(path, monkeypatch):
             assert not first.done()
             assert first.result()[0] == 200
         assert serving.stats().peak_blocks <= 100
-
-
-def command_of(path, port, *more):
-    memory = [] if "--memory" in more else ["--memory", "1MB"]
-    options = ["--model", path, *memory, "--port", str(port), *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pagedkv.mlx_lm.server", *options],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def await_health(process, port):
-    for _ in range(300):
-        try:
-            if send(port, "/health", b"", method="GET")[0] == 200:
-                return
-        except OSError:
-            pass
-        assert process.poll() is None
-        time.sleep(0.1)
 
 
 def test_a_port_in_use_ends_the_process_with_a_sentence(path):
