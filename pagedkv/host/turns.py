@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+_RLock: Any = type(threading.RLock())
 
 
 class Locked(Protocol):
@@ -25,3 +27,66 @@ def one_at_a_time(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, alone)
+
+
+class FairLock(_RLock):  # type: ignore[misc]
+    """A reentrant lock. A thread that asks for it again comes after those that wait.
+
+    A Ctrl-C leaves it free: Python handles signals after a call, and not at all where a ``with``
+    leaves a lock that is written in C.
+    """
+
+    def __init__(self) -> None:
+        self._next = threading.RLock()
+
+    def __enter__(self) -> bool:
+        if self._is_owned():
+            return bool(self.acquire())
+        try:
+            self._next.acquire()
+            self.acquire()
+            self._next.release()
+            return True
+        except BaseException:
+            if self._next._is_owned():  # type: ignore[attr-defined]
+                self._next.release()
+            if self._is_owned():
+                self.release()
+            raise
+
+    def is_free(self) -> bool:
+        """Whether no other thread has it."""
+        if self._is_owned():
+            return True
+        try:
+            is_free = bool(self.acquire(blocking=False))
+            if is_free:
+                self.release()
+            return is_free
+        except BaseException:
+            if self._is_owned():
+                self.release()
+            raise
+
+    @contextmanager
+    def until(self, end: Callable[[], object]) -> Iterator[None]:
+        """Have the lock, and call `end` before it is let go of."""
+        with self:
+            try:
+                yield
+            finally:
+                end()
+
+    def each(self, end: Callable[[], object], items: Iterator[Any]) -> Iterator[Any]:
+        """Yield items, each made while this thread has the lock; call `end` when none follows."""
+        while True:
+            with self:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    end()
+                    return
+                except BaseException:
+                    end()
+                    raise
+            yield item

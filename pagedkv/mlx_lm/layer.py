@@ -16,6 +16,7 @@ from pagedkv.attention.codes import take
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
+from pagedkv.host.turns import FairLock, one_at_a_time
 from pagedkv.mlx_lm.files import fingerprint
 from pagedkv.mlx_lm.probe import LayerShape
 from pagedkv.mlx_lm.routing import Routed
@@ -219,6 +220,12 @@ class PagedLayer(ShapedLayer):
         """Let a pass compute so many new tokens of each sequence, see `Sequences.counts`."""
         return self.sequences.without_padding(counts)
 
+    @property
+    def lock(self) -> FairLock:
+        """The store's."""
+        return self.sequences.lock
+
+    @one_at_a_time
     def unpaged(self) -> KVCache | RotatingKVCache:
         """Return a copy of a single sequence's tokens in a cache of mlx-lm's own.
 
@@ -291,7 +298,10 @@ class PagedLayer(ShapedLayer):
         On a GPU reading it starts the pass, and nothing is left to wait for: mlx-lm evaluates it
         between the chunks of a prompt, and builds the next while this one is computed.
         """
-        return self.sequences.kv.start() if self.layer == 0 else [], NotInState()
+        if self.layer:
+            return [], NotInState()
+        self.sequences.memory.take_over()
+        return self.sequences.kv.start(), NotInState()
 
     @classmethod
     def from_state(cls, state: Any) -> PagedLayer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,7 @@ from pagedkv.cache.step import Extension
 from pagedkv.errors import OutOfBlocksError, PagedKVError, UnsupportedModelError
 from pagedkv.host.block_table import BlockTable
 from pagedkv.host.prefix_cache import RadixTree
+from pagedkv.host.turns import FairLock
 from pagedkv.limits import integers, positive_int32
 from pagedkv.mlx_lm.probe import LayerShape
 from pagedkv.mlx_lm.routing import RoutedMaker
@@ -109,6 +112,8 @@ class Memory:
         anything. At first they are the cached prefixes alone.
     peak : int
         Most blocks held at once; frames where layers are in groups.
+    lock : FairLock
+        Whose thread may read or change any of it, and evaluate what it computes with the pools.
 
     Raises
     ------
@@ -140,6 +145,49 @@ class Memory:
         self.givers: list[Callable[[int], int]] = [self.tree.evict]
         self.peak = 0
         self.is_open = True
+        self.lock = FairLock()
+        self._thread: threading.Thread | None = None  # that computed last
+        self._last: weakref.ref[Any] | None = None  # whose pass was the last, maybe under way
+
+    def settle(self) -> None:
+        """Have computed what this thread wrote and left unevaluated, as when a pass failed."""
+        if self.is_open:
+            with suppress(Exception):  # the same failure
+                written = [self.kv.written(layer) for layer in range(self.kv.num_layers)]
+                mx.async_eval(written)  # type: ignore[no-untyped-call]
+
+    def begin(self, sequences: Any) -> None:
+        """Note that a pass of this thread begins, see `take_over`."""
+        self.take_over()
+        self._last = weakref.ref(sequences)
+
+    def take_over(self) -> None:
+        """Let this thread compute with the pools.
+
+        Raises
+        ------
+        PagedKVError
+            If another thread is computing, or has left unevaluated what it computed: MLX evaluates
+            an array in the thread that made it only. Nothing has changed then.
+        """
+        self.check_open()
+        me, other = threading.current_thread(), self._thread
+        if other is not None and other is not me:
+            last = None if self._last is None else self._last()
+            is_passing = last is not None and last.step is not None and other.is_alive()
+            if is_passing or not self.lock.is_free():
+                raise PagedKVError(
+                    "expected no other thread in a forward pass with this store; a loop of your "
+                    "own takes each step within `PagedStore.exclusive`"
+                )
+            try:
+                mx.eval([self.kv.written(layer) for layer in range(self.kv.num_layers)])
+            except Exception as error:
+                raise PagedKVError(
+                    "expected the thread that computed last to evaluate the `state` of its caches "
+                    f"before another computes: {error}"
+                ) from error
+        self._thread = me
 
     def check_open(self) -> None:
         """Raise PagedKVError if the store was closed."""

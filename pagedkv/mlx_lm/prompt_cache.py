@@ -91,7 +91,12 @@ class PromptCache(list[Any], RoutedPrompt):
         assert found is not None
         return found
 
-    def generate(
+    def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        """Yield what `_generate` does, each token computed while no other thread uses the store."""
+        memory = self.sequences.memory
+        return memory.lock.each(memory.settle, self._generate(*arguments, **options))
+
+    def _generate(
         self, own: Callable[..., Any], prompt: mx.array, model: Any, *stream: Any, **options: Any
     ) -> Iterator[Any]:
         """Yield what mlx-lm's `generate_step` does, without computing again what is cached.

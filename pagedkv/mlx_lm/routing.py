@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
@@ -166,7 +166,11 @@ def speculative_generate_step(
     """Generate as mlx-lm does, with caches of a store that belong to one of the models."""
     _check_models(options.get("prompt_cache"), model, draft_model)
     own = _OWN["speculative_generate_step"]
-    return own(prompt, model, draft_model, *arguments, **options)
+    items = own(prompt, model, draft_model, *arguments, **options)
+    # Stores of both models in one order, or two threads might wait for each other.
+    for make in sorted(filter(None, (_maker(model), _maker(draft_model))), key=id):
+        items = make.memory.lock.each(make.memory.settle, items)
+    return items
 
 
 def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> Any:
@@ -276,10 +280,25 @@ def prompt(batch: PromptProcessingBatch, tokens: Sequence[list[int]]) -> None:
         mx.clear_cache()
 
 
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of a generator wait while another thread uses its model's store."""
+
+    @wraps(method)
+    def alone(generator: BatchGenerator, *arguments: Any, **options: Any) -> Any:
+        if (make := _maker(generator.model)) is None:
+            return method(generator, *arguments, **options)
+        with make.memory.lock.until(make.memory.settle):
+            return method(generator, *arguments, **options)
+
+    return alone
+
+
 _METHODS: dict[str, Callable[..., Any]] = {
-    "insert_segments": insert_segments,
+    "insert_segments": _alone(insert_segments),
     "_make_batch": _make_batch,
-    "_next": _next,
+    "_next": _alone(_next),
+    "remove": _alone(BatchGenerator.remove),
+    "extract_cache": _alone(BatchGenerator.extract_cache),
     "prompt": prompt,
 }
 _CLASSES = dict.fromkeys(_METHODS, BatchGenerator) | {"prompt": PromptProcessingBatch}

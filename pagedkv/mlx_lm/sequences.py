@@ -15,6 +15,7 @@ from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension, positions_of
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable, blocks_needed
+from pagedkv.host.turns import FairLock, one_at_a_time
 from pagedkv.mlx_lm.memory import MARGIN, Memory
 
 
@@ -78,6 +79,11 @@ class Sequences:
         self.memory.check_open()
         return self.memory.kv
 
+    @property
+    def lock(self) -> FairLock:
+        """The store's."""
+        return self.memory.lock
+
     def num_tokens(self, layer: int) -> list[int]:
         """Return the tokens of each sequence before the pass that `layer` takes part in next."""
         self._end_stale(layer)
@@ -106,6 +112,8 @@ class Sequences:
         ------
         OutOfBlocksError
             If the store has too few blocks, cached prefixes given up. Nothing has changed then.
+        PagedKVError
+            If another thread computes with the store. Nothing has changed then.
         ValueError
             If the sequences are more or fewer.
         """
@@ -118,6 +126,7 @@ class Sequences:
                 )
             self.end()
         if self.step is None:
+            self.memory.begin(self)
             self.memory.collect()
             if batch != len(self.tables) and self.counts is None:
                 if self.is_batch or any(table.num_tokens for table in self.tables):
@@ -226,6 +235,7 @@ class Sequences:
         self.changed()
         self.lengths, self._passed = (None if lengths is None else list(lengths)), 0
 
+    @one_at_a_time
     def trim(self, count: int) -> int:
         """Drop tokens from the end of each sequence; return how many.
 
@@ -263,6 +273,7 @@ class Sequences:
         tables = self.tables
         return not any(self.begins) and all(t.pool.is_all_there(t.block_ids) for t in tables)
 
+    @one_at_a_time
     def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
         """Return some of the sequences once more: nothing is copied."""
         self.end()
@@ -271,6 +282,7 @@ class Sequences:
         fork.begins = [self.begins[row] for row in rows]
         return fork
 
+    @one_at_a_time
     def filter(self, rows: Sequence[int]) -> None:
         """Keep some of the sequences."""
         self.changed()
@@ -285,6 +297,7 @@ class Sequences:
             self.tables[:], self.begins, self.lengths = before
             raise
 
+    @one_at_a_time
     def extend(self, other: Sequences) -> None:
         """Take over the sequences of another batch of the same store."""
         if other.memory is not self.memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from pagedkv.attention.codes import bits_of_each
 from pagedkv.cache.device_memory import check_room, device_memory
 from pagedkv.errors import OutOfBlocksError, PagedKVError
+from pagedkv.host.turns import FairLock, one_at_a_time
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
 from pagedkv.mlx_lm.files import fingerprint, read_caches
@@ -137,6 +139,20 @@ class PagedStore(Closing):
         model.make_cache = self._maker = _Maker(self)
         self.is_open = True
 
+    @property
+    def lock(self) -> FairLock:
+        """What `exclusive` holds."""
+        return self.memory.lock
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other threads from computing with the store, for a ``with``.
+
+        A loop of your own, which calls the model itself, takes each step within it and evaluates
+        there what it goes on with. mlx-lm's `generate`, `BatchGenerator` and so on do that.
+        """
+        return self.lock.until(self.memory.settle)
+
+    @one_at_a_time
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
         """Return a prompt cache that holds the longest cached prefix of a prompt already.
 
@@ -187,6 +203,7 @@ class PagedStore(Closing):
             return list(self._own_caches())
         return [KVCache() for _ in self._model.layers]
 
+    @one_at_a_time
     def warm_up(self) -> None:
         """Run made-up prompts, so that the first request does not wait for kernels to compile.
 
@@ -218,11 +235,13 @@ class PagedStore(Closing):
             pass
         generator.close()
 
+    @one_at_a_time
     def forget(self) -> None:
         """Forget all cached prefixes, as after a change of the model's weights."""
         self.memory.collect()
         self.memory.tree.reset()
 
+    @one_at_a_time
     def keep(
         self, cache: Sequence[Any], tokens: Sequence[int], *, namespace: Hashable = None
     ) -> int:
@@ -253,6 +272,7 @@ class PagedStore(Closing):
         """Refuse a request that would not fit if it were alone, see `Admission.check`."""
         self._maker.check(prompt_tokens, max_tokens, chunk, drafted)
 
+    @one_at_a_time
     def load(self, file_name: str) -> PromptCache:
         """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
 
@@ -286,6 +306,7 @@ class PagedStore(Closing):
             paged = [layers[shape.index] for shape in memory.shapes]
             for start in range(0, count, CHUNK):  # layers with a window need not hold all
                 _write(sequences, paged, contents, min(CHUNK, count - start))
+            memory.settle()
             sequences.begins = [max(count - held.arrays[0].shape[2] for held in contents)]
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
@@ -328,6 +349,7 @@ class PagedStore(Closing):
                 )
         return contents
 
+    @one_at_a_time
     def stats(self) -> StoreStats:
         """Return what the store holds and what it saved."""
         memory = self.memory
@@ -345,6 +367,7 @@ class PagedStore(Closing):
             kv_bits=memory.bits,
         )
 
+    @one_at_a_time
     def close(self) -> None:
         """Give mlx-lm back as it was, and the memory; caches of the store are of no use then.
 
