@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import pytest
@@ -411,6 +411,16 @@ def test_metrics(serving):
     assert float(values["pagedkv_time_to_first_token_seconds_count"]) >= 1
     assert float(values['pagedkv_blocks{state="all"}']) == 128
     assert float(values["pagedkv_requests_running"]) == 0
+
+
+def test_metrics_are_read_while_nobody_changes_the_store(serving):
+    """Reading takes dropped blocks back, which the thread that generates does, too."""
+    store = serving.provider.store
+    with ThreadPoolExecutor(1) as pool, store.exclusive():
+        rendered = pool.submit(serving.generator.metrics.render)
+        wait([rendered], 0.2)
+        assert not rendered.done()
+    assert b"pagedkv_blocks" in rendered.result()[0]
 
 
 def test_one_that_waits_for_blocks_and_leaves_is_forgotten(path, monkeypatch):

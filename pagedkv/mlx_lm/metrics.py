@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from pagedkv.errors import PagedKVError
 
 FIRST = 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 BETWEEN = 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0
@@ -88,9 +91,10 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """Return all in Prometheus' text format, and its content type."""
         store = self._store()
-        if store is not None and store.is_open:
-            pool, tree = store.memory.kv.pool, store.memory.tree
-            self._blocks.labels("free").set(pool.num_free_frames)
-            self._blocks.labels("cached").set(tree.num_blocks)
-            self._blocks.labels("all").set(pool.num_frames)
+        if store is not None:
+            with suppress(PagedKVError):  # it was closed
+                stats = store.stats()
+                self._blocks.labels("free").set(stats.free_blocks)
+                self._blocks.labels("cached").set(stats.cached_blocks)
+                self._blocks.labels("all").set(stats.num_blocks)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -203,7 +203,6 @@ class PagedStore(Closing):
             return list(self._own_caches())
         return [KVCache() for _ in self._model.layers]
 
-    @one_at_a_time
     def warm_up(self) -> None:
         """Run made-up prompts, so that the first request does not wait for kernels to compile.
 
