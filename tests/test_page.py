@@ -435,6 +435,23 @@ def test_a_cell_of_nothing_is_in_no_chart_of_factors(recorded, site):
     assert not re.search("NaN|Infinity", overhead.text("body"))
 
 
+def test_an_interval_that_reaches_nothing_leaves_a_chart_its_scale(recorded, site):
+    """A few noisy samples, whose mean less its error is below 0."""
+    one = json.loads(json.dumps(next(s for s in recorded["series"] if s["machine"] == CPU)))
+    overhead, address, folder = site
+    overhead.open(f"{address}/overhead.html", machine=CPU)
+    before = overhead.text("#attention-phases")
+    for benchmark in one["benchmarks"]:
+        if benchmark["measure"] == "attention":
+            for row in benchmark["values"]:
+                row[:] = [[v[0], -3.0, v[0] * 1.1] if isinstance(v, list) else v for v in row]
+    (folder / "reaching.html").write_text(page(recorded | {"series": [one]}))
+    overhead.open(f"{address}/reaching.html", machine=CPU)
+    assert "[-3.00, " in overhead.text("#attention-now")
+    assert overhead.points("attention-phases") > 0
+    assert overhead.text("#attention-phases") == before
+
+
 def test_words_that_a_stranger_does_not_know_are_explained(at):
     overhead = at(**CHOSEN)
     address = overhead.page.url

@@ -99,7 +99,7 @@ function pivot(id, rows, down, across, show, { chosen, share } = {}) {
 }
 
 // Draws the rows that make lines, a line for each value of `by`, and says what was left out. An axis of
-// factors has no place for 0.
+// factors has no place for 0, nor for an interval that reaches it.
 function draw(chart, rows, id, by) {
   const lines = Object.values(Object.groupBy(rows.filter(row => known(row) && row.value > 0), row => row[by]));
   const drawn = lines.filter(line => line.length > 1).flat();
@@ -113,7 +113,8 @@ function draw(chart, rows, id, by) {
   if (by === "path") shown.sort();
   for (const { encoding: { color } } of spec.layer)
     if (color) color.scale = { domain: shown, range: shown.map(value => DATA.colours[value]) };
-  const plain = drawn.map(({ benchmark, values, host, ...row }) => ({ ...row, link: linkOf({ benchmark, ...row }) }));
+  const ends = row => row.low > 0 ? {} : { low: null, high: null };
+  const plain = drawn.map(({ benchmark, values, host, ...row }) => ({ ...row, ...ends(row), link: linkOf({ benchmark, ...row }) }));
   return vegaEmbed($(id), { ...spec, datasets: { rows: plain } }, {
     renderer: "svg", actions: { export: true, source: false, compiled: false, editor: false },
   });
