@@ -14,7 +14,7 @@ from pagedkv.limits import integers, positive_int32
 
 
 class Writing(Protocol):
-    """What a write asks of the `Step` whose slots it takes."""
+    """The part of a `Step` that writes into its slots use."""
 
     def check_writing(self, pools: object) -> None:
         """Raise unless the step is under way in these pools."""

@@ -393,9 +393,9 @@ class Extension(Step):
         Raises
         ------
         PagedKVError
-            If a layer got no K and V: nothing has changed then, and `rollback` is possible. If the
-            step is over; or if somebody else changed one of its sequences. The step is over then,
-            and the sequences stay as they are now.
+            If a layer got no K and V; nothing has changed, and `rollback` is possible. If the step
+            is over. If one of its sequences was changed elsewhere; the step is then over, and the
+            sequences stay as they are.
         """
         self._check_open()
         self._check_sequences()

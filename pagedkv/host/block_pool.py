@@ -41,12 +41,13 @@ class Ids(Protocol):
 
 
 class Held(weakref.ref[Any]):
-    """What an object holds of a pool, for the time after the object: `ids` of blocks, its to set.
+    """A weak reference to an object, with the ids of the blocks that it holds.
 
-    `counted` is the pool's: the blocks that `FramePool` has counted it for, and how far it was.
+    The object sets `ids`; when it is gone, the pool takes them back. `counted` is the pool's: the
+    blocks that `FramePool` has counted the object for, and how far it was.
 
-    The garbage collector may drop an object in the middle of a change of the pool. So nothing but
-    `deque.append` runs then, which no interrupt divides; the pool's next operation does the rest.
+    The garbage collector may run while the pool is being changed. So an object's end calls only
+    `deque.append`, which an interrupt cannot divide; the pool's next operation does the rest.
     """
 
     __slots__ = ("counted", "ids")

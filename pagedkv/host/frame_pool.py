@@ -124,7 +124,7 @@ class FramePool(BlockPool):
         return self._full * blocks
 
     def frames_of_cached(self, num_blocks: int) -> int:
-        """Return how many frames cached prefixes have that nobody else uses; see `num_idle`."""
+        """Return how many frames only cached prefixes use; see `num_idle`."""
         return self.frames_seeing_all(num_blocks) + self.num_idle()
 
     def group_frames(self) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def read_caches(file_name: str) -> tuple[list[Any], str | None]:
 
 
 class _Seal(NamedTuple):
-    """What a file says of itself, and what is so.
+    """The model and checksum that a file claims, and the checksum that it has.
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ class _Seal(NamedTuple):
 
 
 def _sealed(path: str) -> _Seal | None:
-    """Return what a file says of itself; None if that is nothing, ValueError if it is cut off."""
+    """Return a file's seal; None if it has none, ValueError if it is cut off."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         file.seek(0)
