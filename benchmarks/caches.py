@@ -147,7 +147,10 @@ class Attended(_Paged):
             return
         with self.cache.extend(self.tables, [self.context] * self.num_sequences) as step:
             for layer, (keys, values) in enumerate(contents):
-                self.cache.write(layer, keys, values, step.slots)
+                self.cache.write(layer, keys, values, self.slots_of(step, layer))
+
+    def slots_of(self, step, layer):
+        return step.slots
 
     def step(self, queries, new):
         with self.cache.extend(self.tables, [1] * self.num_sequences) as step:

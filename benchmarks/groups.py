@@ -180,13 +180,8 @@ class _Mixed(Attended):
             **self.sizes,
         )
 
-    def fill(self, contents):
-        if not contents:
-            super().fill(contents)
-            return
-        with self.cache.extend(self.tables, [self.context] * self.num_sequences) as step:
-            for layer, (keys, values) in enumerate(contents):
-                self.cache.write(layer, keys, values, step.slots_of(layer))
+    def slots_of(self, step, layer):
+        return step.slots_of(layer)
 
     def layer(self, step, layer, queries, keys, values):
         scores = self.scores[layer]

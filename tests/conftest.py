@@ -56,6 +56,23 @@ def cache_folder(tmp_path, monkeypatch):
     findings.environment.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def model():
+    """A small model of Llama's shape."""
+    from small_models import small_model
+
+    return small_model("llama")
+
+
+@pytest.fixture
+def store(model):
+    """An open store of it with 64 blocks."""
+    from pagedkv.mlx_lm import PagedStore
+
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        yield store
+
+
 @pytest.fixture
 def versions(tmp_path):
     """Results of one commit with two versions of MLX, the newer ten times as slow.

@@ -19,11 +19,6 @@ NEEDS = [-(-(len(prompt) + COUNT) // 4) for prompt in PROMPTS]  # blocks of 4: 5
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small_model("llama")
-
-
-@pytest.fixture(scope="module")
 def expected(model):
     return [alone(model, prompt) for prompt in PROMPTS]
 

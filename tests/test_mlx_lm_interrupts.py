@@ -21,17 +21,6 @@ from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.scheduled import ScheduledModel
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model("llama")
-
-
-@pytest.fixture
-def store(model):
-    with PagedStore(model, num_blocks=64, block_size=4) as store:
-        yield store
-
-
 def test_the_next_pass_is_right(model, store):
     store.close()
     own = make_prompt_cache(model)

@@ -18,17 +18,6 @@ from pagedkv.mlx_lm import PagedStore
 PROMPT = list(range(1, 40))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model("llama")
-
-
-@pytest.fixture
-def store(model):
-    with PagedStore(model, num_blocks=64, block_size=4) as store:
-        yield store
-
-
 def answer(model, prompt, cache=None, count=12, **options):
     steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options)
     return [int(token) for token, _ in steps]

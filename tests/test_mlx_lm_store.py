@@ -32,11 +32,6 @@ ROUTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model("llama")
-
-
 @pytest.fixture
 def store(model):
     with PagedStore(model, num_blocks=16, block_size=4) as store:

@@ -15,7 +15,6 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
-from small_models import small_model
 
 from pagedkv import PagedKVError
 from pagedkv.host.turns import FairLock
@@ -28,11 +27,6 @@ PROMPTS = [[*SHARED[: 10 + 3 * k], *range(50 + k, 60 + k)] for k in range(6)]
 def answer(model, prompt, cache=None, count=8, **options):
     steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options)
     return [int(token) for token, _ in steps]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model("llama")
 
 
 @pytest.fixture(scope="module")

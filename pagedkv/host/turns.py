@@ -55,7 +55,7 @@ class FairLock(_RLock):  # type: ignore[misc]
             raise
 
     def is_free(self) -> bool:
-        """Whether no other thread has it."""
+        """Whether this thread could take it without waiting."""
         if self._is_owned():
             return True
         try:
@@ -83,10 +83,9 @@ class FairLock(_RLock):  # type: ignore[misc]
             with self:
                 try:
                     item = next(items)
-                except StopIteration:
+                except BaseException as error:
                     end()
-                    return
-                except BaseException:
-                    end()
+                    if isinstance(error, StopIteration):
+                        return
                     raise
             yield item

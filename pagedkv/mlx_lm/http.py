@@ -238,28 +238,28 @@ class Handler(server.APIHandler):
         self._check_model(request)
         provider = responses.model_provider
         self._asked = request.model or "default_model"
+        prompts: list[Any] = []
         if isinstance(request, ChatRequest):
             request.check(
                 allows_templates=self.limits.request_templates,
                 has_images=provider.processor is not None,
             )
-        prompts = request.prompts if isinstance(request, TextRequest) else [None]
-        sizes = [len(prompt or "") for prompt in prompts]
-        if isinstance(request, ChatRequest):
-            sizes = [request.size]
-        for size, prompt in zip(sizes, prompts, strict=True):
-            provider.check_size(size, prompt if isinstance(prompt, list) else ())
+            provider.check_size(request.size, ())
+        else:
+            prompts = request.prompts
+            for prompt in prompts:
+                provider.check_size(len(prompt), prompt if isinstance(prompt, list) else ())
         self._salt = request.cache_salt
         own = request.normalized(body)
         if not self.limits.any_model:
             own["model"] = "default_model"  # another name for it would wait for running answers
         self._streams = own["stream"]
-        if len(prompts) == 1:
-            if isinstance(request, TextRequest):
-                own["prompt"] = prompts[0]
-            self._run(own)
-        else:
+        if len(prompts) > 1:
             self._run_several(own, prompts)
+            return
+        if prompts:
+            [own["prompt"]] = prompts
+        self._run(own)
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding"):

@@ -153,8 +153,7 @@ class Memory:
         """Have computed what this thread wrote and left unevaluated, as when a pass failed."""
         if self.is_open:
             with suppress(Exception):  # the same failure
-                written = [self.kv.written(layer) for layer in range(self.kv.num_layers)]
-                mx.async_eval(written)  # type: ignore[no-untyped-call]
+                mx.async_eval(self._written())  # type: ignore[no-untyped-call]
 
     def begin(self, sequences: Any) -> None:
         """Note that a pass of this thread begins, see `take_over`."""
@@ -181,13 +180,16 @@ class Memory:
                     "own takes each step within `PagedStore.exclusive`"
                 )
             try:
-                mx.eval([self.kv.written(layer) for layer in range(self.kv.num_layers)])
+                mx.eval(self._written())
             except Exception as error:
                 raise PagedKVError(
                     "expected the thread that computed last to evaluate the `state` of its caches "
                     f"before another computes: {error}"
                 ) from error
         self._thread = me
+
+    def _written(self) -> list[list[mx.array]]:
+        return [self.kv.written(layer) for layer in range(self.kv.num_layers)]
 
     def check_open(self) -> None:
         """Raise PagedKVError if the store was closed."""

@@ -85,7 +85,6 @@ Penalty = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 # Scores are divided by these: a smaller one overflows float16.
 Divisor = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_divides)]
 Word = Annotated[str, Field(min_length=1, max_length=256)]
-Token = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class _Part(BaseModel):
@@ -259,8 +258,8 @@ class TextRequest(_Common):
 
     prompt: (
         str
-        | list[Token]
-        | Annotated[list[str | list[Token]], Field(min_length=1, max_length=PROMPTS)]
+        | list[Count]  # of token ids
+        | Annotated[list[str | list[Count]], Field(min_length=1, max_length=PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=11)] | bool | None = None
 

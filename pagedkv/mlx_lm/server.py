@@ -1,9 +1,9 @@
 """mlx-lm's server over a paged store: ``python -m pagedkv.mlx_lm.server --model M --memory 8GB``.
 
-All of it is mlx-lm's own, `mlx_lm.server.main` and its options, but for three objects of it: the
-provider of models opens a store for each, the cache of prompts keeps whole blocks in the store's
-tree as well, and a request larger than the store is refused before it is answered. And clients that
-come all at once wait: mlx-lm's own queue of connections has five places, the rest are cut off.
+It is mlx-lm's `mlx_lm.server.main` with its options, and with other objects in four places:
+`Provider` opens a store for each model, `PromptCaches` also keeps whole blocks in the store's tree,
+`Responses` checks each request and recovers from a failed generation, and `http` has the
+connections and who may ask.
 """
 
 from __future__ import annotations
@@ -399,9 +399,8 @@ class Responses(server.ResponseGenerator):
         while True:
             with suppress(Empty):
                 found = response_queue.get(timeout=WATCH)
-                if time.monotonic() - self._client.looked < WATCH:
-                    return found
-                self._check_client()
+                if time.monotonic() - self._client.looked >= WATCH:
+                    self._check_client()
                 return found
             if not self.generation_available():  # type: ignore[no-untyped-call]
                 raise RuntimeError("the generation thread has ended")
