@@ -32,9 +32,12 @@ from tracking.results import (
     STEP,
     TOKENS,
     load,
+    measured,
     measured_commits,
     recorded_commits,
+    usual_environment,
 )
+from website.series import of_one_version
 
 CELL = ("1", "1024", "32")
 RECORDED = ("h200", "linux-2core-xeon", "h100")
@@ -68,12 +71,14 @@ def shown(value):
 
 def prove_measure(overhead, url, machine, measure, results=RESULTS):
     """Compare what the page says of a measure on a machine with the results."""
-    values = {}
-    for commit in measured_commits(machine, results):
-        table = load(machine, commit, results)
-        values[commit] = {
+    commits, environment = measured_commits(machine, results), usual_environment(machine, results)
+    files = {m.commit: m for m in measured(machine, results) if m.environment == environment}
+    values = {
+        commit: {
             (*c, "32")[:3]: v for name in MEASURES[measure] for c, v in table.get(name, {}).items()
         }
+        for commit, table in zip(commits, of_one_version([files[c] for c in commits]), strict=True)
+    }
     known = [commit for commit, cells in values.items() if any(v.known for v in cells.values())]
     name = f"{machine}, {measure}"
     if not known:
@@ -226,8 +231,8 @@ def main():
         series = look(html, machine)
         drawn = {round(y, 4) for points in series.values() for _, y in points}
         values = (old_values[STEP][CELL], new_values[STEP])
-        measured = {round(value.value, 4) for value in values}
-        expect(drawn == measured, f"asv draws the measured steps {sorted(measured)}, offline")
+        steps = {round(value.value, 4) for value in values}
+        expect(drawn == steps, f"asv draws the measured steps {sorted(steps)}, offline")
         with browse(html) as (page, address):
             overhead, url = OverheadPage(page), f"{address}/overhead.html"
             overhead.open(url)
