@@ -2,8 +2,8 @@
 PYTHON ?= python3
 # MLX backend: cpu (Linux CPU; on macOS this is Metal), cuda12 or cuda13.
 BACKEND ?= cpu
-# quick: contexts 1024 and 4096, block 32, a few benchmarks of old commits; full: all, a long wait.
-GRID ?= quick
+# quick: the headline alone; short: every benchmark at HEAD, at short contexts; full: all, a long wait.
+GRID ?=
 # Name in results/; empty is the name asv has for this host.
 MACHINE ?=
 
@@ -36,7 +36,7 @@ AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 help:
 	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
-	@echo "                 GRID=full  BACKEND=cuda13  MACHINE=name"
+	@echo "                 GRID=short or full  BACKEND=cuda13  MACHINE=name"
 	@echo "make serve       look at the published site"
 	@echo "make test        lint, types and tests"
 	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
@@ -65,7 +65,7 @@ help:
 
 # Exit 2 of the first step: some benchmarks failed; what there is gets published all the same.
 bench: $(READY) website/node_modules
-	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(GRID) $(OPTIONS); status=$$?; \
+	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(or $(GRID),quick) $(OPTIONS); status=$$?; \
 	test $$status = 0 -o $$status = 2 || exit $$status; \
 	$(MAKE) --no-print-directory publish && \
 	$(BIN)/python -m tracking.documents headline $(OPTIONS) && \
@@ -110,7 +110,7 @@ OUTPUT ?=
 ROUNDS ?=
 # Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
 compare: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.compare pull-request --base $(BASE) --grid $(GRID) $(OPTIONS) \
+	$(AWAKE) $(BIN)/python -m tracking.compare pull-request --base $(BASE) --grid $(or $(GRID),short) $(OPTIONS) \
 	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
@@ -146,7 +146,7 @@ report: $(READY)
 
 # What the benchmark machine does for main.
 nightly: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.nightly run --grid $(GRID) $(OPTIONS)
+	$(AWAKE) $(BIN)/python -m tracking.nightly run --grid $(or $(GRID),short) $(OPTIONS)
 
 nightly-mlx: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.nightly newest-mlx $(OPTIONS)

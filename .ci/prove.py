@@ -183,7 +183,7 @@ def prove_list(html_dir, machine):
 
 def prove_comparison(machine):
     """Compare a commit with a slowed copy and with an identical one."""
-    where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "quick"}
+    where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "short"}
     base, again, slower = slowed(0), commit_of(f"{slowed(0)}^{{tree}}", "again"), slowed(100)
     # CI machines are noisy.
     noise = SimpleNamespace(threshold=lambda series: Threshold(1.4, "guess"))

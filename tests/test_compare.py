@@ -165,7 +165,7 @@ def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, ca
     monkeypatch.setattr(compare.triage, "between", lambda before, after: ["b" * 40])
     measured.found = cells
     output = tmp_path / "table.md"
-    where = {"machine": "box", "backend": "cpu", "grid": "quick"}
+    where = {"machine": "box", "backend": "cpu", "grid": "short"}
     assert compare.pull_request("main", 3, **where, output=output) == status
     assert output.read_text() in capsys.readouterr().out
     [(before, after, options)] = measured.asked
@@ -180,7 +180,7 @@ def test_what_was_accepted_is_said_and_not_called_slower(measured, monkeypatch, 
     monkeypatch.setattr(compare.triage, "between", lambda before, after: ["c" * 40, "b" * 40])
     entry = triage.Accepted("c" * 8, "overhead.*", "correct now", "https://x/1")
     monkeypatch.setattr(compare.triage, "read", lambda: [entry])
-    where = {"machine": "box", "backend": "cpu", "grid": "quick", "output": tmp_path / "table.md"}
+    where = {"machine": "box", "backend": "cpu", "grid": "short", "output": tmp_path / "table.md"}
     for slower, status in ((RATIO, 0), ("decode.Auto.ratio_y(1)", 1)):
         measured.found = [change(1.0, 1.2, name=slower), change(1.0, 1.0)]
         assert compare.pull_request("main", 1, **where) == status
@@ -198,7 +198,7 @@ def test_nothing_to_compare(monkeypatch):
     monkeypatch.setattr(compare, "git", lambda *args: "b" * 40)
     monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
     with pytest.raises(UserError, match="nothing to compare"):
-        compare.pull_request("main", 1, machine="box", backend="cpu", grid="quick", output=None)
+        compare.pull_request("main", 1, machine="box", backend="cpu", grid="short", output=None)
 
 
 def test_a_base_that_is_not_there():
@@ -349,7 +349,7 @@ def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
     monkeypatch.setattr(changes, "asv", lambda *args, **kw: status)
     monkeypatch.setattr(changes, "_cells", lambda *args: {"a": 1})
     monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, 1.0)])
-    where = {"machine": "box", "backend": "cpu", "benchmarks": (), "grid": "quick", "rounds": 4}
+    where = {"machine": "box", "backend": "cpu", "benchmarks": (), "grid": "short", "rounds": 4}
     if status == 2:
         with pytest.raises(UserError, match="a benchmark failed in one of 4 rounds"):
             changes.measure("a", "b", **where)

@@ -260,7 +260,7 @@ def test_documents_hold_what_results_say(path):
     assert text.count("<!-- results:") == text.count("<!-- end results -->")
 
 
-def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
+def test_the_short_grid_of_plain_asv_is_that_of_make_bench():
     """What the documentation says to type for it."""
     said = re.search(r"--bench '(.*)'", (ROOT / "docs/measuring.md").read_text())[1]
     params = [[str(x) for x in values] for values in common.GRID]
@@ -268,7 +268,7 @@ def test_the_quick_grid_of_plain_asv_is_that_of_make_bench():
         benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
         labels = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
         chosen = [cell for label, cell in labels.items() if re.search(said, label)]
-        assert chosen == grid.asked(benchmark, "quick")
+        assert chosen == grid.asked(benchmark, "short")
     assert not re.search(said, "append.Auto.time_append(1, 1024, 32)")
 
 

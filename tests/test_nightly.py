@@ -60,7 +60,7 @@ def night(monkeypatch):
 def test_a_night(measured, expected, night, monkeypatch):
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: measured)
     monkeypatch.setattr(nightly, "again", lambda *args: night.ran.append("again") or 0)
-    assert nightly.nightly("box", "cpu", "quick") == 0
+    assert nightly.nightly("box", "cpu", "short") == 0
     assert night.ran == expected
     if {"two", "head"} & set(night.ran):
         assert night.asv.patterns == [r"^decode\.A\.time_a\((1,\ 1024,\ 32)\)$"]
@@ -71,7 +71,7 @@ def test_a_failed_benchmark_does_not_end_the_night(status, goes_on, night, monke
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["one"])
     monkeypatch.setattr(nightly, "again", lambda *args: night.ran.append("again") or 0)
     night.asv.status = status
-    assert nightly.nightly("box", "cpu", "quick") == status
+    assert nightly.nightly("box", "cpu", "short") == status
     assert ("history" in night.ran) is ("again" in night.ran) is goes_on
 
 
@@ -110,9 +110,9 @@ def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     monkeypatch.setattr(nightly.triage, "read", lambda: [entry])
     names = ("overhead.A.ratio_x", "decode.B.time_x", "memory.C.track_c", "scheduler.E.track_e")
     names = (*names, "host.G.ratio_g", "settled.F.ratio_f")  # the quick grid does not ask for it
-    listed = {name: {"name": name, "params": []} for name in names}
+    listed = {name: {"name": name, "params": [], "param_names": []} for name in names}
     monkeypatch.setattr(nightly, "discover", lambda *args: listed)
-    assert nightly.again("box", "config", "env", "head", "quick") == 0
+    assert nightly.again("box", "cpu", "env", "head", "short") == 0
     assert [args[-1] for args in night.ran] == ["old^!", "head^!"]
     asked = " ".join(night.ran[0])
     assert "overhead" in asked
@@ -133,7 +133,7 @@ def test_nothing_looks_worse(night, monkeypatch, capsys):
     monkeypatch.setattr(nightly, "changes", lambda *args: [])
     monkeypatch.setattr(nightly, "discover", lambda *args: {})
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: ["old", "head"])
-    assert nightly.again("box", "config", "env", "head", "quick") == 0
+    assert nightly.again("box", "cpu", "env", "head", "short") == 0
     assert (night.ran, capsys.readouterr().out) == ([], "no regressions\n")
 
 

@@ -256,7 +256,7 @@ def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path, versi
 
     monkeypatch.setattr(noise, "derive_config", derive)
     names = ("overhead.Auto.ratio_vs_contiguous", "host.Plan.time_plan", "settled.B.ratio_b")
-    listed = {name: {"name": name, "params": []} for name in names}
+    listed = {name: {"name": name, "params": [], "param_names": []} for name in names}
     monkeypatch.setattr(noise, "discover", lambda *args: listed)
 
     def asv(*args, config):

@@ -244,7 +244,7 @@ def test_a_machine_is_named_after_chip_and_memory(chip, home, monkeypatch):
 def test_the_steps_are_commands_that_exist_and_fit_into_half_an_hour():
     steps = report.steps_on("box")
     *others, last = steps
-    assert last.name == "quick grid"  # which can be cut anywhere, and takes what is left
+    assert last.name == "short grid"  # which can be cut anywhere, and takes what is left
     assert sum(step.minutes for step in others) + 2 < report.MINUTES <= 28
     for step in steps:
         files = [word for word in step.command if word.startswith("tests/")]
@@ -255,13 +255,13 @@ def test_the_steps_are_commands_that_exist_and_fit_into_half_an_hour():
 
 
 @pytest.mark.parametrize(("step", "name"), [("step", STEP), ("attention", ATTENTION)])
-def test_headlines_are_those_of_the_quick_grid(step, name):
+def test_headlines_are_those_of_the_short_grid(step, name):
     [chosen] = [one.command[-1] for one in report.steps_on("box") if one.name == step]
     params = [[str(x) for x in values] for values in common.GRID]
     benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
     cells = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
     asked = [cell for label, cell in cells.items() if re.search(chosen, label)]
-    assert asked == grid.asked(benchmark, "quick")
+    assert asked == grid.asked(benchmark, "short")
 
 
 def test_it_begins_where_mlx_cannot_be_imported():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from asv._stats import is_different
 from asv.util import UserError
 
-from tracking.grid import selection, series_name
+from tracking.grid import device_of, selection, series_name
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
 from tracking.results import MISSING, Value, measured, over
@@ -116,7 +116,7 @@ class NothingMeasuredError(UserError):
     """asv has no result of a commit: it cannot be built, or the series is not known there."""
 
 
-def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="quick", series=None):
+def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="short", series=None):
     """Run `asv continuous` on two commits into an empty folder and return the changes.
 
     Of `benchmarks`, prefixes of their names, in a grid; or of one `series`, by its name.
@@ -139,7 +139,7 @@ def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="qui
         listed = discover(machine, config)
         for name, benchmark in listed.items():
             if name.startswith(benchmarks):
-                options += selection(benchmark, grid)
+                options += selection(benchmark, grid, device_of(backend))
         if series:
             options += ["--bench", f"^{re.escape(series)}$"]
         status = asv("continuous", *options, before, after, config=config)

@@ -13,6 +13,7 @@ from asv.util import UserError
 from tracking import triage
 from tracking.changes import measure, verdict
 from tracking.detection import detect
+from tracking.grid import GRIDS
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import begin, machine_options
@@ -106,7 +107,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.compare", description=__doc__)
     parser.add_argument("what", choices=["pull-request", "detect", "week"])
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
-    parser.add_argument("--grid", choices=["quick", "full"], default="quick")
+    parser.add_argument("--grid", choices=GRIDS, default="short")
     parser.add_argument("--times", type=int, help="comparisons of identical commits")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: as noise has it)")
     parser.add_argument("--output", help="write the Markdown table here, too")

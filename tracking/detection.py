@@ -68,7 +68,7 @@ def detect(times, rounds, *, machine, backend):
     if not noise.threshold(DETECTION).recorded:
         raise UserError(f"the noise of machine {machine} is not recorded: run `make noise`")
     rounds = rounds or noise.rounds
-    where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "quick"}
+    where = {"machine": machine, "backend": backend, "benchmarks": DETECTION, "grid": "short"}
     file = RESULTS / machine / "detection.csv"
     rows = read_csv(file)[1] if file.exists() else []
     rows = [row for row in rows if row[1] != str(rounds)]

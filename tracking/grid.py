@@ -1,41 +1,37 @@
 """Which cells of which benchmarks a run asks for.
 
-The grid "full" is all of them, "quick" a few contexts at one block size. "history" is what a quick
-run asks of old commits: a few benchmarks, and those whose cells take ten seconds and more at the
-shortest context.
+`quick` is the headline alone, in the cells of `QUICK`; `short` is every benchmark at short contexts
+in blocks of 32 tokens; `full` is everything.
 """
 
 import itertools
+import platform
 import re
 
-from benchmarks.common import PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+from benchmarks.common import BATCHES, PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
 
-# A quick run measures old commits by these alone; every path of today is measured at HEAD.
-HISTORY = (
-    "host.NumPy.",
-    "host.PlanAllocated.",
-    "host.PlanInstructions.",
-    "host.PlanRetired.",
-    "overhead.Auto.",
-    "append.Auto.",
-    "prefill.Write.",
-    "prefix_cache.Match.",
-    "prompt.Cached.ratio_",
-    "prompt.FirstToken.ratio_speed",
-    "scheduler.Decode.",
-    "scheduler.Instructions.",
-    "scheduler.Allocated.",
-    "scheduler.Retired.",
-    "step.Auto.",
-    "step.Host.",
-    "step.Instructions.",
-    "step.Allocated.",
-    "step.Retired.",
-)
-# Of these, old commits are asked for one cell in a quick run: a prompt takes a CPU seconds.
-SHORTEST = {"prompt.Cached.": ("448", "32"), "prompt.FirstToken.": ("512",)}
-# Of these, a quick run asks for nothing: they take a CPU half a minute a cell and more.
-LONG = (
+GRIDS = ("quick", "short", "full")
+
+_SHORT = list(itertools.product(BATCHES, QUICK_CONTEXTS, QUICK_BLOCK_SIZES))
+# The headline: attention and a decode step over contiguous ones, first token and tokens a second
+# over mlx-lm's. On two cores these cells of a commit take 20 seconds, 55 where it has mlx-lm.
+QUICK = {
+    "cpu": {
+        "overhead.Auto.ratio_vs_contiguous": [(1, 1024, 32), (1, 4096, 32)],
+        "step.Auto.ratio_step_vs_contiguous": [(1, 1024, 32)],
+        "prompt.FirstToken.ratio_speed": [(512,)],
+        "generate.Decode.ratio_tokens_per_second": [(1, 512)],
+    },
+    "gpu": {
+        "overhead.Auto.ratio_vs_contiguous": _SHORT,
+        "step.Auto.ratio_step_vs_contiguous": _SHORT,
+        "prompt.FirstToken.ratio_speed": [(512,), (2048,), (8192,)],
+        "generate.Decode.ratio_tokens_per_second": list(itertools.product([1, 8], [512, 4096])),
+    },
+}
+# The short grid lacks these: they settled a decision, or take a CPU half a minute a cell.
+NOT_SHORT = (
+    "settled.",
     "prompt.Attention",
     "prompt.Bits.",
     "prompt.Chunk.",
@@ -44,6 +40,11 @@ LONG = (
     "trace.Served.",
 )
 HOST_SHARE = ".track_host_share"  # takes the set-up of a ratio once more
+
+
+def device_of(backend):
+    """Return the kind of device, "cpu" or "gpu", that a backend of MLX runs on here."""
+    return "cpu" if backend == "cpu" and platform.system() != "Darwin" else "gpu"
 
 
 def cells(benchmark):
@@ -56,50 +57,35 @@ def series_name(name, cell):
     return f"{name}({', '.join(cell)})" if cell else name
 
 
-def belongs(cell, benchmark, grid):
-    """Whether a cell, as asv names it, is measured in a grid; all are off the big grid."""
-    names = benchmark["param_names"]
-    if grid == "history":
-        for prefix, shortest in SHORTEST.items():
-            if benchmark["name"].startswith(prefix):
-                return cell == shortest
-    if grid == "full" or not {*PARAM_NAMES} <= {*names}:
-        return True
-    context, block_size = (cell[names.index(name)] for name in PARAM_NAMES[1:])
-    short = grid == "history" and benchmark["name"].startswith("step.")
-    contexts = QUICK_CONTEXTS[:1] if short else QUICK_CONTEXTS
-    return int(context) in contexts and int(block_size) in QUICK_BLOCK_SIZES
+def asked(benchmark, grid, device=None):
+    """Return the cells of a benchmark, as asv names them, that a grid asks for.
 
-
-def asked(benchmark, grid):
-    """Return the cells of a benchmark that belong to a grid; some have none in the quick one."""
-    return [cell for cell in cells(benchmark) if belongs(cell, benchmark, grid)]
-
-
-def selection(benchmark, grid):
-    """Return asv's options that run the cells of one benchmark that belong to a grid."""
-    name = re.escape(benchmark["name"])
-    if grid == "full" or not benchmark["params"]:
-        return ["--bench", rf"^{name}(\(|$)"]
-    labels = "|".join(re.escape(", ".join(cell)) for cell in asked(benchmark, grid))
-    return ["--bench", rf"^{name}\(({labels})\)$"] if labels else []
-
-
-def in_run(names, grid):
-    """Return the benchmarks that a grid asks for.
-
-    The experiments that settled a decision are in the full grid alone, and so is what takes long.
+    The quick grid depends on the kind of device, "cpu" or "gpu".
     """
-    if grid == "full":
-        return list(names)
-    names = [name for name in names if not name.endswith(HOST_SHARE)]
+    name, params = benchmark["name"], benchmark["param_names"]
     if grid == "quick":
-        return [name for name in names if not name.startswith(("settled.", *LONG))]
-    return [name for name in names if name.startswith(HISTORY)]
-
-
-def in_one_run(names, grid):
-    """Group benchmarks by asv run, which takes seconds to start and saves when it is through."""
+        return [tuple(map(str, cell)) for cell in QUICK[device].get(name, [])]
+    every = cells(benchmark)
     if grid == "full":
-        return [[name] for name in names]
-    return [list(group) for _, group in itertools.groupby(names, lambda name: name.split(".")[0])]
+        return every
+    if name.startswith(NOT_SHORT) or name.endswith(HOST_SHARE):
+        return []
+    if not {*PARAM_NAMES} <= {*params}:
+        return every
+    context, block_size = map(params.index, PARAM_NAMES[1:])
+    return [
+        cell
+        for cell in every
+        if int(cell[context]) in QUICK_CONTEXTS and int(cell[block_size]) in QUICK_BLOCK_SIZES
+    ]
+
+
+def selection(benchmark, grid, device=None):
+    """Return asv's options that run what a grid asks for of a benchmark: none for nothing."""
+    found, name = asked(benchmark, grid, device), re.escape(benchmark["name"])
+    if not found:
+        return []
+    if len(found) == len(cells(benchmark)):
+        return ["--bench", rf"^{name}(\(|$)"]
+    labels = "|".join(re.escape(", ".join(cell)) for cell in found)
+    return ["--bench", rf"^{name}\(({labels})\)$"]

@@ -11,7 +11,7 @@ from asv.util import UserError
 from tracking import history, requirements, triage
 from tracking.changes import changes
 from tracking.compare import COMPARED
-from tracking.grid import in_run, selection
+from tracking.grid import GRIDS, device_of, selection
 from tracking.lock import acquire
 from tracking.noise import record, recorded_noise, rows_of_results
 from tracking.project import (
@@ -42,32 +42,31 @@ def new_commits(measured):
 
 def nightly(machine, backend, grid):
     """Measure what is new on main and the phases, then once more what looks like a regression."""
-    config = config_for(backend)
-    environment = environment_name(config)
+    environment = environment_name(config_for(backend))
     head, before = git("rev-parse", "HEAD"), measured_commits(machine, environment=environment)
     status = 0
     if new := new_commits(before):
-        status = run_commits(new, machine, config, grid)
+        status = run_commits(new, machine, backend, grid)
     if status in (0, 2):
         status = max(status, history.run(grid, machine, backend, rounds=2))
     if any(commit != head for commit in before) and status in (0, 2):
-        status = max(status, again(machine, config, environment, head, grid))
+        status = max(status, again(machine, backend, environment, head, grid))
     return status
 
 
-def run_commits(commits, machine, config, grid):
+def run_commits(commits, machine, backend, grid):
     """Run a grid at commits, the oldest first: what a night cut short leaves is later."""
-    listed = discover(machine, config)
+    config = config_for(backend)
     options = ["--machine", machine, "--show-stderr"]
-    for name in in_run(listed, grid):
-        options += selection(listed[name], grid)
+    for benchmark in discover(machine, config).values():
+        options += selection(benchmark, grid, device_of(backend))
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(commits))
         file.flush()
         return asv("run", *options, f"HASHFILE:{file.name}", config=config)
 
 
-def again(machine, config, environment, head, grid):
+def again(machine, backend, environment, head, grid):
     """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
 
     What the two had before are runs of their code, for the noise.
@@ -75,8 +74,9 @@ def again(machine, config, environment, head, grid):
     measured = measured_commits(machine, environment=environment)
     previous = [commit for commit in measured if commit != head][-1]
     noise = recorded_noise(machine)
+    config = config_for(backend)
     listed = discover(machine, config)
-    asked = {name: selection(listed[name], grid) for name in in_run(listed, grid)}
+    asked = {name: selection(one, grid, device_of(backend)) for name, one in listed.items()}
 
     def worse():
         found = {}
@@ -129,7 +129,7 @@ def with_newest_mlx(machine, backend):
     options = ["--machine", machine, "--show-stderr"]
     for name, benchmark in discover(machine, config).items():
         if name.startswith(COMPARED):
-            options += selection(benchmark, "quick")
+            options += selection(benchmark, "short")
     return asv("run", *options, "HEAD^!", config=config)
 
 
@@ -138,7 +138,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tracking.nightly", description=__doc__)
     commands = ["run", "newest-mlx", "fetch-results", "push-results"]
     parser.add_argument("command", choices=commands)
-    parser.add_argument("--grid", choices=["quick", "full"], default="quick")
+    parser.add_argument("--grid", choices=GRIDS, default="short")
     parser.add_argument("--remote", default="origin", help="where the branch results is")
     machine_options(parser)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ import numpy as np
 from asv.util import UserError
 
 from tracking.files import write_text
-from tracking.grid import in_run, selection, series_name
+from tracking.grid import selection, series_name
 from tracking.lock import acquire
 from tracking.project import (
     asv,
@@ -319,9 +319,9 @@ def noise(times, pause, benchmarks, *, machine, backend):
         try:
             listed = discover(machine, config)
             options = ["--machine", machine, "--attribute", f"rounds={NIGHT}", "--show-stderr"]
-            for name in in_run(listed, "quick"):
+            for name, benchmark in listed.items():
                 if name.startswith(benchmarks):
-                    options += selection(listed[name], "quick")
+                    options += selection(benchmark, "short")
             status = asv("run", *options, f"{head}^!", config=config)
         finally:
             (ROOT / config).unlink()

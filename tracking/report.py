@@ -66,7 +66,11 @@ def steps_on(machine):
         Step("step", 5, (*one, rf"^step\.Auto\.ratio_.*{CELLS}")),
         Step("attention", 3, (*one, rf"^overhead\.Auto\..*{CELLS}")),
         Step("noise", 6, (*make, "noise", f"MACHINE={machine}", "TIMES=1")),
-        Step("quick grid", MINUTES, (*run, "tracking.history", "run", "--head", *here)),
+        Step(
+            "short grid",
+            MINUTES,
+            (*run, "tracking.history", "run", "--head", "--grid=short", *here),
+        ),
     ]
 
 

@@ -61,7 +61,7 @@ class _Week:
         options = ["--machine", self.machine, "--attribute", f"rounds={NIGHT}", "--show-stderr"]
         benchmark = self.listed[DETECTION]
         batches, _, sizes = benchmark["params"]
-        options += selection({**benchmark, "params": [batches, ["1024"], sizes]}, "quick")
+        options += selection({**benchmark, "params": [batches, ["1024"], sizes]}, "short")
         if asv("run", *options, f"{commit}^!", config=self.config):
             raise UserError("a benchmark failed, see above")
 
