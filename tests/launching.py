@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from cases import score_options
+from cases import score_options, tolerances
 
 from pagedkv import DECODE_PATHS, kernels
 from pagedkv.attention import fused, paths, plan
@@ -16,7 +16,7 @@ from pagedkv.attention.paths import backend_of
 from pagedkv.cache import pools
 
 # Relative error of one sequence's output.
-TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+TOLERANCE = tolerances({mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3})
 # Small groups and items, so that short contexts are cut and joined.
 TUNING = Tuning(
     processors=32,

@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import cases
 import mlx.core as mx
 import pytest
 from launching import on_a_cpu
@@ -252,3 +253,18 @@ def test_a_kernel_that_compiles_elsewhere_is_not_the_one_that_did_not(tmp_path):
     job.table(tmp_path)
     said = (tmp_path / "kernels.txt").read_text().splitlines()
     assert said == [f"did not compile: {two}", f"passed: {one}"]
+
+
+@pytest.mark.parametrize(
+    ("of_sdpa", "allowed"), [(1e-7, 1e-5), (2e-5, 4e-5), (1e-3, 1e-4)], ids=["less", "more", "far"]
+)
+def test_on_a_gpu_what_sdpa_misses_is_allowed_twice(of_sdpa, allowed, monkeypatch):
+    monkeypatch.setattr(cases, "sdpa_error", lambda dtype: of_sdpa)
+    monkeypatch.setattr(cases, "ON_CPU", False)
+    assert cases.tolerances({mx.float32: 1e-5}) == {mx.float32: pytest.approx(allowed)}
+    monkeypatch.setattr(cases, "ON_CPU", True)
+    assert cases.tolerances({mx.float32: 1e-5}) == {mx.float32: 1e-5}
+
+
+def test_sdpa_is_held_to_float64():
+    assert 0 < cases.sdpa_error(mx.float32) < 1e-5 < cases.sdpa_error(mx.bfloat16) < 1e-2
