@@ -96,6 +96,12 @@ def test_metal_runs_on_a_mac_and_its_failures_count():
     assert command[2:] == ["shard", '"$SHARD"', str(len(shards)), '"$RUNNER_TEMP/metal"']
 
 
+def test_after_a_failure_on_a_mac_the_canary_says_whether_it_is_the_machine():
+    last = JOBS["ci.yml: test"]["steps"][-1]
+    assert last["if"] == "failure() && runner.os == 'macOS'"
+    assert (ROOT / last["run"].split()[1]).name == "canary.py"
+
+
 REPORT = """# hosted-mac
 
 | step | what happened | seconds |
