@@ -21,6 +21,15 @@ from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.scheduled import ScheduledModel
 
 
+@pytest.fixture(autouse=True)
+def _quick_collections():
+    """Collections of garbage look at what a test has made, hundreds of times, and at nothing else."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def test_the_next_pass_is_right(model, store):
     store.close()
     own = make_prompt_cache(model)
