@@ -35,6 +35,36 @@ def test_tables_are_about_one_version_of_mlx(versions, monkeypatch):
         ratio(environment=newest)
 
 
+def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(versions):
+    folder, h200, commit, _ = versions
+    assert results.default_machine(folder) == (h200, commit)
+
+    def add(machine, benchmarks, started_at=1):
+        """A machine whose newest commit has some of the benchmarks of h200."""
+        [file] = (folder / h200).glob("*-mlx0.32.4.json")
+        content = json.loads(file.read_text())
+        content["params"]["machine"] = machine
+        content["results"] = {name: content["results"][name] for name in benchmarks}
+        for row in content["results"].values():
+            row[content["result_columns"].index("started_at")] = started_at
+        (folder / machine).mkdir()
+        (folder / machine / file.name).write_text(json.dumps(content))
+
+    add("fewer", [results.ATTENTION])
+    assert results.default_machine(folder) == (h200, commit)
+    (folder / h200 / results.RETIRED).write_text("sold\n")
+    assert results.default_machine(folder) == ("fewer", commit)
+    add("earlier", [results.ATTENTION], started_at=0)
+    add("much else", ["decode.Auto.time_decode", "host.Plan.time_plan"], started_at=2)
+    assert results.default_machine(folder) == ("fewer", commit)
+
+
+def test_there_is_no_default_machine_where_nothing_is_measured(tmp_path):
+    assert results.default_machine(tmp_path) is None
+    (tmp_path / "box").mkdir()
+    assert results.default_machine(tmp_path) is None
+
+
 def test_documents_are_about_what_is_recorded(monkeypatch):
     """Results that git does not have, of a newer MLX, are not for documents."""
     commits, environment = results.recorded_commits("h200"), results.recorded_environment("h200")

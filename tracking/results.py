@@ -31,6 +31,8 @@ NAMES = {
 """The headlines in the order of what they say to a user, and what they are called."""
 
 NUMPY = "host.NumPy.track_version"
+RETIRED = "retired.txt"
+"""In a machine's folder: why it no longer measures. It is shown last."""
 
 # What benchmarks were called -> what they are called: other machines' results have the old names.
 RENAMED = {
@@ -170,6 +172,11 @@ def _values(result, name):
     return values
 
 
+def machines(results=RESULTS):
+    """Return the names of the machines that have files of results."""
+    return sorted({file.parent.name for file in Path(results).glob("*/*-*.json")})
+
+
 def environments(machine, results=RESULTS):
     """Return asv's names of the environments (MLX versions) that a machine measured in."""
     return sorted({one.environment for one in measured(machine, results)})
@@ -224,6 +231,26 @@ def measured_commits(machine, results=RESULTS, environment=None):
     known = git("log", "--reverse", "--format=%H").split()
     found = {one.commit for one in measured(machine, results) if one.environment == environment}
     return [commit for commit in known if commit in found]
+
+
+def default_machine(results=RESULTS):
+    """Return (machine, newest commit) of the machine that the page and `make table` open with.
+
+    It is the one with the most headline cells that have a number at its newest commit; on a tie the
+    one that measured last. A retired machine is chosen only if there is no other. Return None if
+    no machine has measured a commit of this clone.
+    """
+
+    def rank(choice):
+        machine, commit = choice
+        table = load(machine, commit, results)
+        cells = sum(value.known for name in NAMES for value in table.get(name, {}).values())
+        last = max(one.started_at for one in measured(machine, results))
+        return not Path(results, machine, RETIRED).exists(), cells, last
+
+    found = {machine: measured_commits(machine, results) for machine in machines(results)}
+    choices = [(machine, commits[-1]) for machine, commits in found.items() if commits]
+    return max(choices, key=rank, default=None)
 
 
 def _in_git(machine):

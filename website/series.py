@@ -17,7 +17,7 @@ from tracking import valid
 from tracking.grid import HOST_SHARE, series_name
 from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
-from tracking.results import MISSING, NUMPY, RESULTS, measured, measured_commits
+from tracking.results import MISSING, NUMPY, RESULTS, RETIRED, measured, measured_commits
 from tracking.tables import ADR, by_number
 
 # The measures, as the page names them, in its order.
@@ -96,8 +96,6 @@ FACTS = {
         ),
     },
 }
-RETIRED = "retired.txt"
-"""In a machine's folder: why nobody measures on it now. The page says so, and shows it last."""
 
 
 def path_of(name):
