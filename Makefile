@@ -103,7 +103,7 @@ adr: $(READY)
 	@$(MAKE) --no-print-directory table
 
 tune: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.tune
+	$(AWAKE) $(BIN)/python -m tools.tune
 
 BASE ?= main
 OUTPUT ?=
@@ -128,7 +128,7 @@ detect week: $(READY)
 # The model computes a million tokens: minutes on a GPU, days on a CPU.
 quality: $(READY)
 	@$(BIN)/python examples/smollm.py
-	$(AWAKE) $(BIN)/python -m tracking.quality $(OPTIONS)
+	$(AWAKE) $(BIN)/python -m tools.quality $(OPTIONS)
 
 # GOOD and BAD are commits, GOOD the earlier; seven commits between take three comparisons.
 bisect: $(READY)
@@ -142,7 +142,7 @@ doctor: $(READY)
 
 # What somebody with a Mac can tell in half an hour; nobody here has one.
 report: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.report $(if $(MACHINE),--machine $(MACHINE))
+	$(AWAKE) $(BIN)/python -m tools.report $(if $(MACHINE),--machine $(MACHINE))
 
 # What the benchmark machine does for main.
 nightly: $(READY)

@@ -5,7 +5,7 @@ import json
 import pytest
 from asv.util import UserError
 
-from tracking import adopt
+from tools import adopt
 
 
 def existing(tmp_path, env_name="existing-py_opt_venv_bin_python3"):

@@ -70,7 +70,7 @@ def test_package_modules_do_not_import_in_a_circle():
     list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "tracking", "website", ".ci"])
+@pytest.mark.parametrize("folder", ["benchmarks", "tracking", "tools", "website", ".ci"])
 def test_only_public_names_of_the_package_are_used(folder):
     for path in modules(folder).values():
         for item in imports(path):
@@ -94,6 +94,6 @@ def test_benchmarks_import_nothing_that_an_old_commit_may_lack():
         assert not any(item.startswith("pagedkv.") for item in found), path
 
 
-def test_what_is_published_builds_on_tracking_and_not_the_reverse():
+def test_website_and_tools_build_on_tracking_and_not_the_reverse():
     for path in modules("tracking").values():
-        assert not any(item.split(".")[0] == "website" for item in imports(path)), path
+        assert not {"website", "tools"} & {item.split(".")[0] for item in imports(path)}, path

@@ -14,7 +14,7 @@ from mlx import nn
 from mlx.utils import tree_map
 from small_models import small_model
 
-from tracking import quality
+from tools import quality
 
 
 class Letters:

@@ -12,8 +12,9 @@ import time
 import pytest
 
 from benchmarks import common
-from tracking import grid, project, report, repository
-from tracking.report import Report, Step
+from tools import report
+from tools.report import Report, Step
+from tracking import grid, project, repository
 from tracking.results import ATTENTION, STEP
 
 SCRIPT = "import os, sys, time; print('said before', flush=True); "
@@ -120,7 +121,7 @@ def test_a_broken_file_of_what_was_done_is_begun_anew(home, fake, broken):
 MAIN = """
 import sys
 from pathlib import Path
-from tracking import report
+from tools import report
 home = Path(sys.argv.pop(1))
 report.ROOT, report.LOGS, report.RESULTS = home, home / "logs", home / "results"
 report.steps_on = lambda machine: [
@@ -266,7 +267,7 @@ def test_headlines_are_those_of_the_short_grid(step, name):
 
 def test_it_begins_where_mlx_cannot_be_imported():
     """What is broken on that Mac is what it is to tell."""
-    code = "import sys; sys.modules['mlx'] = None; import tracking.report"
+    code = "import sys; sys.modules['mlx'] = None; import tools.report"
     done = subprocess.run([sys.executable, "-c", code], cwd=repository.ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.common import workload
 from pagedkv.attention import auto, cut, findings
-from tracking import tune
+from tools import tune
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_recording_a_machine_that_has_no_results(machine):
 
 
 @pytest.mark.parametrize(
-    "module", ["tracking.history", "tracking.doctor", "tracking.report", "website.overhead"]
+    "module", ["tracking.history", "tracking.doctor", "tools.report", "website.overhead"]
 )
 def test_outside_of_the_environment(module):
     done = typed(sys.executable, "-S", "-m", module)  # without what is installed

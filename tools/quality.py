@@ -150,7 +150,7 @@ def measures(name, model, tokenizer, text, tokens, lengths):
 
 def main():
     """Parse the command line, measure a format after the other."""
-    parser = argparse.ArgumentParser(prog="python -m tracking.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.quality", description=__doc__)
     machine_options(parser)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--tokens", type=int, default=65536, help="of perplexity's text")

@@ -61,7 +61,7 @@ def steps_on(machine):
     return [
         Step("doctor", 1, (*make, "doctor", f"MACHINE={machine}")),
         Step("tests", 6, (*run, "pytest", "--tb=short", "--maxfail=20", "-rf", *tests)),
-        Step("tune", 4, (*run, "tracking.tune", *short)),
+        Step("tune", 4, (*run, "tools.tune", *short)),
         # asv saves at the end of a run: two lose less than one. The first installs MLX.
         Step("step", 5, (*one, rf"^step\.Auto\.ratio_.*{CELLS}")),
         Step("attention", 3, (*one, rf"^overhead\.Auto\..*{CELLS}")),
@@ -251,7 +251,7 @@ def pull_request(machine):
 
 def main():
     """Parse the command line; exit 130 if interrupted: a report of failures is a report, too."""
-    parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--machine", help="name in results/ (default: of chip and memory)")
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # some shells have SIGINT ignored

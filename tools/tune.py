@@ -118,7 +118,7 @@ def thresholds(tokens, over, slack=0.05):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tracking.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
     parser.add_argument("--samples", type=int, default=9)

@@ -54,7 +54,7 @@ def adopt(source, *, backend, python, mlx, results=RESULTS):
 
 def main():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tracking.adopt", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.adopt", description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--backend", required=True, help="cpu, metal, cuda12 or cuda13")
     parser.add_argument("--python", required=True, help="such as 3.12")
