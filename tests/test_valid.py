@@ -14,7 +14,7 @@ from asv.util import UserError
 from tracking import files, results, valid
 
 ROOT = Path(__file__).parents[1]
-MACHINE, COMMIT = "h200", "0b9e8013"
+COMMIT = "0b9e8013"
 NAME = f"{COMMIT}-cuda13-py3.12-mlx0.32.4.json"
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -44,30 +44,27 @@ def test_everything_recorded_is_valid():
         valid.load(file)
 
 
-CUT = (
-    (lambda text: text[:5000], "Expecting|Unterminated"),
-    (lambda text: "", "Expecting value"),
-    (lambda text: "[]", "is not of type 'object'"),
-    (lambda text: "7", "is not of type 'object'"),
-    (lambda text: "[" * 100_000, "recursion"),
-    (lambda text: text.replace('"date": ', '"date": 1' + 5000 * "0"), "an integer of 50.. digits"),
-    (lambda text: text.replace('"version": 2', '"version": 3'), "2 was expected"),
+@pytest.mark.parametrize(
+    ("cut", "reason"),
+    [
+        (lambda text: text[:5000], "Expecting|Unterminated"),
+        (lambda text: "", "Expecting value"),
+        (lambda text: "[]", "is not of type 'object'"),
+        (lambda text: "[" * 100_000, "recursion"),
+        (
+            lambda text: text.replace('"date": ', '"date": 1' + 5000 * "0"),
+            "of up to 18 digits, got",
+        ),
+        (lambda text: text.replace('"version": 2', '"version": 3'), "2 was expected"),
+        (lambda text: text.replace("h200", "h\udcff00"), "can't decode byte 0xff"),
+    ],
 )
-
-
-@pytest.mark.parametrize(("cut", "reason"), CUT)
 def test_a_broken_file_is_one_sentence_that_names_it(cut, reason, file):
-    file.write_text(cut(file.read_text()))
+    file.write_bytes(cut(file.read_text()).encode(errors="surrogateescape"))
     with pytest.raises(valid.BrokenFileError, match=rf"^\S*{NAME} is broken: .*({reason})") as said:
         valid.load(file)
     assert "\n" not in str(said.value)
     assert len(str(said.value)) < 400
-
-
-def test_a_file_that_is_not_utf_8(file):
-    file.write_bytes(file.read_bytes().replace(b"h200", b"h\xff00"))
-    with pytest.raises(valid.BrokenFileError, match="can't decode byte 0xff"):
-        valid.load(file)
 
 
 ROW = ("results", results.ATTENTION)
@@ -76,53 +73,48 @@ ROW = ("results", results.ATTENTION)
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
-        ((*ROW, 0, 3), "1.5", "is not of type values"),
-        ((*ROW, 0, 3), True, "is not of type values"),
-        ((*ROW, 0, 3), math.inf, "is not of type values"),
-        ((*ROW, 0, 3), -1e300, "is not of type values"),
-        ((*ROW, 5, 3), "1.5", "is not of type numbers"),
+        ((*ROW, 0, 3), "1.5", "is not of type 'values'"),
+        ((*ROW, 0, 3), True, "is not of type 'values'"),
+        ((*ROW, 0, 3), math.inf, "is not of type 'values'"),
+        ((*ROW, 0, 3), -1e300, "is not of type 'values'"),
         ((*ROW, 0), [1.0], "expected 24 values"),
+        ((*ROW, 1, 0, 0), HTML, "does not match"),
+        ((*ROW, 2), HTML, "does not match"),
+        ((*ROW, 3), -1, "less than the minimum"),
+        ((*ROW, 3), 10**15, "greater than the maximum"),
+        ((*ROW, 4), math.inf, "is not of type 'value'"),
+        ((*ROW, 5, 3), "1.5", "is not of type 'statistics'"),
+        ((*ROW, 5, 3), 2**63, "expected integers of up to 18 digits, got 19"),
         ((*ROW, 9), None, "all statistics of a cell"),
-        ((*ROW, 1, 0, 0), HTML, "is not of type params"),
-        ((*ROW, 2), HTML, "is not of type text"),
-        ((*ROW, 11), [["1"]], "is not of type samples"),
-        ((*ROW, 11), [[1.0] * 1001], "is not of type samples"),
-        ((*ROW, 11), [[1.0, None]], "is not of type samples"),
-        ((*ROW, 3), -1, "is not of type milliseconds"),
-        ((*ROW, 3), 10**15, "is not of type milliseconds"),
-        ((*ROW, 4), math.inf, "is not of type value"),
-        ((*ROW, 5, 3), 2**63, "expected integers of 64 bits, got 9223372036854775808"),
-        (("date",), 1e300, "is not of type 'milliseconds'"),
+        ((*ROW, 11), [["1"]], "is not of type 'samples'"),
+        ((*ROW, 11), [[1.0] * 1001], "is not of type 'samples'"),
+        ((*ROW, 11), [[1.0, None]], "is not of type 'samples'"),
+        ((*ROW, 12), HTML, r"does not match '\^\[A-Za-z0-9"),
+        ((*ROW, 13), None, "Expected at most 13 items"),
+        (ROW, [[1.0]], "is too short"),
+        (ROW, 1.0, "is not of type 'array'"),
+        (("results", HTML), [[1.0], []], "does not match"),
+        (("results", "a.B.time_c\n"), [[1.0], []], "does not match"),
+        (("result_columns", 0), "samples", "'result' was expected"),
+        (("date",), 1e300, "greater than the maximum"),
+        (("date",), json.loads("[" * 800 + "]" * 800), "is not of type 'integer'|recursion"),
         (("durations",), {"<build>": 1e300}, "is not of type 'value'"),
-        (("python",), "x" * 300_000, "expected texts of up to 262144 characters, got 300000"),
-        (("env_vars",), {"x" * 300_000: ""}, "expected texts of up to 262144 characters"),
-        (("env_vars",), dict.fromkeys(map(str, range(150_000)), ""), "up to 200000 values"),
-        (("date",), json.loads("[" * 9 + "]" * 9), "expected up to 8 levels, got more"),
-        (("date",), json.loads("[" * 800 + "]" * 800), "expected up to 8 levels, got more"),
-        ((*ROW, 12), HTML, "is not of type base64"),
-        ((*ROW, 13), None, "expected 2 to 13 columns"),
-        (ROW, [[1.0]], "expected 2 to 13 columns"),
-        (ROW, 1.0, "expected 2 to 13 columns"),
-        (("results", HTML), [[1.0], []], "is not of type 'text'"),
-        (("results", "a b"), [[1.0], []], "does not match"),
-        (("params", "machine"), HTML, "is not of type 'text'"),
-        (("params", "machine"), "../other", "does not match"),
-        (("params", "cpu"), HTML, "is not of type 'text'"),
-        (("params", HTML), "x", "is not of type 'text'"),
-        (("params", "machine"), "other", "expected results of machine 'h200', got 'other'"),
-        (("env_name",), HTML, "is not of type 'text'"),
-        (("env_name",), "other", "belong into '0b9e8013-other.json'"),
-        (("commit_hash",), f"{COMMIT}\n", "is not of type 'text'"),
-        (("durations",), {"<build>\n": 1.0}, "does not match"),
-        (("results", "a.B.time_c\n"), [[1.0], []], "is not of type 'text'"),
-        (("commit_hash",), "HEAD", "does not match"),
-        (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
-        (("env_vars",), {"A": HTML}, "is not of type 'text'"),
-        (("requirements",), {HTML: ""}, "is not of type 'text'"),
         (("durations",), {"<build>": "long"}, "is not of type 'value'"),
         (("durations",), {HTML: 1.0}, "does not match"),
-        (("python",), 3.12, "is not of type 'text'"),
-        (("result_columns", 0), "samples", "'result' was expected"),
+        (("durations",), {"<build>\n": 1.0}, "does not match"),
+        (("python",), "x" * 300_000, "is too long"),
+        (("python",), "3.12\n", "does not match"),
+        (("python",), "\x9b31m", "does not match"),
+        (("python",), 3.12, "is not of type 'string'"),
+        (("params", "machine"), "../other", "does not match"),
+        (("params", "machine"), "other", "expected results of machine 'h200', got 'other'"),
+        (("params", "cpu"), HTML, "does not match"),
+        (("params", HTML), "x", "does not match"),
+        (("env_vars",), {"A": HTML}, "does not match"),
+        (("env_name",), HTML, "does not match"),
+        (("env_name",), "other", "belong into '0b9e8013-other.json'"),
+        (("commit_hash",), f"{COMMIT}\n", "does not match"),
+        (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
         (("more",), 1, "Additional properties"),
     ],
 )
@@ -133,31 +125,27 @@ def test_what_results_may_not_hold(path, value, reason, file):
         valid.load(file)
 
 
-# In few bytes, for whoever reads cell by cell.
-MANY_CELLS = (
-    ([["0", "1"]] * 60, "expected up to 10 parameters of a.B.time_c, got 60"),
-    ([["0"]] * 11, "expected up to 10 parameters of a.B.time_c, got 11"),
-    ([["0"] * 10] * 10, "expected up to 10000 cells, got 10000000000 up to a.B.time_c"),
-    ([["0"] * 101] * 2, "expected up to 10000 cells, got 10201 up to a.B.time_c"),
-)
+# In few bytes, for a reader that goes cell by cell.
+MANY_CELLS = [
+    ({"a.B.time_c": [["0"]] * 11}, "is too long"),
+    ({"a.B.time_c": [["0"] * 10] * 10}, "expected up to 10000 cells, got 10000000000 up to a.B.t"),
+    ({f"a.B.time_{n}": [["0"] * 100] * 2 for n in range(2)}, "got 20000 up to a.B.time_1"),
+]
 
 
-@pytest.mark.parametrize(("params", "reason"), MANY_CELLS)
-def test_a_benchmark_of_more_cells_than_a_reader_can_take(params, reason, file, capsys):
-    change(file, "results", to={"a.B.time_c": [None, params]})
+@pytest.mark.parametrize(("benchmarks", "reason"), MANY_CELLS)
+def test_more_cells_than_a_reader_can_take(benchmarks, reason, file, tmp_path, capsys):
+    change(file, "results", to={name: [None, params] for name, params in benchmarks.items()})
     with pytest.raises(valid.BrokenFileError, match=reason):
         valid.load(file)
-    with pytest.raises(valid.BrokenFileError, match=reason):
-        valid.write_json(file, json.loads(file.read_text()))
     assert len(results.environments(file.parent.name, file.parents[1])) == 1
     assert reason in capsys.readouterr().err
-
-
-def test_all_cells_of_a_file_count(file):
-    each = {f"a.B.time_{number}": [None, [["0"] * 100] * 2] for number in range(2)}
-    change(file, "results", to=each)
-    with pytest.raises(valid.BrokenFileError, match=r"got 20000 up to a\.B\.time_1"):
-        valid.load(file)
+    listed = {
+        name: {"name": name, "unit": "s", "version": "1", "params": params, "param_names": []}
+        for name, params in benchmarks.items()
+    }
+    with pytest.raises(valid.BrokenFileError, match=reason):
+        valid.write_json(tmp_path / "benchmarks.json", {**listed, "version": 2})
 
 
 def test_the_largest_file_is_read_and_written_whole(file):
@@ -165,12 +153,12 @@ def test_the_largest_file_is_read_and_written_whole(file):
     file.write_text(file.read_text() + padding)
     data = valid.load(file)
     file.write_text(file.read_text() + " ")
-    with pytest.raises(valid.BrokenFileError, match="expected up to 2097152 bytes, got more"):
+    with pytest.raises(valid.BrokenFileError, match="is broken: expected up to 2097152 bytes"):
         valid.load(file)
-    before = file.stat().st_size
+    before = file.read_text()
     with pytest.raises(valid.BrokenFileError, match="would be broken: expected up to 2097152 byt"):
         valid.write_json(file, data, indent=400)
-    assert file.stat().st_size == before
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -180,7 +168,6 @@ def test_the_largest_file_is_read_and_written_whole(file):
 def test_what_a_machine_may_not_hold(key, value, file):
     record = file.with_name("machine.json")
     valid.load(record)
-    valid.load(record, anywhere=True)
     change(record, key, to=value)
     with pytest.raises(valid.BrokenFileError, match=r"machine\.json is broken"):
         valid.load(record)
@@ -193,14 +180,10 @@ def test_names_of_machines_need_not_be_ascii(name, tmp_path):
     assert valid.load(record)["machine"] == name
 
 
-@pytest.mark.parametrize(
-    "name", ["", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\nb", "a\u202eb", "a'b"]
-)
-def test_names_that_no_machine_may_have(name, tmp_path):
-    record = tmp_path / "machine.json"
-    record.write_text(json.dumps({"machine": name, "version": 1}))
-    with pytest.raises(valid.BrokenFileError):
-        valid.load(record, anywhere=True)
+@pytest.mark.parametrize("name", ["", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\u202eb", "a'b"])
+def test_names_that_no_machine_may_have(name):
+    with pytest.raises(UserError, match="expected a machine's name of letters"):
+        valid.check_machine_name(name)
 
 
 @pytest.mark.parametrize("path", [("name",), ("pretty_name",), ("unit",), ("params", 0, 0)])
@@ -209,26 +192,15 @@ def test_what_a_list_of_benchmarks_may_not_hold(path, tmp_path):
     about |= {"pretty_name": "c", "params": [["1"]], "param_names": ["n"]}
     listed = tmp_path / "benchmarks.json"
     valid.write_json(listed, {"a.B.time_c": about, "version": 2})
-    valid.load(listed)
     change(listed, "a.B.time_c", *path, to=HTML)
-    with pytest.raises(valid.BrokenFileError):
+    with pytest.raises(valid.BrokenFileError, match="does not match"):
         valid.load(listed)
-
-
-@pytest.mark.parametrize(("params", "reason"), MANY_CELLS)
-def test_a_list_of_benchmarks_of_more_cells_than_asv_can_take(params, reason, tmp_path):
-    about = {"name": "a.B.time_c", "unit": "s", "version": "1"}
-    about |= {"params": params, "param_names": []}
-    with pytest.raises(valid.BrokenFileError, match=reason):
-        valid.write_json(tmp_path / "benchmarks.json", {"a.B.time_c": about, "version": 2})
 
 
 def test_a_name_that_a_log_would_obey_is_shown_as_text(tmp_path):
     file = tmp_path / "a\n::error::b.json"
     file.write_text("{}")
-    with pytest.raises(valid.BrokenFileError) as said:
-        valid.load(file)
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(valid.broken(file))
 
 
 def test_a_broken_file_is_left_out_and_named_once(versions, capsys):
@@ -244,18 +216,16 @@ def test_a_broken_file_is_left_out_and_named_once(versions, capsys):
 
 def test_what_is_broken_is_set_aside_and_nothing_is_lost(file, capsys):
     folder = file.parents[1]
-    good = file.with_name(f"{COMMIT}-cuda13-py3.12-mlx99.0.json").read_text()
     nested = folder / "h200/deeper/h200/machine.json"  # asv looks at any depth
     nested.parent.mkdir(parents=True)
+    good = sorted(path for path in valid.files(folder) if path != file)
+    before = [path.read_text() for path in good]
     for text in ("first", "second"):
         file.write_text(text)
         nested.write_text(text)
         valid.set_aside(folder)
-    assert [path.name for path in valid.files(folder)] == [
-        f"{COMMIT}-cuda13-py3.12-mlx99.0.json",
-        "machine.json",
-    ]
-    assert file.with_name(f"{COMMIT}-cuda13-py3.12-mlx99.0.json").read_text() == good
+    assert valid.files(folder) == good
+    assert [path.read_text() for path in good] == before
     for path in (file, nested):
         assert path.with_name(f"{path.name}.broken").read_text() == "first"
         assert path.with_name(f"{path.name}.broken-2").read_text() == "second"
@@ -264,20 +234,11 @@ def test_what_is_broken_is_set_aside_and_nothing_is_lost(file, capsys):
     assert said[0].endswith(f"set aside as {NAME}.broken")
 
 
-def test_what_cannot_be_set_aside_is_an_error(file, monkeypatch):
-    def refuse(*_):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    file.write_text("")
-    with pytest.raises(UserError, match=rf"{NAME} is broken: .*; it cannot be set aside: read-onl"):
-        valid.set_aside(file.parents[1])
-
-
 def test_nothing_broken_is_written(file):
     before, data = file.read_text(), valid.load(file)
-    with pytest.raises(valid.BrokenFileError, match="'python' is a required property"):
-        valid.write_json(file, {key: value for key, value in data.items() if key != "python"})
+    del data["python"]
+    with pytest.raises(valid.BrokenFileError, match="would be broken: 'python' is a required pro"):
+        valid.write_json(file, data)
     assert file.read_text() == before
 
 
@@ -301,14 +262,13 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
 
 def test_a_write_that_is_interrupted_leaves_a_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    files.write_text(file, "[Infinity]")
-    assert json.loads(file.read_text()) == [math.inf]
+    files.write_text(file, "before")
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        files.write_text(file, "[1]")
+        files.write_text(file, "after")
     assert os.listdir(tmp_path) == ["a.json"]
-    assert json.loads(file.read_text()) == [math.inf]
+    assert file.read_text() == "before"

@@ -16,12 +16,12 @@ from tracking.results import RESULTS
 
 
 def adopt(source, *, backend, python, mlx, results=RESULTS):
-    """Copy one results file and its machine's record; return the new file's path.
+    """Copy a file of results, as asv named it, and its machine's record; return the new path.
 
     Parameters
     ----------
     source : Path
-        A results file of an existing environment, beside its machine.json.
+        A results file of an existing environment, in its machine's folder with machine.json.
     backend, python, mlx : str
         What it ran on: MLX's backend, Python's and MLX's version.
     results : Path
@@ -32,23 +32,17 @@ def adopt(source, *, backend, python, mlx, results=RESULTS):
     UserError
         If one of them is broken, or the file not from an existing environment; nothing has been
         written then.
-    OSError
-        If results cannot be written. Those that are there stay.
     """
-    result = valid.load(source, anywhere=True)
-    machine = valid.load(source.with_name("machine.json"), anywhere=True)
+    result, machine = valid.load(source), valid.load(source.with_name("machine.json"))
     if not result["env_name"].startswith("existing-"):
         raise UserError(f"expected an existing environment, got {result['env_name']}")
     environment = f"{backend}-py{python}-mlx{mlx}"
-    result["env_name"] = environment
-    result["python"] = result["params"]["python"] = python
-    result["params"]["mlx"] = mlx
-    result["requirements"] = {"mlx": mlx}
-    folder = results / result["params"]["machine"]
+    result |= {"env_name": environment, "python": python, "requirements": {"mlx": mlx}}
+    result["params"] |= {"python": python, "mlx": mlx}
+    folder = results / machine["machine"]
     target = folder / f"{result['commit_hash'][:8]}-{environment}.json"
-    valid.check(target, result, state="would be")
-    valid.write_json(folder / "machine.json", machine)
     valid.write_json(target, result)
+    valid.write_json(folder / "machine.json", machine)
     return target
 
 
@@ -64,8 +58,7 @@ def main():
         print(adopt(args.source, backend=args.backend, python=args.python, mlx=args.mlx))
     except (UserError, OSError) as error:
         sys.exit(str(error))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
