@@ -40,8 +40,8 @@ help:
 	@echo "make serve       look at the published site"
 	@echo "make test        lint, types and tests"
 	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
-	@echo "make table       what users get on this machine, by cell; FORMAT=csv or markdown, COMMIT=hash,"
-	@echo "                 COLUMNS=adr"
+	@echo "make table       what users get, by cell, on the machine that the page opens with; MACHINE=name,"
+	@echo "                 FORMAT=csv or markdown, COMMIT=hash"
 	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
 	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
@@ -92,9 +92,8 @@ serve: $(READY)
 
 FORMAT ?= text
 COMMIT ?=
-COLUMNS ?= users
 table: $(READY)
-	@$(BIN)/python -m tracking.documents table --format $(FORMAT) --columns $(COLUMNS) $(OPTIONS) \
+	@$(BIN)/python -m tracking.documents table --format $(FORMAT) $(OPTIONS) \
 	$(if $(COMMIT),--commit $(COMMIT))
 
 adr: $(READY)

@@ -34,10 +34,10 @@ from tracking.results import (
     load,
     measured,
     measured_commits,
+    of_one_version,
     recorded_commits,
     usual_environment,
 )
-from website.series import of_one_version
 
 CELL = ("1", "1024", "32")
 RECORDED = ("h200", "linux-2core-xeon", "h100")

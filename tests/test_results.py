@@ -65,6 +65,20 @@ def test_there_is_no_default_machine_where_nothing_is_measured(tmp_path):
     assert results.default_machine(tmp_path) is None
 
 
+def test_a_table_over_commits_has_one_version_of_each_benchmark():
+    cell, one, two = ("1",), results.Value(1.0), results.Value(2.0)
+
+    def measured(started_at, versions, table):
+        return results.Measured("f", "c", "e", None, {}, started_at, versions, table)
+
+    found = [
+        measured(1, {"a": "1", "b": "1"}, {"a": {cell: one}, "b": {cell: one}}),
+        measured(3, {"a": "2"}, {"a": {cell: two}}),
+        measured(2, {"a": "1"}, {"a": {cell: one}}),  # a later commit, measured earlier
+    ]
+    assert results.of_one_version(found) == [{"b": {cell: one}}, {"a": {cell: two}}, {}]
+
+
 def test_documents_are_about_what_is_recorded(monkeypatch):
     """Results that git does not have, of a newer MLX, are not for documents."""
     commits, environment = results.recorded_commits("h200"), results.recorded_environment("h200")

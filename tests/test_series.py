@@ -17,7 +17,6 @@ from tracking.results import (
     RESULTS,
     STEP,
     TOKENS,
-    Measured,
     Value,
 )
 from website import overhead, series
@@ -183,22 +182,6 @@ def test_what_is_told_in_words_is_measured():
         assert hasattr(found, function)
         assert params == found.param_names
         assert words.count("{}") == len(params)
-
-
-def test_a_line_is_of_one_version_of_its_benchmark():
-    def measured(started_at, versions, table):
-        return Measured("f", "c", "e", None, {}, started_at, versions, table)
-
-    found = [
-        measured(1, {TOKENS: "1", STEP: "1"}, {TOKENS: {CELL: value(1)}, STEP: {CELL: value(2)}}),
-        measured(3, {TOKENS: "2"}, {TOKENS: {CELL: value(3)}}),
-        measured(2, {TOKENS: "1"}, {TOKENS: {CELL: value(4)}}),  # a later commit, measured earlier
-    ]
-    assert series.of_one_version(found) == [
-        {STEP: {CELL: value(2)}},
-        {TOKENS: {CELL: value(3)}},
-        {},
-    ]
 
 
 @pytest.fixture(scope="module")

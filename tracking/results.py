@@ -206,7 +206,7 @@ def _usual(measurements):
 def load(machine, commit, results=RESULTS, environment=None):
     """Return {benchmark name: {parameters: Value}} of one machine at one commit.
 
-    In the machine's usual environment unless one is named.
+    In the machine's usual environment unless one is named; of whichever version a benchmark had.
     """
     environment = environment or usual_environment(machine, results)
     found = [
@@ -220,6 +220,30 @@ def load(machine, commit, results=RESULTS, environment=None):
             f"in environment {environment} in {results}"
         )
     return found[0].table
+
+
+def of_one_version(found):
+    """Return the tables of `Measured`s, each benchmark's values of its last measured version alone.
+
+    Another version measures something else, so a table over several commits has one of each.
+    """
+    last = {}
+    for one in sorted(found, key=lambda one: one.started_at):
+        last.update(one.versions)
+    return [
+        {n: cells for n, cells in one.table.items() if one.versions.get(n) == last.get(n)}
+        for one in found
+    ]
+
+
+def tables(machine, commits, results=RESULTS, environment=None):
+    """Return {commit: table} as `load` has tables, but each benchmark of one version.
+
+    In the machine's usual environment unless one is named.
+    """
+    environment = environment or usual_environment(machine, results)
+    files = {m.commit: m for m in measured(machine, results) if m.environment == environment}
+    return dict(zip(commits, of_one_version([files[c] for c in commits]), strict=True))
 
 
 def measured_commits(machine, results=RESULTS, environment=None):

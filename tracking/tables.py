@@ -9,7 +9,7 @@ from benchmarks.generate import BLOCK_SIZE
 from pagedkv import blocks_needed
 from tracking.files import write_text
 from tracking.repository import commit_labels, phase_commits
-from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, TOKENS, Value, load
+from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, TOKENS, tables
 
 LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
@@ -23,18 +23,6 @@ def fragmentation(context, block_size):
     """Percent of the slots in a sequence's blocks that hold no token."""
     slots = blocks_needed(context, block_size) * block_size
     return 100 * (slots - context) / slots if slots else 0
-
-
-def percent_over(ratio):
-    """Return a Value of a ratio as percent above 1."""
-    if not ratio.known:
-        return ratio
-    return Value(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
-
-
-def percent(ratio):
-    """Return a ratio as a signed percentage of its excess over 1."""
-    return f"{100 * (ratio - 1):+.0f}%"
 
 
 @dataclass(frozen=True)
@@ -65,8 +53,8 @@ class Column:
         if self.unit == "fragmentation":
             return f"{fragmentation(*map(int, cell[1:])):.1f}"
         value = self.value(table, cell)
-        if self.unit == "percent":
-            return percent_over(value).show(digits=0)
+        if self.unit == "percent" and value.known:
+            return f"{100 * (value.value - 1):.0f}"
         return value.show(1000 if self.unit == "ms" else 1)
 
 
@@ -82,10 +70,6 @@ def cells_of(table, benchmark):
     return {(*cell, str(BLOCK_SIZE))[:3]: x for cell, x in cells.items()}
 
 
-def _of_layouts(pattern):
-    return {layout: (pattern.format(name),) for layout, name in LAYOUTS.items()}
-
-
 USERS = [
     Column(NAMES[FIRST], (FIRST,)),
     Column(NAMES[TOKENS], (TOKENS,)),
@@ -99,14 +83,14 @@ ADR = [
     Column("frag %", (), "fragmentation"),
     Column("contiguous ms", ("decode.Contiguous.time_decode",), "ms"),
     *(
-        Column(f"{title} {layout}{unit}", benchmarks, kind)
-        for title, unit, kind, pattern in (
-            ("gather", " ms", "ms", "decode.GatherOnly{}.time_gather"),
-            ("gather+SDPA", " ms", "ms", "decode.Gather{}.time_decode"),
-            ("append", " ms", "ms", "append.Naive{}.time_append"),
-            ("overhead", " %", "percent", "overhead.Gather{}.ratio_vs_contiguous"),
+        Column(title.format(layout), (benchmark.format(name),), unit)
+        for title, benchmark, unit in (
+            ("gather {} ms", "decode.GatherOnly{}.time_gather", "ms"),
+            ("gather+SDPA {} ms", "decode.Gather{}.time_decode", "ms"),
+            ("append {} ms", "append.Naive{}.time_append", "ms"),
+            ("overhead {} %", "overhead.Gather{}.ratio_vs_contiguous", "percent"),
         )
-        for layout, benchmarks in _of_layouts(pattern).items()
+        for layout, name in LAYOUTS.items()
     ),
 ]
 """What ADR 0001 decided on: the paths of phase 0."""
@@ -133,22 +117,22 @@ def headline(machine, commits, benchmark, environment=None):
     Columns are the cells with a number, of those by block size the ones of 32; rows carry 99%
     confidence intervals.
     """
-    tables = {
-        commit: cells_of(load(machine, commit, environment=environment), benchmark)
-        for commit in commits
+    of_commits = tables(machine, commits, environment=environment)
+    found = {
+        commit: {cell: x for cell, x in cells_of(table, benchmark).items() if cell[2] == "32"}
+        for commit, table in of_commits.items()
     }
-    tables = {c: t for c, t in tables.items() if any(value.known for value in t.values())}
-    shown = {*phase_commits(), *list(tables)[-1:]}
-    tables = {commit: table for commit, table in tables.items() if commit in shown}
-    cells = {cell for table in tables.values() for cell, value in table.items() if value.known}
-    cells = sorted((c for c in cells if c[2] == "32"), key=by_number)
-    header = ["commit", *(f"batch {b}, {_short(int(context))}" for b, context, *_ in cells)]
-    labels = commit_labels(tables)
+    found = {c: cells for c, cells in found.items() if any(x.known for x in cells.values())}
+    shown = {*phase_commits(), *list(found)[-1:]}
+    found = {commit: cells for commit, cells in found.items() if commit in shown}
+    known = {cell for cells in found.values() for cell, x in cells.items() if x.known}
+    known = sorted(known, key=by_number)
+    labels = commit_labels(found)
     rows = [
-        [labels[commit]] + [table.get(cell, MISSING).show(interval=True) for cell in cells]
-        for commit, table in tables.items()
+        [labels[commit], *(cells.get(cell, MISSING).show(interval=True) for cell in known)]
+        for commit, cells in found.items()
     ]
-    return header, rows
+    return ["commit", *(f"batch {batch}, {_short(int(c))}" for batch, c, _ in known)], rows
 
 
 def _short(tokens):
@@ -170,13 +154,6 @@ def as_csv(header, rows):
     return out.getvalue()
 
 
-def code(text):
-    """Return text as Markdown's code, in more backticks than stand together in it."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " * ("`" in text)
-    return f"{fence}{space}{text}{space}{fence}"
-
-
 def as_markdown(header, rows):
     """Return a Markdown table, numbers to the right; a cell is one line, also with bars in it."""
 
@@ -184,12 +161,18 @@ def as_markdown(header, rows):
         bars = re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\|", text)
         return re.sub(r"\s", " ", bars)
 
-    rows = [[cell(text) for text in row] for row in rows]
-    lines = [header, ["--:"] * len(header), *rows]
+    lines = [header, ["--:"] * len(header), *([cell(text) for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
+
+
+def code(text):
+    """Return text as Markdown's code, in more backticks than stand together in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def read_csv(file):

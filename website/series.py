@@ -17,7 +17,15 @@ from tracking import valid
 from tracking.grid import HOST_SHARE, series_name
 from tracking.noise import Noise, recorded_noise
 from tracking.repository import commit_labels, subjects
-from tracking.results import MISSING, NUMPY, RESULTS, RETIRED, measured, measured_commits
+from tracking.results import (
+    MISSING,
+    NUMPY,
+    RESULTS,
+    RETIRED,
+    measured,
+    measured_commits,
+    of_one_version,
+)
 from tracking.tables import ADR, by_number
 
 # The measures, as the page names them, in its order.
@@ -231,24 +239,6 @@ def _noise(machine, results):
     except UserError as error:
         log.warning(f"the thresholds of {machine} are guesses: {error}")
         return Noise()
-
-
-def of_one_version(found):
-    """Return the tables of `Measured`s, each benchmark's values of its last measured version alone.
-
-    Another version measures something else, which is no point of the same line.
-    """
-    last = {}
-    for one in sorted(found, key=lambda one: one.started_at):
-        last.update(one.versions)
-    return [
-        {
-            name: cells
-            for name, cells in one.table.items()
-            if one.versions.get(name) == last.get(name)
-        }
-        for one in found
-    ]
 
 
 def series_of(machine, environment, results=RESULTS, commits=None):
