@@ -1,7 +1,6 @@
 """Reading results."""
 
 import dataclasses
-import importlib
 import json
 import math
 from pathlib import Path
@@ -112,49 +111,6 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(versions, monkeypat
     changed.write_text(changed.read_text() + " ")
     results.load(machine, commit, folder, pinned)
     assert sorted(parsed) == [names[0], *names]
-
-
-def old_names(folder, machine):
-    """A machine's results as they were before benchmarks were renamed."""
-    for file in (folder / machine).glob("*-*.json"):
-        text = file.read_text()
-        for old, new in results.RENAMED.items():
-            text = text.replace(new, old)
-        file.write_text(text)
-
-
-def test_renamed_benchmarks_keep_their_history(versions):
-    folder, machine, commit, (pinned, _) = versions
-    before = results.load(machine, commit, folder, pinned)
-    old_names(folder, machine)
-    [file] = (folder / machine).glob(f"*-{pinned}.json")
-    assert '"decode.Build.track_build"' in file.read_text()
-    assert results.load(machine, commit, folder, pinned) == before
-    [one] = [one for one in results.measured(machine, folder) if one.environment == pinned]
-    assert one.versions["host.Build.track_build"] == "1"
-    results.rename(file)
-    assert set(json.loads(file.read_text())["results"]) == set(before)
-    assert results.load(machine, commit, folder, pinned) == before
-
-
-def test_what_a_benchmark_has_under_its_new_name_is_newer(versions):
-    folder, machine, commit, (pinned, _) = versions
-    [file] = (folder / machine).glob(f"*-{pinned}.json")
-    content = json.loads(file.read_text())
-    row = content["results"]["host.Plan.time_plan"]
-    content["results"] = {"host.Plan.time_plan": row, "decode.Plan.time_plan": [[9.0], *row[1:]]}
-    file.write_text(json.dumps(content))
-    [value] = results.load(machine, commit, folder, pinned)["host.Plan.time_plan"].values()
-    assert value.value == row[0][0]
-
-
-def test_recorded_results_have_names_of_today():
-    for file in results.RESULTS.glob("*/*-*.json"):
-        names = set(json.loads(file.read_text())["results"])
-        assert not names & results.RENAMED.keys(), file
-    for new in results.RENAMED.values():
-        module, cls, function = new.split(".")
-        assert hasattr(getattr(importlib.import_module(f"benchmarks.{module}"), cls), function)
 
 
 def test_a_cell_without_a_number_says_why(versions):

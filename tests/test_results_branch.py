@@ -9,7 +9,6 @@ import pytest
 from asv.util import UserError
 
 from tracking import noise, results_branch
-from tracking.results import RENAMED
 
 
 def git(root, *args):
@@ -162,18 +161,6 @@ def test_a_benchmark_that_means_something_else_now_is_no_fuller(clones):
     put(second, new)
     results_branch.push_results(root=second)
     assert branch(second, B)["a"][0] == 3.0
-
-
-def test_what_the_branch_has_under_old_names_is_renamed(clones):
-    first, second = clones
-    old, new = next(iter(RENAMED.items()))
-    put(first, result(**{old: 4, "a": 1}))
-    put(second, result(**{"c": 2}))
-    put(first, result("c", **{old: 4}))
-    results_branch.push_results(root=first)
-    results_branch.fetch_results(root=second)
-    assert values(second / B) == {new: [4.0], "a": [1.0], "c": [2.0]}
-    assert values(second / B.replace("b" * 8, "c" * 8)) == {new: [4.0]}
 
 
 def test_a_fuller_run_is_not_replaced_by_a_newer_quick_one(clones):

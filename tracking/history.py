@@ -21,7 +21,7 @@ from tracking.project import (
     record_machine,
 )
 from tracking.repository import check_history, check_suite, commit_labels, git, phase_commits
-from tracking.results import MISSING, NAMES, RESULTS, load, measured, rename
+from tracking.results import MISSING, NAMES, RESULTS, load, measured
 
 QUICK_REPEAT = (3, 12, 2.0)  # fewest and most samples, and seconds after which none begins
 
@@ -105,13 +105,11 @@ def headlines(machine, commit, environment, results=RESULTS):
 
 
 def prepare(machine, backend):
-    """Do what publishing needs: tags of phases, benchmarks' names of today and their list."""
+    """Do what publishing needs: tags of phases and the list of benchmarks."""
     check_history()
     valid.set_aside(RESULTS)
     for commit, phase in phase_commits().items():
         git("tag", "--force", f"phase-{phase}", commit)
-    for file in valid.files(RESULTS):
-        rename(file)
     record_machine(machine)
     discover(machine, config_for(backend))
     return 0

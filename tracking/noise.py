@@ -33,7 +33,7 @@ from tracking.project import (
     machine_options,
 )
 from tracking.repository import ROOT, git, resolve
-from tracking.results import RENAMED, RESULTS, measured
+from tracking.results import RESULTS, measured
 from tracking.tables import as_csv
 
 HEADER = ["time", "commit", "code", "environment", "rounds", "samples", "series", "value"]
@@ -281,9 +281,7 @@ def recorded_noise(machine, results=RESULTS):
             rows += rows_of(one, same[one.commit], NIGHT)
     runs = []
     for row in sorted(rows, key=lambda row: row["time"]):
-        name, *cell = row["series"].partition("(")
-        series = "".join([RENAMED.get(name, name), *cell])
-        runs.append((series, (row["code"], row["environment"]), float(row["value"])))
+        runs.append((row["series"], (row["code"], row["environment"]), float(row["value"])))
     return Noise(runs, rounds)
 
 

@@ -34,18 +34,6 @@ NUMPY = "host.NumPy.track_version"
 RETIRED = "retired.txt"
 """In a machine's folder: why it no longer measures. It is shown last."""
 
-# What benchmarks were called -> what they are called: other machines' results have the old names.
-RENAMED = {
-    "append.PipelinedCopy.ratio_append_vs_none": "settled.PipelinedCopy.ratio_append_vs_none",
-    "decode.BlockOrder.ratio_random_vs_reversed": "settled.BlockOrder.ratio_random_vs_reversed",
-    "decode.BlockSize.ratio_vs_32": "settled.BlockSize.ratio_vs_32",
-    "decode.Build.track_build": "host.Build.track_build",
-    "decode.Plan.time_plan": "host.Plan.time_plan",
-    "decode.PlanRows.time_plan": "host.PlanRows.time_plan",
-    "decode.Slabs.ratio_vs_one_pool": "settled.Slabs.ratio_vs_one_pool",
-    "memory.GrowByConcatenation.track_peak": "settled.GrowByConcatenation.track_peak",
-}
-
 
 @dataclass(frozen=True)
 class Value:
@@ -112,20 +100,6 @@ class Measured:
         return NUMPY in self.table
 
 
-def _today(by_name):
-    """Return a dictionary by benchmark under the names of today; a new name's value wins."""
-    renamed = {RENAMED.get(name, name): value for name, value in by_name.items()}
-    return renamed | {name: value for name, value in by_name.items() if name not in RENAMED}
-
-
-def rename(file):
-    """Call benchmarks in a file of results what they are called today, for asv's own reading."""
-    if any(f'"{old}"'.encode() in file.read_bytes() for old in RENAMED):
-        data = valid.load(file)
-        data["results"] = _today(data["results"])
-        valid.write_json(file, data)
-
-
 def measured(machine, results=RESULTS):
     """Return what each file of a machine's results says; a file that stays is parsed once.
 
@@ -143,7 +117,6 @@ def _parse(path, *_):
         print(f"{error}; left out", file=sys.stderr)
         return None
     result = Results.load(path)
-    table = _today({name: _values(result, name) for name in result.get_all_result_keys()})
     return Measured(
         Path(path).name,
         result.commit_hash,
@@ -151,8 +124,8 @@ def _parse(path, *_):
         result.params.get("mlx"),
         result.params,
         max((started for started in result.started_at.values() if started), default=0),
-        _today(result.benchmark_version),
-        table,
+        result.benchmark_version,
+        {name: _values(result, name) for name in result.get_all_result_keys()},
     )
 
 

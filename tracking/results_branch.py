@@ -15,7 +15,6 @@ from tracking import valid
 from tracking.files import write_text
 from tracking.noise import is_noise, merge_noise
 from tracking.repository import ROOT, git
-from tracking.results import rename
 
 BRANCH = "results"
 SYNCED = "refs/tracking/results"  # what this clone last had in common with the branch
@@ -77,7 +76,6 @@ def fetch_results(remote="origin", root=ROOT):
             path = file.relative_to(scratch)
             try:
                 valid.load(file)
-                rename(file)
             except valid.BrokenFileError as error:
                 said = str(error).replace(f"{scratch}/", "")
                 print(f"on the branch {BRANCH} {said}; left out", file=sys.stderr)
@@ -86,7 +84,6 @@ def fetch_results(remote="origin", root=ROOT):
             if not here.exists():
                 write_text(here, file.read_text(encoding="utf-8"))
             elif file.name != "machine.json":
-                rename(here)
                 merge(here, file, _rows(SYNCED, path, root))
         for file in sorted(Path(scratch).glob("results/*/noise.csv")):
             merge_noise(Path(root, file.relative_to(scratch)), file)
