@@ -1,8 +1,8 @@
 """What a Mac that somebody else owns says of this package, in half an hour: `make report`.
 
 Each step is a command of its own with a limit on its time. One that fails, hangs or crashes stops
-none of those after it. What happened is written into results/MACHINE/report.md after every step;
-started again, the report goes on with what did not succeed.
+none of those after it. results/MACHINE/report.md is written after every step. Started again at the
+same commit, the report takes the steps that did not succeed.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -75,9 +74,9 @@ def steps_on(machine):
 
 
 def default_name(results=RESULTS):
-    """Return a name made of chip and memory, such as apple-m2-max-32gb: of nobody's host or user.
+    """Return a name made of chip and memory, such as apple-m2-max-32gb, and of no host or user.
 
-    Another one's results of that name are left alone: then it ends in a number.
+    A number follows where the results of that name are those of another machine.
     """
     about = Machine.get_defaults()
     chip = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", (about["cpu"] or about["arch"]).lower())
@@ -91,83 +90,50 @@ def default_name(results=RESULTS):
 def run(step, seconds, log):
     """Run a step for so many seconds at most; return what happened, "ok" if it succeeded.
 
-    What it prints goes to the terminal and into `log`.
+    Its output goes into `log`. Whatever it started ends with it.
     """
-    log.write_bytes(b"")
-    process = subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that its children can be ended with it
-    )
-    running = log.with_suffix(".pid")
-    running.write_text(str(process.pid))
-
-    def copy():
-        with log.open("ab") as file, process.stdout:
-            for line in process.stdout:
-                file.write(line)
-                sys.stdout.write(line.decode(errors="replace"))
-                sys.stdout.flush()
-
-    copier = threading.Thread(target=copy, daemon=True)
-    copier.start()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
     finally:
-        end(process.pid, lambda: process.poll() is not None)
-        process.wait()
-        running.unlink()
-        copier.join(10)
+        end(process)
     if status < 0:
         return f"ended by signal {-status} ({signal.strsignal(-status)})"
     return f"failed (exit status {status})" if status else "ok"
 
 
-def end(leader, is_over):
-    """End a step's processes; asv ends its own when it is interrupted, and only then."""
-    with contextlib.suppress(OSError):  # nothing is left
-        for number, seconds in ((signal.SIGINT, 20), (signal.SIGTERM, 5)):
-            deadline = time.monotonic() + seconds
-            if not is_over():
-                os.killpg(leader, number)
-            while not is_over() and time.monotonic() < deadline:
-                time.sleep(0.1)
-        os.killpg(leader, signal.SIGKILL)
+def end(process):
+    """End a step and its children; asv ends its own when it is interrupted, and only then."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+    finally:
+        with contextlib.suppress(OSError):  # nothing is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def end_orphan(step, log):
-    """End a step that goes on although its report was killed: others would wait for it."""
-    with contextlib.suppress(OSError, ValueError):
-        leader = int(log.with_suffix(".pid").read_text())
-
-        def is_over():
-            ps = ("ps", "-ww", "-o", "args=", "-p", str(leader))
-            args = subprocess.run(ps, capture_output=True, text=True).stdout
-            return not args.strip().endswith(" ".join(step.command[1:]))
-
-        if not is_over():
-            end(leader, is_over)
-
-
-def private(text):
-    """Return text without what tells whose machine it is from."""
+def tail(log):
+    """Return the last lines that a step printed, without what tells whose machine it is."""
+    text = log.read_text(errors="replace")
     for path, name in ((ROOT, "."), (Path.home(), "~")):
         text = text.replace(str(path), name)
     node = platform.node()
     for word in filter(None, (node, node.split(".")[0], Path.home().name)):
         text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "…", text)
-    return text
-
-
-def tail(log):
-    """Return the last lines that a step printed, without what is private."""
-    lines = private(log.read_text(errors="replace")).splitlines()
-    return [line.rstrip()[:200] for line in lines[-SHOWN:]]
+    return [line.rstrip()[:200] for line in text.splitlines()[-SHOWN:]]
 
 
 class Report:
@@ -186,33 +152,24 @@ class Report:
 
     def take(self, minutes=MINUTES):
         """Take the steps that did not succeed yet, until so many minutes are over."""
-        for step in self.steps:
-            end_orphan(step, self._log(step))
         deadline = time.monotonic() + 60 * minutes
         for number, step in enumerate(self.steps, 1):
-            title = f"\n== {number} of {len(self.steps)}, {step.name}"
+            title = f"{number} of {len(self.steps)}, {step.name}"
             if self.happened[step.name][0] == "ok":
                 print(f"{title}: done before")
                 continue
-            begin, log = time.monotonic(), self._log(step)
+            begin, log = time.monotonic(), self.logs / f"{step.name.replace(' ', '-')}.log"
             seconds = min(60 * step.minutes, deadline - begin)
             if seconds <= 0:
-                self.note(step, "not run, no time was left", 0, [])
+                self._note(step, "not run, no time was left", 0, [])
                 continue
-            print(f"{title}, at most {seconds / 60:.0f} min", flush=True)
-            self.note(step, "interrupted", 0, [])
-            try:
-                what = run(step, seconds, log)
-            except KeyboardInterrupt:
-                self.note(step, "interrupted", time.monotonic() - begin, tail(log))
-                raise
-            self.note(step, what, time.monotonic() - begin, tail(log))
-            print(f"== {step.name}: {what}", flush=True)
+            print(f"{title}, at most {seconds / 60:.0f} min, see {log}", flush=True)
+            self._note(step, "interrupted", 0, [])  # unless it comes to an end
+            what = run(step, seconds, log)
+            self._note(step, what, time.monotonic() - begin, tail(log))
+            print(f"{title}: {what}", flush=True)
 
-    def _log(self, step):
-        return self.logs / f"{step.name.replace(' ', '-')}.log"
-
-    def note(self, step, what, seconds, lines):
+    def _note(self, step, what, seconds, lines):
         """Write down what happened in a step, and the report with it."""
         self.happened[step.name] = [what, round(seconds), lines]
         write_text(self._file, json.dumps({"commit": self.commit, "steps": self.happened}))
@@ -221,22 +178,18 @@ class Report:
     def text(self):
         """Return the report as Markdown."""
         about = MachineCollection.load(self.machine)
-        versions = {name: metadata.version(name) for name in ("pagedkv", "mlx", "numpy", "asv")}
+        versions = [f"{name} {metadata.version(name)}" for name in ("pagedkv", "mlx", "numpy")]
         lines = [
             f"# {self.machine}\n",
             f"{about['cpu']}, {about['num_cpu']} cores, {about['ram']}, {about['os']}, "
-            f"Python {platform.python_version()}, "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f", commit {self.commit[:8]}.\n",
-            "| step | what happened | seconds |",
-            "| --- | --- | --: |",
+            f"Python {platform.python_version()}, {', '.join(versions)}, commit {self.commit[:8]}."
+            "\n\n| step | what happened | seconds |\n| --- | --- | --: |",
             *(f"| {name} | {what} | {took} |" for name, (what, took, _) in self.happened.items()),
-            "",
         ]
         for name, (_, _, said) in self.happened.items():
             if said:
-                lines += [f"## {name}\n", *("    " + line for line in said), ""]
-        return "\n".join(lines)
+                lines += [f"\n## {name}\n", *("    " + line for line in said)]
+        return "\n".join(lines) + "\n"
 
 
 def pull_request(machine):
@@ -261,14 +214,13 @@ def main():
         machine = args.machine or default_name()
         record_machine(machine)
         report = Report(machine, steps_on(machine))
+        report.take()
     except UserError as error:
         sys.exit(str(error))
-    try:
-        report.take()
     except KeyboardInterrupt:
         print(f"\ninterrupted: `make report MACHINE={machine}` goes on")
         return 130
-    print("\n" + (report.folder / "report.md").read_text().split("\n## ")[0])
+    print("\n" + report.text().split("\n## ")[0])
     if any(what != "ok" for what, _, _ in report.happened.values()):
         print(f"Started again, it tries what did not succeed: `make report MACHINE={machine}`\n")
     print(
