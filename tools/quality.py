@@ -2,12 +2,12 @@
 
 The model is SmolLM2-135M-Instruct, its weights made float16: few bits of weights are slow on some
 backends. The text is Python's own reference as pydoc has it. Perplexity is that of windows of it.
-Needles are numbers that are hidden in it at several depths: at the end the model is asked for one,
-and has found it if each of its tokens is the most probable.
+For needle-in-a-haystack retrieval a number is hidden in it at several depths; at the end the model
+is asked for the number, and has found it if each of its tokens is the most probable.
 
-Each token attends over what the cache has made of K and V, also of its own: the first chunk is one
-token, because a paged cache attends over a longer one as it comes, before it is codes. mlx-lm's own
-quantised cache is filled in the same chunks.
+Each token attends over quantized K and V, also over its own: the first chunk is one token, because
+a paged cache attends over a longer one before it is quantized. mlx-lm's own quantized cache is
+filled in the same chunks.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import platform
 import random
 import statistics
 import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import mlx.core as mx
@@ -116,18 +115,9 @@ def share_found(model, tokenizer, text, length, new_cache):
     return statistics.fmean(found)
 
 
-def recorded():
-    """Return the values that are recorded, by (machine, text, format, measure)."""
-    rows = read_csv(FILE)[1] if FILE.exists() else []
-    for row in rows:
-        if len(row) != len(HEADER) or row[2] not in FORMATS:
-            raise ValueError(f"{FILE}: expected rows of {', '.join(HEADER)}, got {row}")
-    return {tuple(row[:4]): row[4] for row in rows}
-
-
 def record(machine, text, name, measure, value):
     """Write the value of a measure among what is recorded already."""
-    rows = recorded()
+    rows = {tuple(row[:4]): row[4] for row in (read_csv(FILE)[1] if FILE.exists() else [])}
     rows[machine, text, name, measure] = f"{value:.6g}"
 
     def over(machine, text, name, measure):
@@ -139,8 +129,8 @@ def record(machine, text, name, measure, value):
     print(f"{name}: {measure}: {value:.6g}", flush=True)
 
 
-def measures(name, model, tokenizer, text, tokens, lengths):
-    """Yield each (measure, value) of a format."""
+def measure(name, model, tokenizer, text, tokens, lengths):
+    """Yield (measure, value) of a format: perplexity, then the share found by length."""
     with caches(model, name, max([WINDOW, *lengths])) as new_cache:
         yield f"perplexity of {tokens} tokens", perplexity(model, text[:tokens], new_cache)
         for length in lengths:
@@ -149,36 +139,31 @@ def measures(name, model, tokenizer, text, tokens, lengths):
 
 
 def main():
-    """Parse the command line, measure a format after the other."""
+    """Parse the command line, measure one format after another."""
     parser = argparse.ArgumentParser(prog="python -m tools.quality", description=__doc__)
     machine_options(parser)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--tokens", type=int, default=65536, help="of perplexity's text")
     parser.add_argument(
-        "--needle", type=int, nargs="*", default=LENGTHS, metavar="TOKENS", help="(none: no needle)"
+        "--needle", type=int, nargs="*", default=LENGTHS, metavar="TOKENS", help="of its prompts"
     )
-    parser.add_argument("--text", type=Path, help="a file in place of Python's reference")
     args = parser.parse_args()
     machine = args.machine or machine_name(args.backend)
+    source = f"reference of Python {platform.python_version()}"
+    failed = []
     try:
-        source = f"reference of Python {platform.python_version()}"
-        text = "\n".join(topics[name] for name in sorted(topics))
-        if args.text:
-            source, text = args.text.name, args.text.read_text(encoding="utf-8")
         model, tokenizer = load()
         model = dequantize_model(model)
         model.set_dtype(mx.float16)
-        text = tokenizer.encode(text)
+        text = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
         for count in (args.tokens, *(TRIALS * length for length in args.needle)):
             if not 2 <= count <= len(text):
-                raise UserError(f"expected 2 to {len(text)} tokens of the text, got {count}")
+                raise ValueError(f"expected 2 to {len(text)} tokens of the text, got {count}")
         for length in args.needle:
             prompt_of(tokenizer, text, 10_000, 0.5, length)  # refuses one that is too short
-        recorded()  # or refuses a broken file
-        failed = []
         for name in args.formats:
             try:
-                for found in measures(name, model, tokenizer, text, args.tokens, args.needle):
+                for found in measure(name, model, tokenizer, text, args.tokens, args.needle):
                     record(machine, source, name, *found)
             except RuntimeError as error:  # MLX has not every computation on every backend
                 failed.append(f"not measured: {name}: {error}")
@@ -186,8 +171,7 @@ def main():
         sys.exit(str(error))
     if failed:
         sys.exit("\n".join(failed))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

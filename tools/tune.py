@@ -3,9 +3,6 @@
 `make tune` prints, for the suite's heads and dtype and blocks of 32, each candidate's time over
 contiguous SDPA, then the constants `TUNING` and the table `AUTO` of the package to commit. A sample
 is a decode step of several layers, evaluated once, between two steps over contiguous K/V.
-
-On a GPU that nobody has measured it fills the user's cache folder for the grid on the way, as the
-first calls of these kinds would.
 """
 
 import argparse
@@ -19,7 +16,7 @@ import mlx.core as mx
 
 from benchmarks.common import DTYPE, SCALE, layers, workload
 from benchmarks.ratio import ratios
-from pagedkv import decode_attention, explain
+from pagedkv import decode_attention
 from pagedkv.attention.cut import tuning_for
 from pagedkv.attention.fused import make_plan
 from pagedkv.attention.inputs import gpu_name
@@ -34,24 +31,11 @@ def _mean(values):
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def _named(path):
-    """Return what makes, for a cell, the call of a layer over a decode path."""
-
-    def of_cell(cell):
-        return lambda q, k, v: decode_attention(q, k, v, cell.batch, scale=SCALE, path=path)
-
-    return of_cell
-
-
 def plan_of(cell, tuning):
     """Return the plan of the fused kernels for a cell with some constants."""
     shapes = cell.queries.shape, cell.layers[0].key_pool.shape
     backend = backend_of(mx.default_device())
     return make_plan(cell.batch, backend, *shapes, DTYPE, SCALE, PLAIN, tuning=tuning)
-
-
-def _planned(plan):
-    return lambda q, k, v: plan.attend(q, k, v, PLAIN)
 
 
 def candidates(base):
@@ -68,18 +52,16 @@ def candidates(base):
     }
 
 
-def auto_of(cell):
-    """Return what "auto" is for a cell, and why; measured and kept where nobody has."""
-    layer = cell.layers[0]
-    told = explain(cell.queries, layer.key_pool, layer.value_pool, cell.batch, scale=SCALE)
-    return f"auto is {told.path}, {told.because}"
+def attend_of(cell, path):
+    """Return what attends in a layer of a cell, over a named path or by a `plan_of`."""
+    if isinstance(path, str):
+        return lambda q, k, v: decode_attention(q, k, v, cell.batch, scale=SCALE, path=path)
+    return lambda q, k, v: path.attend(q, k, v, PLAIN)
 
 
-def over_contiguous(cell, attend, samples):
-    """Return the median of a paged step's time over that of a contiguous one.
-
-    `attend` takes queries, keys and values of a layer.
-    """
+def over_contiguous(cell, path, samples):
+    """Return the median of a paged step's time over that of a contiguous one."""
+    attend = attend_of(cell, path)
 
     def paged():
         out = cell.queries
@@ -132,35 +114,31 @@ def main():
     tunings = candidates(base)
     paths = ["fused", "gather_rows", "gather_block_major"]
     over = {name: [] for name in (*tunings, *paths)}
-    sizes = []
-    for batch in args.batches:
-        for context in args.contexts:
-            where = batch, context, BLOCK_SIZE
-            cell = workload(*where, num_layers=layers(*where), order="random")
-            sizes.append(batch * context)
-            print(f"batch {batch}, {context} tokens: {auto_of(cell)}", flush=True)
-            measured = {}  # by work: many candidates cut alike
-            for name in over:
-                plan = plan_of(cell, tunings[name]) if name in tunings else None
-                work = (plan.warps, plan.items) if plan else name
-                if work not in measured:
-                    attend = _planned(plan) if plan else _named(name)(cell)
-                    try:
-                        measured[work] = over_contiguous(cell, attend, args.samples)
-                    except RuntimeError as error:  # more threads than this GPU gives a group
-                        print(f"{name}: {error}")
-                        measured[work] = math.inf
-                    print(f"batch {batch}, {context} tokens, {work}: {measured[work]:.3f}")
-                over[name].append(measured[work])
+    sizes = list(itertools.product(args.batches, args.contexts))
+    for batch, context in sizes:
+        where = batch, context, BLOCK_SIZE
+        cell = workload(*where, num_layers=layers(*where), order="random")
+        measured = {}  # by work: many candidates cut alike
+        for name in over:
+            path = plan_of(cell, tunings[name]) if name in tunings else name
+            work = path if isinstance(path, str) else (path.warps, path.items)
+            if work not in measured:
+                try:
+                    measured[work] = over_contiguous(cell, path, args.samples)
+                except RuntimeError as error:  # more threads than this GPU gives a group
+                    print(f"{name}: {error}")
+                    measured[work] = math.inf
+                print(f"batch {batch}, {context} tokens, {work}: {measured[work]:.3f}", flush=True)
+            over[name].append(measured[work])
     print("\nover contiguous, geometric mean, worst:")
     for name in sorted(over, key=lambda name: _mean(over[name])):
         print(f"  {name}: {_mean(over[name]):.3f}, {max(over[name]):.3f}")
     best = tunings[min(tunings, key=lambda name: _mean(over[name]))]
-    table = thresholds(sizes, {path: over[path] for path in paths})
+    tokens = [batch * context for batch, context in sizes]
+    table = thresholds(tokens, {path: over[path] for path in paths})
     print(f"\nTUNING[{gpu!r}] = {best}   # is {base}")
     print(f"AUTO[{backend!r}] = {tuple(table)}   # is {AUTO[backend]}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
