@@ -31,16 +31,9 @@ PHASES = (
 def git(*args, root=None, text=None, env=None):
     """Return what a git command prints, without white space around it.
 
-    A hook's variables do not redirect it, nor does it take a repository around `root` for its own.
-
-    Parameters
-    ----------
-    root : Path, optional
-        The top folder of a repository other than the project's.
-    text : str, optional
-        What the command reads from its input.
-    env : dict, optional
-        Environment variables to add.
+    `root` is the top folder of another repository, `text` what the command reads, `env` environment
+    variables to add. A hook's variables do not redirect it, nor does it take a repository around
+    `root` for its own.
 
     Raises
     ------
@@ -83,7 +76,7 @@ def check_history():
 
 
 def uncommitted_suite():
-    """Return in words which files of what decides what is measured HEAD does not have like this."""
+    """Return in words which benchmarks and settings of asv are not committed."""
     where = ("--", "benchmarks", "asv.conf.json")
     changed = git("diff", "--name-only", "-z", "HEAD", *where)
     new = git("ls-files", "--others", "--exclude-standard", "-z", *where)
@@ -93,13 +86,7 @@ def uncommitted_suite():
 
 
 def check_suite():
-    """Stop if what is measured now would be recorded as measured by HEAD's benchmarks, and is not.
-
-    Raises
-    ------
-    UserError
-        If benchmarks or asv's settings are not committed.
-    """
+    """Stop if benchmarks are not committed: results would be recorded as of HEAD's benchmarks."""
     if changed := uncommitted_suite():
         raise UserError(
             f"{changed} is not committed, and would be measured and recorded as of HEAD's "

@@ -39,9 +39,8 @@ RETIRED = "retired.txt"
 class Value:
     """A result with its 99% confidence interval; seconds or a ratio.
 
-    `value` is None where the benchmark failed and NaN where there is no number; `why` says what is
-    known of the reason: a text of `benchmarks.kinds.WHY`, "not asked", or "n/a" in a cell that was
-    not asked for or is older than the recording of reasons.
+    `value` is None where the benchmark failed and NaN where there is no number. `why` is then a
+    reason in `benchmarks.kinds.WHY`, "not asked", or "n/a" where none is recorded.
     """
 
     value: float | None
@@ -158,8 +157,8 @@ def environments(machine, results=RESULTS):
 def usual_environment(machine, results=RESULTS):
     """Return the environment that a machine's tables are about, None if it measured nothing.
 
-    That is one of the MLX in asv.conf.json if there is any; then the one of most commits; then
-    the last measured. A table never mixes environments.
+    One of the MLX in asv.conf.json is preferred, then that of most commits, then the last measured.
+    A table never mixes environments.
     """
     return _usual(measured(machine, results))
 

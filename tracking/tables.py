@@ -27,26 +27,16 @@ def fragmentation(context, block_size):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table by cell: what one of some benchmarks says of the cell.
-
-    Parameters
-    ----------
-    title : str
-        Its header.
-    benchmarks : tuple of str
-        The first of these that has the cell gives the number; none: what the cell itself says.
-    unit : str
-        How numbers are shown: "ratio", "ms", "percent" above 1, or "fragmentation" of the cell.
-    """
+    """A column of a table by cell; the first of some benchmarks that has the cell is shown."""
 
     title: str
-    benchmarks: tuple
-    unit: str = "ratio"
+    benchmarks: tuple  # of names
+    unit: str = "ratio"  # or "ms", "percent" above 1, "fragmentation" of the cell itself
 
     def value(self, table, cell):
         """Return the Value of a cell, MISSING if no benchmark has it."""
         found = (cells_of(table, name).get(cell) for name in self.benchmarks)
-        return next(filter(None, found), MISSING)
+        return next((value for value in found if value), MISSING)
 
     def show(self, table, cell):
         """Return the text of a cell."""
