@@ -112,7 +112,9 @@ def measured(machine, results=RESULTS):
 @functools.cache
 def _parse(path, *_):
     """Parse a file, None if it is broken; what follows its path tells whether it has changed."""
-    if error := valid.broken(path):
+    try:
+        valid.load(path)
+    except valid.BrokenFileError as error:
         print(f"{error}; left out", file=sys.stderr)
         return None
     result = Results.load(path)

@@ -94,13 +94,7 @@ def check_machine_name(name):
 
 
 def load(file):
-    """Return what a file of results, a record of machines or asv's list of benchmarks holds.
-
-    Raises
-    ------
-    BrokenFileError
-        In one sentence, if it is not what asv writes there.
-    """
+    """Return what a file holds; raise BrokenFileError unless asv would write that there."""
     try:
         with Path(file).open("rb") as there:
             content = there.read(MOST_BYTES + 1)
@@ -131,66 +125,44 @@ def check(file, data, state="is"):
     """Raise BrokenFileError if a file must not hold this, which it does or would do."""
     file = Path(file)
     kind = KINDS.get(file.name, "results")
-    reason = _violation(kind, data) or _disagreement(kind, data) or _misplacement(kind, data, file)
+    reason = _violation(kind, data)
+    if not reason and kind == "machine":
+        reason = _other_machine(file, data["machine"])
+    if not reason and kind == "results":
+        reason = _other_machine(file, data["params"]["machine"]) or _disagreement(data)
+        name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
+        if not reason and file.name != name:
+            reason = f"its commit and environment belong into {name!a}"
     if reason:
         raise BrokenFileError(f"{shown(file)} {state} broken: {reason}")
 
 
-def _disagreement(kind, data):
-    """Return which parts of data do not belong together or are too many, None if all is well."""
-    rows, columns, total = {}, (), 0
-    if kind == "results":
-        columns = data["result_columns"]
-        rows = {name: dict(zip(columns, r, strict=False)) for name, r in data["results"].items()}
-    elif kind == "benchmarks":
-        rows = {name: about for name, about in data.items() if name != "version"}
-    for name, row in rows.items():
-        cells = math.prod(map(len, row["params"]))
+def _other_machine(file, machine):
+    """Return whose results belong into a file, None if it is where the machine's belong."""
+    name = file.parent.name
+    return None if name == machine else f"expected results of machine {name!a}, got {machine!a}"
+
+
+def _disagreement(data):
+    """Return which parts of results do not belong together or are too many, None if all is well."""
+    total = 0
+    for name, row in data["results"].items():
+        columns = dict(zip(data["result_columns"], row, strict=False))
+        cells = math.prod(map(len, columns["params"]))
         total += cells
         if total > MOST_CELLS:
             return f"expected up to {MOST_CELLS} cells, got {total} up to {name}"
-        per_cell = {c: row.get(c) for c in columns if c.startswith(PER_CELL)}
-        if any(values is not None and len(values) != cells for values in per_cell.values()):
+        per_cell = [v for c, v in columns.items() if c.startswith(PER_CELL) and v is not None]
+        if any(len(values) != cells for values in per_cell):
             return f"expected {cells} values of {name} in each column"
-        statistics = [values or () for c, values in per_cell.items() if c.startswith("stats_")]
+        statistics = [columns.get(c) or () for c in data["result_columns"] if c[:6] == "stats_"]
         if len({tuple(x is None for x in values) for values in statistics}) > 1:
             return f"expected all statistics of a cell of {name} or none"
     return None
 
 
-def _misplacement(kind, data, file):
-    """Return where results belong if not into a file, None if they do: asv has one for them."""
-    if kind not in ("machine", "results"):
-        return None
-    machine = data["machine"] if kind == "machine" else data["params"]["machine"]
-    if machine != file.parent.name:
-        return f"expected results of machine {file.parent.name!a}, got {machine!a}"
-    if kind == "results":
-        name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
-        if file.name != name:
-            return f"its commit and environment belong into {name!a}"
-    return None
-
-
-def broken(file):
-    """Return the error that `load` raises, None if a file is valid."""
-    try:
-        load(file)
-    except BrokenFileError as error:
-        return error
-    return None
-
-
 def write_json(file, data, **layout):
-    """Write a file of results as `write_text` does, if it may hold this; `layout` is json's.
-
-    Raises
-    ------
-    BrokenFileError
-        As `load`.
-    OSError
-        As `write_text`.
-    """
+    """Write a file as `write_text` does, if it may hold this; `layout` is json's."""
     text = json.dumps(data, **layout)
     parse(file, text.encode(), state="would be")
     write_text(file, text)
@@ -207,12 +179,13 @@ def set_aside(results):
     asv reads all there are, and one that is broken ends it with a traceback.
     """
     for file in files(results):
-        if not (error := broken(file)):
-            continue
-        aside = file.with_name(f"{file.name}.broken")
-        for number in itertools.count(2):
-            if not aside.exists():
-                break
-            aside = file.with_name(f"{file.name}.broken-{number}")
-        file.rename(aside)
-        print(f"{error}; set aside as {shown(aside.name)}", file=sys.stderr)
+        try:
+            load(file)
+        except BrokenFileError as error:
+            aside = file.with_name(f"{file.name}.broken")
+            for number in itertools.count(2):
+                if not aside.exists():
+                    break
+                aside = file.with_name(f"{file.name}.broken-{number}")
+            file.rename(aside)
+            print(f"{error}; set aside as {shown(aside.name)}", file=sys.stderr)
