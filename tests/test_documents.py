@@ -18,14 +18,6 @@ from tracking.repository import ROOT
 CELL = ("1", "1024", "32")
 
 
-@pytest.mark.parametrize(
-    ("context", "block_size", "percent"),
-    [(1024, 32, 0), (1000, 32, 2.34375), (1, 64, 98.4375), (0, 32, 0)],
-)
-def test_fragmentation(context, block_size, percent):
-    assert tables.fragmentation(context, block_size) == percent
-
-
 def test_formats():
     table = (["a", "long name"], [["1", "2.50"], ["n/a", "10.00"]])
     assert tables.as_text(*table) == "  a  long name\n  1       2.50\nn/a      10.00\n"
@@ -127,25 +119,23 @@ def test_make_table_is_of_the_newest_commit_with_a_number(four_commits, monkeypa
         documents.main()
 
 
-@pytest.fixture
-def two_commits(monkeypatch):
-    """Two tables that git has, to be filled in."""
-    found = {"a" * 8: {}, "b" * 8: {}}
+def test_a_series_is_written_by_cell_and_commit(monkeypatch):
+    """What it says of words, counts and classes without parameters is in the documents."""
+    one, two = "a" * 8, "b" * 8
+    found = {
+        one: {"append.Auto.time_append": {("4", "64"): results.Value(0.25, 0.2, 0.3)}},
+        two: {
+            "append.Auto.time_append": {
+                ("4", "64"): results.Value(0.001, 0.001, 0.002),
+                ("16", "1"): results.Value(None),
+                ("1", "1"): results.MISSING,
+                ("1", "64"): results.Value(0.002),
+            }
+        },
+    }
     monkeypatch.setattr(documents, "recorded", lambda machine, commit: found[commit])
     monkeypatch.setattr(documents, "recorded_tables", lambda machine: found)
     monkeypatch.setattr(repository, "phase_commits", lambda: {"b" * 40: "1"})
-    return found.values()
-
-
-def test_a_series_is_written_by_cell_and_commit(two_commits):
-    a, b = two_commits
-    a["append.Auto.time_append"] = {("4", "64"): results.Value(0.25, 0.2, 0.3)}
-    b["append.Auto.time_append"] = {
-        ("4", "64"): results.Value(0.001, 0.001, 0.002),
-        ("16", "1"): results.Value(None),
-        ("1", "1"): results.MISSING,
-        ("1", "64"): results.Value(0.002),
-    }
     text = documents.mark_series("m", "append.Auto.time_append", params="batch,size")
     assert text.splitlines() == [
         "| batch | size | aaaaaaaa | 1 · in place (bbbbbbbb) |",
@@ -153,51 +143,8 @@ def test_a_series_is_written_by_cell_and_commit(two_commits):
         "| 1 | 64 | not asked | 2.00 |",
         "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",
     ]
-    chosen = documents.mark_series("m", "append.Auto.time_append", "a" * 8, "batch,size", "us")
+    chosen = documents.mark_series("m", "append.Auto.time_append", one, "batch,size", "us")
     assert chosen.splitlines()[2:] == ["| 4 | 64 | 250000.00 [200000.00, 300000.00] |"]
-
-
-def test_parameters_that_are_words_come_as_words(two_commits):
-    cells = [("'b'", "32768"), ("'b'", "8192"), ("'a'", "8192")]
-    [*_, b] = two_commits
-    b["m.Capacity.track_tokens"] = {cell: results.Value(1234.5) for cell in cells}
-    text = documents.mark_series("m", "m.Capacity.track_tokens", params="model,context")
-    assert text.splitlines()[2:] == [
-        "| a | 8192 | 1234 |",
-        "| b | 8192 | 1234 |",
-        "| b | 32768 | 1234 |",
-    ]
-
-
-def test_a_class_without_parameters_is_a_table_of_its_numbers(two_commits):
-    a, b = two_commits
-    a["trace.Batched.track_tokens_per_second"] = {(): results.MISSING}
-    b["trace.Batched.track_tokens_per_second"] = {(): results.Value(5.0541)}
-    b["trace.Batched.track_peak_memory"] = {(): results.Value(0.2)}
-    b["trace.Served.track_tokens_per_second"] = {("1",): results.Value(9)}
-    lines = documents.mark_tracks("box", "trace.Batched.").splitlines()
-    assert lines[0] == "|  | 1 · in place (bbbbbbbb) |"
-    assert lines[2:] == ["| peak memory | 0.20 |", "| tokens per second | 5.05 |"]
-
-
-def test_quality_is_written_by_format_and_measure(monkeypatch, tmp_path):
-    (tmp_path / "quality.csv").write_text(
-        "machine,text,format,measure,value,over 16\n"
-        "box,story,16,perplexity,12.5,+0.00%\n"
-        "box,story,16,found,0.9,+0.00%\n"
-        "box,story,4,found,0.7,-22.22%\n"
-        "box,story,8 and 4,perplexity,12.625,+1.00%\n"
-        "other,story,4,perplexity,13,n/a\n"
-    )
-    monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    text = "<!-- results: quality machine=box -->\n<!-- end results -->\n"
-    assert documents.fill(text).splitlines()[1:-1] == [
-        "| text | format | perplexity | found |",
-        "| --: | --: | --: | --: |",
-        "| story | 16 | 12.5 | 0.9 |",
-        "| story | 4 | not asked | 0.7 |",
-        "| story | 8 and 4 | 12.625 (+1.00%) | not asked |",
-    ]
 
 
 @pytest.mark.skipif(
