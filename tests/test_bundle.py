@@ -214,20 +214,11 @@ def test_hostile_histories_are_refused(parents, hostile):
     assert git(origin, "rev-list", "--count", "results") == "1"
 
 
-@pytest.mark.parametrize("content", [b"nonsense", b"# v2 git bundle\n", b"\0" * 100])
-def test_a_bundle_that_is_none(content, hostile):
+def test_a_bundle_that_is_none(hostile):
     origin, clone = hostile
-    (clone / "b.bundle").write_bytes(content)
+    (clone / "b.bundle").write_bytes(b"# v2 git bundle\n")
     with pytest.raises(RefusedError):
         script.push(clone / "b.bundle", str(origin))
-
-
-def test_a_large_bundle_is_not_unpacked(hostile, monkeypatch):
-    origin, clone = hostile
-    bundle = commit(clone, FILE)
-    monkeypatch.setattr(script, "BUNDLE", bundle.stat().st_size - 1)
-    with pytest.raises(RefusedError, match="has more than"):
-        script.push(bundle, str(origin))
 
 
 def test_it_runs_by_the_systems_python_alone(measured, tmp_path):

@@ -60,14 +60,6 @@ def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(four_commits
     assert tables.headline("m", four_commits, results.BOUND) == (["commit"], [])
 
 
-def test_a_headline_of_tokens_has_no_block_size(four_commits):
-    cells = {("8", "512"): results.Value(1.5), ("1", "4096"): results.Value(1.25)}
-    four_commits["a"][results.TOKENS] = cells
-    header, rows = tables.headline("m", four_commits, results.TOKENS)
-    assert header == ["commit", "batch 1, 4k", "batch 8, 512"]
-    assert rows == [["0 · gather (a)", "1.25", "1.50"]]
-
-
 def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
     documents.main()

@@ -216,22 +216,18 @@ def test_the_steps_are_commands_that_exist_and_fit_into_half_an_hour():
     *others, last = steps
     assert last.name == "short grid"  # which can be cut anywhere, and takes what is left
     assert sum(step.minutes for step in others) + 2 < report.MINUTES <= 28
+    params = [[str(x) for x in values] for values in common.GRID]
+    for name, step in ((STEP, steps[3]), (ATTENTION, steps[4])):
+        benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
+        cells = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
+        chosen = [cell for label, cell in cells.items() if re.search(step.command[-1], label)]
+        assert chosen == grid.asked(benchmark, "short")
     for step in steps:
         files = [word for word in step.command if word.startswith("tests/")]
         assert all((repository.ROOT / file).exists() for file in files)
         ask = ["--dry-run"] if step.command[0] == "make" else ["--help"]
         command = [*step.command, *ask]
         assert subprocess.run(command, cwd=repository.ROOT, capture_output=True).returncode == 0
-
-
-@pytest.mark.parametrize(("step", "name"), [("step", STEP), ("attention", ATTENTION)])
-def test_headlines_are_those_of_the_short_grid(step, name):
-    [chosen] = [one.command[-1] for one in report.steps_on("box") if one.name == step]
-    params = [[str(x) for x in values] for values in common.GRID]
-    benchmark = {"name": name, "params": params, "param_names": common.PARAM_NAMES}
-    cells = {f"{name}({', '.join(cell)})": cell for cell in itertools.product(*params)}
-    asked = [cell for label, cell in cells.items() if re.search(chosen, label)]
-    assert asked == grid.asked(benchmark, "short")
 
 
 def test_it_begins_where_mlx_cannot_be_imported():
