@@ -104,9 +104,9 @@ ROW = ("results", results.ATTENTION)
         (("params", "cpu"), HTML, "does not match"),
         (("env_vars",), {"A": HTML}, "does not match"),
         (("env_name",), HTML, "does not match"),
-        (("env_name",), "other", "belong into '0b9e8013-other.json'"),
+        (("env_name",), "other", "expected the name '0b9e8013-other.json'"),
         (("commit_hash",), f"{COMMIT}\n", "does not match"),
-        (("commit_hash",), "f" * 40, "belong into 'ffffffff-cuda13"),
+        (("commit_hash",), "f" * 40, "expected the name 'ffffffff-cuda13"),
         (("more",), 1, "Additional properties"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a Mac that somebody else owns says of this package, in half an hour: `make report`.
+"""Run tests and benchmarks on a volunteer's Mac for half an hour: `make report`.
 
 Each step is a command of its own with a limit on its time. One that fails, hangs or crashes stops
 none of those after it. results/MACHINE/report.md is written after every step. Started again at the
@@ -88,9 +88,9 @@ def default_name(results=RESULTS):
 
 
 def run(step, seconds, log):
-    """Run a step for so many seconds at most; return what happened, "ok" if it succeeded.
+    """Run a step for at most some seconds; return what happened, "ok" if it succeeded.
 
-    Its output goes into `log`. Whatever it started ends with it.
+    Its output goes into `log`. Its child processes end with it.
     """
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Tables of recorded results: for the terminal, as CSV, and between the markers of the documents.
 
-A marker in a Markdown file looks like `<!-- results: NAME key=value … -->` and everything up to the
-next `<!-- end results -->` is what this module writes there.
+A marker in a Markdown file looks like `<!-- results: NAME key=value … -->`. This module writes what
+follows, up to the next `<!-- end results -->`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ MARKER = re.compile(
 
 
 def recorded_tables(machine):
-    """Return {commit: table} of all that git has of a machine, each benchmark of one version."""
+    """Return {commit: table} of a machine's results in git, each benchmark of one version."""
     environment = recorded_environment(machine)
     return tables(machine, recorded_commits(machine), environment=environment)
 
@@ -67,8 +67,8 @@ def mark_headline(machine, benchmark):
 def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
     """Write the cells of one benchmark, times in ms or us, by commit.
 
-    Commits that are named are shown as they were measured, with whichever version of the benchmark;
-    otherwise all that have a number of its last version.
+    The default is every commit that has a number of the benchmark's last version. Named commits are
+    shown as they were measured, whichever version that was.
     """
     if commits:
         found = {c: recorded(machine, c).get(benchmark, {}) for c in commits.split(",")}

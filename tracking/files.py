@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were, and their names."""
+"""Writes files atomically, and shows their names."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_text(file, text):
-    """Write a file so that it is there whole or as it was, whatever happens meanwhile.
+    """Write a file atomically: it has its new content or, whatever happens, its old one.
 
     Raises
     ------
@@ -26,5 +26,5 @@ def write_text(file, text):
 
 
 def shown(path):
-    """Return a path as text that a terminal or a log takes for nothing but text."""
+    """Return a path as text without characters that a terminal or a log would obey."""
     return str(path) if str(path).isprintable() else ascii(str(path))

@@ -28,7 +28,7 @@ NAMES = {
     BOUND: "step over the bound",
     ATTENTION: "attention alone",
 }
-"""The headlines in the order of what they say to a user, and what they are called."""
+"""The headline benchmarks and their titles, first the one that matters most to a user."""
 
 NUMPY = "host.NumPy.track_version"
 RETIRED = "retired.txt"
@@ -71,9 +71,9 @@ MISSING = Value(math.nan, why="not asked")
 
 
 def over(value, base):
-    """Return a value over another: infinite over nothing, and 1 where both are nothing.
+    """Return the ratio of two values; below zero counts as zero, as in published regressions.
 
-    Values below zero are nothing, as in published regressions.
+    Over zero it is infinite, and 1 for two zeros.
     """
     if base <= 0:
         return 1.0 if value <= 0 else math.inf
@@ -100,7 +100,7 @@ class Measured:
 
 
 def measured(machine, results=RESULTS):
-    """Return what each file of a machine's results says; a file that stays is parsed once.
+    """Return what each file of a machine's results says; an unchanged file is parsed once.
 
     A broken file is left out, and named on standard error.
     """
@@ -111,7 +111,7 @@ def measured(machine, results=RESULTS):
 
 @functools.cache
 def _parse(path, *_):
-    """Parse a file, None if it is broken; what follows its path tells whether it has changed."""
+    """Parse a file; return None if it is broken. The other arguments change when the file does."""
     try:
         valid.load(path)
     except valid.BrokenFileError as error:

@@ -15,7 +15,7 @@ LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
 
 
 def by_number(cell):
-    """Return what sorts cells by the numbers in their names, words after them."""
+    """Return a sort key: cells by the numbers in their names, words last."""
     return [(0, int(x), "") if x.lstrip("-").isdigit() else (1, 0, x) for x in cell]
 
 
@@ -67,7 +67,7 @@ USERS = [
     Column(NAMES[BOUND], (BOUND, "step.BoundBatch16.ratio_step_vs_bound")),
     Column(NAMES[ATTENTION], (ATTENTION, "overhead.Batch16.ratio_vs_contiguous")),
 ]
-"""What users get, first what they pay first."""
+"""What users get, in the order in which they notice it."""
 
 ADR = [
     Column("frag %", (), "fragmentation"),
@@ -89,7 +89,7 @@ COLUMNS = {"users": USERS, "adr": ADR}
 
 
 def by_cell(table, columns):
-    """Return (header, rows): every cell of some columns that has a number in at least one."""
+    """Return (header, rows): every cell that has a number in at least one of some columns."""
     cells = {
         cell for column in columns for name in column.benchmarks for cell in cells_of(table, name)
     }

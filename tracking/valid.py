@@ -75,7 +75,7 @@ def _validator(kind):
 
 
 def _violation(kind, data):
-    """Return what of the schema data violates, None if nothing."""
+    """Return how data violates the schema, None if it does not."""
     error = best_match(itertools.islice(_validator(kind).iter_errors(data), 1))
     if not error:
         return None
@@ -86,7 +86,7 @@ def _violation(kind, data):
 
 
 def check_machine_name(name):
-    """Raise UserError unless a machine, and its folder of results, may be called so."""
+    """Raise UserError unless a machine, and its folder of results, may have this name."""
     if _violation("machine name", name):
         raise UserError(
             f"expected a machine's name of letters, digits, spaces and any of _.()+-, got {name!a}"
@@ -104,7 +104,7 @@ def load(file):
 
 
 def parse(file, content, state="is"):
-    """Return what `load` does of a file that holds some bytes, or would hold them."""
+    """Return what `load` returns, from a file's bytes; `state` is for files not written yet."""
     try:
         if len(content) > MOST_BYTES:
             raise ValueError(f"expected up to {MOST_BYTES} bytes, got more")
@@ -122,7 +122,7 @@ def _integer(digits):
 
 
 def check(file, data, state="is"):
-    """Raise BrokenFileError if a file must not hold this, which it does or would do."""
+    """Raise BrokenFileError if a file must not hold some data."""
     file = Path(file)
     kind = KINDS.get(file.name, "results")
     reason = _violation(kind, data)
@@ -132,19 +132,19 @@ def check(file, data, state="is"):
         reason = _other_machine(file, data["params"]["machine"]) or _disagreement(data)
         name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
         if not reason and file.name != name:
-            reason = f"its commit and environment belong into {name!a}"
+            reason = f"expected the name {name!a} for its commit and environment"
     if reason:
         raise BrokenFileError(f"{shown(file)} {state} broken: {reason}")
 
 
 def _other_machine(file, machine):
-    """Return whose results belong into a file, None if it is where the machine's belong."""
+    """Return an error if a file is in the folder of another machine, else None."""
     name = file.parent.name
     return None if name == machine else f"expected results of machine {name!a}, got {machine!a}"
 
 
 def _disagreement(data):
-    """Return which parts of results do not belong together or are too many, None if all is well."""
+    """Return which parts of results contradict each other or are too many, None if none do."""
     total = 0
     for name, row in data["results"].items():
         columns = dict(zip(data["result_columns"], row, strict=False))
