@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -221,20 +220,3 @@ def test_what_a_table_is_asked_for_and_cannot_show(said):
         status, out, err = said(*args)
         assert (status, out) == (1, "")
         assert reason in err
-
-
-def test_a_full_disk_leaves_the_documents(monkeypatch, tmp_path):
-    file = tmp_path / "a.md"
-    file.write_text("before")
-    monkeypatch.setattr(documents, "DOCUMENTS", [file])
-    monkeypatch.setattr(documents, "fill", lambda text: "after")
-    monkeypatch.setattr("sys.argv", ["documents", "documents"])
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(SystemExit, match="No space left"):
-        documents.main()
-    assert file.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [file]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from asv.util import UserError
 
-from tracking import files, results, valid
+from tracking import results, valid
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0b9e8013"
@@ -159,11 +159,9 @@ def test_what_a_machine_may_not_hold(key, value, file):
         valid.load(record)
 
 
-@pytest.mark.parametrize("name", ["Müllers-Mac.local", "box 2 (lab)", "日本"])
-def test_names_of_machines_need_not_be_ascii(name, tmp_path):
-    record = tmp_path / name / "machine.json"
-    valid.write_json(record, {"machine": name, "version": 1})
-    assert valid.load(record)["machine"] == name
+def test_names_of_machines_need_not_be_ascii():
+    for name in ("Müllers-Mac.local", "box 2 (lab)", "日本"):
+        valid.check_machine_name(name)
 
 
 @pytest.mark.parametrize("name", ["", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\u202eb", "a'b"])
@@ -233,19 +231,5 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
     assert done.returncode == 1
     assert b"OSError: [Errno 27]" in done.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert file.read_text() == "before"
-
-
-def test_a_write_that_is_interrupted_leaves_a_file_as_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "a.json"
-    files.write_text(file, "before")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_text(file, "after")
     assert os.listdir(tmp_path) == ["a.json"]
     assert file.read_text() == "before"
