@@ -23,7 +23,7 @@ from pagedkv.mlx_lm.scheduled import ScheduledModel
 
 @pytest.fixture(autouse=True)
 def _quick_collections():
-    """Collections of garbage look at what a test has made, hundreds of times, and at nothing else."""
+    """Let each of several hundred garbage collections look at what the test has made alone."""
     gc.collect()
     gc.freeze()
     yield
