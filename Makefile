@@ -1,4 +1,4 @@
-# `make bench` and `make test` do all of their own set-up. `make help` lists the rest.
+# Each target does its own set-up. `make help` names what users need, `make help-all` the rest.
 PYTHON ?= python3
 # MLX backend: cpu (Linux CPU; on macOS this is Metal), cuda12 or cuda13.
 BACKEND ?= cpu
@@ -16,11 +16,13 @@ VENV := .venv$(if $(filter-out cpu,$(BACKEND)),-$(BACKEND))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
-INSTALL = $(BIN)/python -m pip install -q \
+# pip shows its progress on a terminal, and elsewhere what went wrong.
+QUIET := $(shell test -t 2 || echo --quiet)
+INSTALL = $(BIN)/python -m pip install $(QUIET) \
 	$(if $(LOCK),--require-hashes --only-binary :all: --constraint $(LOCK))
 # One package of the lock, for the pip that Python brings: it knows no hashes of constraints.
 PINNED = sed -n '/^$(1)==/,/\# via/p' requirements.lock > $(2)/pinned.txt && \
-	$(2)/bin/python -m pip install -q --require-hashes --only-binary :all: -r $(2)/pinned.txt
+	$(2)/bin/python -m pip install $(QUIET) --require-hashes --only-binary :all: -r $(2)/pinned.txt
 
 # Called from a git hook, make works in this repository and not in the hook's.
 unexport $(shell git rev-parse --local-env-vars 2>/dev/null)
@@ -30,35 +32,44 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help bench prove publish docs serve table adr compare noise detect week quality bisect doctor tune record screenshot
+.PHONY: help help-all bench prove publish docs serve table adr compare noise detect week quality bisect doctor tune record screenshot
 .PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example requests trace format lock clean
 
 help:
-	@echo "make bench       measure every phase and HEAD, publish, print the headlines"
-	@echo "                 GRID=short or full  BACKEND=cuda13  MACHINE=name"
-	@echo "make serve       look at the published site"
+	@echo "make example     chat with a small real model (a download of 93 MB), see what was reused"
+	@echo "make bench       measure the package's history and HEAD, about 10 minutes; GRID=full: hours"
+	@echo "make table       what users get on this machine, by cell"
+	@echo "make publish     build the page and the documentation from what was measured"
+	@echo "make serve       look at the published page"
+	@echo "make compare     is HEAD slower than BASE=main"
+	@echo "make report      all that a Mac can tell in 30 minutes, as a folder for a pull request"
 	@echo "make test        lint, types and tests"
-	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
-	@echo "make table       what users get, by cell, on the machine that the page opens with; MACHINE=name,"
-	@echo "                 FORMAT=csv or markdown, COMMIT=hash"
-	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
-	@echo "make compare     is HEAD slower than BASE=main; OUTPUT=table.md"
+	@echo "make help-all    the other targets and the options: MACHINE=name BACKEND=cuda13 ..."
+
+help-all: help
+	@echo
+	@echo "Options of all that measure: BACKEND=cuda13 (or cuda12), MACHINE=name, GRID=short or full."
+	@echo "make table       FORMAT=csv or markdown, COMMIT=hash, COLUMNS=adr"
+	@echo "make compare     BASE=main OUTPUT=table.md ROUNDS=2"
+	@echo "make requests    serve twelve requests with the small model in a tight budget of blocks"
+	@echo "make trace       replay a request trace, plot block usage"
+	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
-	@echo "make week        the same for published regressions: 11 simulated nights, 10 minutes"
-	@echo "make quality     what K and V in 8 and 4 bits cost a small real model (92 MB) in quality; a GPU's work"
+	@echo "make week        the same for published regressions: 11 simulated nights"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
-	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
-	@echo "make report      all that a Mac can tell in 30 minutes, as a folder for a pull request"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
+	@echo "make nightly, nightly-mlx    what the benchmark machine does for main and for MLX's newest"
+	@echo "make fetch-results, push-results    the branch of results; REMOTE=origin"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
-	@echo "make screenshot  take the README's picture of the site; SHOWN=machine, BATCH=1"
+	@echo "make screenshot  take the README's picture of the page; SHOWN=machine, BATCH=1"
+	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
+	@echo "make quality     what K and V in 8 and 4 bits cost the small model in quality; a GPU's work"
+	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
 	@echo "make soak        100,000 requests through the scheduler; a server under 32 clients, 30 min"
-	@echo "make example     chat with a small real model (92 MB) over a paged store, see what was reused"
-	@echo "make requests    serve twelve requests with it in a tight budget of blocks"
-	@echo "make trace       replay a request trace, plot block usage"
+	@echo "make lint, workflows, types, unit    the parts of make test"
 	@echo "make format      let ruff rewrite the sources"
 	@echo "make lock        renew requirements.lock: the newest of what pyproject.toml allows"
 	@echo "make clean       remove environments, caches, models and built pages; results stay"
@@ -173,9 +184,13 @@ website/node_modules: website/package-lock.json
 INSTALL_FAILED := requirements.lock has no wheel of something for this platform, or the index has another \
 	file in its place (see above). make LOCK= ... installs what pyproject.toml allows, by no hash.
 
+# Of a finished environment, on Linux.
+SIZE := $(if $(filter cpu,$(BACKEND)),0.8 GB,3 GB and more)
+
 $(READY): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	"expected Python 3.10 or newer, got " + sys.version.split()[0] + ": make PYTHON=...")'
+	@echo "installing $(SIZE) into $(VENV), once"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(if $(LOCK),$(call PINNED,pip,$(VENV)),$(INSTALL) --upgrade "pip>=26.1")
 	$(INSTALL) "mlx[$(BACKEND)]" numpy --group dev || { echo "$(INSTALL_FAILED)"; exit 1; }

@@ -81,5 +81,22 @@ def test_make_targets_that_are_named_exist():
         assert set(named) <= targets, document
 
 
+def test_every_target_is_in_make_help_or_make_help_all():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {*" ".join(re.findall(r"^\.PHONY: (.*)", makefile, re.M)).split()}
+    few, rest = (
+        {
+            target
+            for line in re.findall(r"@echo \"make ([a-z, -]+?)  .*", recipe)
+            for target in line.split(", ")
+        }
+        for recipe in re.search(
+            r"^help:\n(.*?)^help-all: help\n(.*?)\n\n", makefile, re.M | re.S
+        ).groups()
+    )
+    assert len(few - {"help-all"}) == 8
+    assert few | rest == targets - {"help"}
+
+
 def _page(site, name):
     return (site / f"{name}.html").read_text()
