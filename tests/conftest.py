@@ -138,3 +138,15 @@ def storage(request):
         if request.param == "in place":
             emulate(patch, request.getfixturevalue("emulator"))
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def smollm_folder():
+    """Where the small real model of the examples is; skips where it cannot be had."""
+    from examples import smollm
+
+    try:
+        smollm.fetch()
+    except smollm.NoModelError as error:
+        pytest.skip(str(error))
+    return smollm.FOLDER / smollm.NAME

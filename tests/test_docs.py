@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds, no link leads nowhere, every public name is there."""
+"""The documentation as a site: it builds, and no link leads nowhere."""
 
 import re
 import shutil
@@ -7,13 +7,10 @@ import sys
 
 import pytest
 
-import pagedkv
 from tracking.documents import DOCUMENTS
 from tracking.repository import ROOT
 
-pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 pytest.importorskip("sphinx", reason="the site group is not installed")
-import pagedkv.mlx_lm
 
 
 def build(root, site):
@@ -30,17 +27,6 @@ def site(tmp_path_factory):
     done = build(ROOT, site)
     assert done.returncode == 0, done.stderr
     return site
-
-
-@pytest.mark.parametrize(
-    ("page", "module"),
-    [("api", pagedkv), ("api-mlx-lm", pagedkv.mlx_lm)],
-    ids=["pagedkv", "mlx_lm"],
-)
-def test_the_reference_has_every_public_name(site, page, module):
-    documented = set(re.findall(r'<dt class="sig[^>]* id="([^"]+)"', _page(site, f"docs/{page}")))
-    names = {f"{module.__name__}.{name}" for name in module.__all__ if name != "__version__"}
-    assert names <= documented
 
 
 def test_it_needs_no_network(site):

@@ -1,0 +1,63 @@
+"""What README.md and docs/with-mlx-lm.md say of their examples, and of models, is so."""
+
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from small_models import FAMILIES, small_model
+from test_mlx_lm_store import UNSUPPORTED
+
+from pagedkv.mlx_lm import PagedStore
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("smollm_folder")
+def test_the_example_prints_what_the_readme_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(example.replace("max_tokens=40", "max_tokens=1"), {})  # faster, with the same counts
+    counts = r"\d+ of \d+ prompt tokens were cached"
+    assert re.findall(counts, capsys.readouterr().out) == re.findall(f"`({counts})`", README)
+
+
+def test_each_task_prints_what_its_comments_say(smollm_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path(".models").symlink_to(smollm_folder.parent)
+    text = (ROOT / "docs/with-mlx-lm.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    faster, printed = re.sub(r'(max_tokens"?[=:] ?)10\b', r"\g<1>1", code), []
+    exec(faster, {"print": lambda *values: printed.append(" ".join(map(str, values)))})
+    assert printed == re.findall(r"^print\(.*\)  # (.*)", code, re.M)
+
+
+def traits(family):
+    """Whether a family's prompts are reused, and blocks that left a window given back."""
+    model, prompt = small_model(family), list(range(1, 40))
+    windowed = any(isinstance(layer, RotatingKVCache) for layer in make_prompt_cache(model))
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        for _ in range(2):
+            cache = store.cache(prompt)
+            list(generate_step(mx.array(prompt), model, max_tokens=2, prompt_cache=cache))
+        freed = any(window for window, _ in store.stats().groups)
+    return "yes" if cache.cached else "no", ("yes" if freed else "no") if windowed else "no window"
+
+
+def test_the_table_of_models_is_what_tests_run():
+    rows = {}
+    for family in FAMILIES:
+        rows.setdefault(traits(family), []).append(family)
+    lines = [
+        "| models | cached prompts are reused | blocks outside a sliding window are given back |",
+        "| --- | --- | --- |",
+        *(f"| {', '.join(families)} | {' | '.join(both)} |" for both, families in rows.items()),
+        f"| {', '.join(UNSUPPORTED)} | refused | |",
+    ]
+    table = "\n".join(lines)
+    assert table in README, f"expected this table in README.md:\n{table}"
