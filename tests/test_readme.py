@@ -37,6 +37,17 @@ def test_each_task_prints_what_its_comments_say(smollm_folder, monkeypatch, tmp_
     assert printed == re.findall(r"^print\(.*\)  # (.*)", code, re.M)
 
 
+def test_the_program_for_several_machines_runs_on_one(smollm_folder, capsys):
+    text = (ROOT / "docs/several-machines.md").read_text()
+    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = re.sub(r'sharded_load\("[^"]*"', f"sharded_load({str(smollm_folder)!r}", program)
+    program = program.replace('"8GB"', '"50MB"').replace(
+        "prompt_cache=", "max_tokens=4, prompt_cache="
+    )
+    exec(program, {})
+    assert capsys.readouterr().out == "Hello! How can\n"
+
+
 def traits(family):
     """Whether a family's prompts are reused, and blocks that left a window given back."""
     model, prompt = small_model(family), list(range(1, 40))
