@@ -150,7 +150,7 @@ WAIT ?= 0
 doctor: $(READY)
 	@$(BIN)/python -m tracking.doctor --wait $(WAIT) $(OPTIONS)
 
-# What somebody with a Mac can tell in half an hour; nobody here has one.
+# What a Mac can tell in half an hour: the maintainers have none.
 report: $(READY)
 	$(AWAKE) $(BIN)/python -m tools.report $(if $(MACHINE),--machine $(MACHINE))
 

@@ -3,8 +3,8 @@
     python examples/smollm.py       # once: downloads the model
     python examples/chat.py --memory 200MB
 
-Each question is a conversation of its own, after the same system prompt. The first one computes it;
-the others find its whole blocks in the store. Generation is mlx-lm's own `stream_generate`.
+Each question starts a conversation after the same system prompt. The first one computes it; the
+others find its whole blocks in the store. Generation is mlx-lm's own `stream_generate`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ QUESTIONS = [
 
 @dataclass
 class Answer:
-    """What a question was answered, and what that took.
+    """An answer, and what it took.
 
     Attributes
     ----------

@@ -2,9 +2,9 @@
 
     python examples/generate.py --requests 8
 
-The model has two layers and random weights, so that nothing is downloaded and what it says means
-nothing. What is worth reading is `generate`: the scheduler chooses what to compute, the cache makes
-steps of it, and the model attends through them. `generate_ahead` keeps one step in flight.
+The model has two layers and random weights: nothing is downloaded, and the answers mean nothing.
+The part to read is `generate`: the scheduler chooses what to compute, the cache turns it into
+steps, and the model attends through them. `generate_ahead` keeps one step in flight.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/replay_trace.py --blocks 400 --plot usage.png
 
 Requests arrive at random times, share a few system prompts and ask for outputs of random length;
-the trace is made here, from a seed. No model runs: every sampled token is a random number, and
-time is counted in steps.
+the trace is generated from a seed. No model runs: every sampled token is a random number, and time
+is counted in steps.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def count(text):
 
 
 def check_blocks(blocks, block_size, lengths):
-    """Stop if a request of so many prompt and new tokens has no room."""
+    """Exit unless each request, (prompt tokens, new tokens), fits into the blocks."""
     needed = max(blocks_needed(prompt + new - 1, block_size) for prompt, new in lengths)
     if blocks < needed:
         sys.exit(f"expected --blocks of {needed} at least, got {blocks}")

@@ -5,9 +5,9 @@
     python examples/serve_batch.py --random
 
 Requests arrive over time, begin with the same prompt, and end after a number of tokens or when the
-model ends its answer. The scheduler says what is computed next: chunks of prompts beside the next
-tokens of others. When blocks run out it preempts, and computes again later. With --random the model
-has random weights, so that nothing is downloaded and what it says means nothing.
+model ends its answer. The scheduler chooses what is computed next: chunks of prompts together with
+the next tokens of others. When blocks run out it preempts requests, and computes them again later.
+With --random the model has random weights: nothing is downloaded, and the answers mean nothing.
 """
 
 import argparse
