@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
-from mlx_lm import generate
+from mlx_lm import generate, load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SYSTEM = "Answer in one short sentence."
@@ -24,16 +24,9 @@ def smollm(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(smollm_folder):
     """The model and its tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        import smollm
-    try:
-        smollm.fetch()
-    except smollm.NoModelError as error:
-        pytest.skip(str(error))
-    return smollm.load()
+    return load(str(smollm_folder))
 
 
 @pytest.fixture
