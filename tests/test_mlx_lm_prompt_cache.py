@@ -215,6 +215,20 @@ def test_a_generation_that_the_collector_ends_is_kept_later(model, store):
     assert len(cache.held) == 40
 
 
+def test_a_cache_knows_what_it_holds_when_its_generation_has_ended(model, store):
+    """mlx-lm's `stream_generate` lets go of the generator before its end."""
+    cache = store.cache(PROMPT)
+    steps = generate_step(mx.array(PROMPT), model, prompt_cache=cache)
+    said = [int(next(steps)[0]) for _ in range(4)]
+    assert cache.held is None  # under way
+    del steps
+    fork = copy.deepcopy(cache)
+    assert cache.held == fork.held == PROMPT + said
+    model(mx.array([[1]]), cache=cache)
+    assert cache.held is None  # others computed with it
+    assert fork.held == PROMPT + said
+
+
 def test_caches_in_a_circle_are_found_when_blocks_are_needed(model):
     gc.collect()
     gc.disable()

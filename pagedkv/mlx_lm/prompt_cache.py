@@ -62,9 +62,10 @@ class PromptCache(list[Any], RoutedPrompt):
         self._ending: ref[partial[None]] | None = None  # of the generation under way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptCache:
+        held = self._known()
         layers = [copy.deepcopy(layer, memo) for layer in self]
         other = PromptCache(layers, self._tokens, self.cached, self.namespace, self._output)
-        other._held = self._held if self._version == self.sequences.version else None
+        other._held = held
         return other
 
     @property
@@ -81,8 +82,21 @@ class PromptCache(list[Any], RoutedPrompt):
 
     @property
     def held(self) -> list[int] | None:
-        """The tokens in the cache, from the first on; None if they are not known."""
-        return None if self._held is None else self._held.tolist()
+        """The tokens in the cache, from the first on.
+
+        None if they are not known: during a generation, and after a forward pass of your own.
+        """
+        held = self._known()
+        return None if held is None else held.tolist()
+
+    def _known(self) -> NDArray[np.int64] | None:
+        """Return the tokens in the cache, None if they are not known; end what was let go of."""
+        with self.sequences.lock:
+            self.sequences.memory.collect()
+            if self._held is None or self._version != self.sequences.version:
+                return None
+            [table] = self.sequences.tables
+            return self._held[: table.num_tokens]
 
     @property
     def sequences(self) -> Sequences:
@@ -115,11 +129,9 @@ class PromptCache(list[Any], RoutedPrompt):
         if self._ending is not None and self._ending() is not None:
             raise PagedKVError("expected no other generation with this prompt cache under way")
         sequences.end()
-        [table] = sequences.tables
-        held = self._held if self._version == sequences.version else None
+        held = self._known()
         if held is not None and options.get("input_embeddings") is None:
             tokens = np.array(prompt).astype(np.int64)
-            held = held[: table.num_tokens]
             cached = len(held)
             if (
                 cached < len(tokens)
