@@ -337,3 +337,23 @@ def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():
         [uid] = generator.insert([long_prompt(200, 5)])
         assert run(generator)[0][uid] == expected
         assert store.memory.kv.pool.num_places(held[0].sequences.tables[0].ids, 0) == 90
+
+
+def test_what_was_given_up_is_computed_again_in_its_namespace(model):
+    """Or one tenant would find what another has asked."""
+    shared = list(range(50, 70))
+    with PagedStore(model, num_blocks=12, block_size=4) as store:
+        cached = computed(model, shared)
+        store.keep(cached, shared, namespace="a")
+        del cached
+        generator, namespaces = generator_of(model, max_tokens=2), []
+        generator.insert([list(range(1, 30))], max_tokens=[19])
+        caches = [store.cache([*shared, 1], namespace="a")]
+        generator.insert([[1]], caches=caches, all_tokens=[list(shared)])
+        caches.clear()
+        while responses := generator.next_generated():
+            ended = [one.prompt_cache for one in responses if one.finish_reason]
+            namespaces += [layers[0].sequences.tables[0].namespace for layers in ended]
+            ended.clear()
+            responses.clear()
+        assert namespaces == [None, "a"]

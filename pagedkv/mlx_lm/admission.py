@@ -169,7 +169,10 @@ class Admission:
                 if tokens and _can_give_up(waiting[place]):
                     first, *rest = segments
                     again = [[*tokens, *first], *rest] if rest else [list(tokens), first]
-                    cache = generator.model.make_cache()
+                    sequences = sequences_of(cache)
+                    assert sequences is not None
+                    namespace = sequences.tables[0].namespace
+                    cache = generator.model.make_cache(namespace=namespace)
                     waiting[place] = (uid, again, max_tokens, cache, [], *others)
                     return True
         return False

@@ -12,7 +12,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from types import ModuleType, TracebackType
@@ -106,8 +106,8 @@ class RoutedMaker:
     is_open = True
     memory: Any = None
 
-    def __call__(self, tokens: Sequence[int] = ()) -> RoutedPrompt:
-        """Return a prompt cache, for a prompt if it is known."""
+    def __call__(self, tokens: Sequence[int] = (), namespace: Hashable = None) -> RoutedPrompt:
+        """Return a prompt cache, for a prompt if it is known, as `PagedStore.cache` does."""
         raise NotImplementedError
 
     def check(self, prompt_tokens: int, max_tokens: int, chunk: int) -> None:

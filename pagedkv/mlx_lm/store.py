@@ -413,8 +413,10 @@ class _Maker(RoutedMaker):
         self._store, self.memory = store, store.memory
         self._admission = Admission(store.memory)
 
-    def __call__(self, tokens: Sequence[int] = ()) -> Any:
-        return self._store.cache(tokens) if self.is_open else self._store.own_caches()
+    def __call__(self, tokens: Sequence[int] = (), namespace: Hashable = None) -> Any:
+        if self.is_open:
+            return self._store.cache(tokens, namespace=namespace)
+        return self._store.own_caches()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Maker:
         return self  # a copy of the model shares the store
