@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pagedkv.errors import PagedKVError
+from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK
 from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.output import OutputLayer
@@ -23,8 +24,11 @@ from pagedkv.mlx_lm.sequences import Sequences
 class PromptCache(list[Any], RoutedPrompt):
     """A prompt cache as mlx-lm takes it: a list of the layers' caches.
 
-    A generation with it begins after the tokens that it holds already, and gives the whole blocks
-    of prompt and answer to the store's cached prefixes when it ends.
+    mlx-lm takes the prompt that the cache was made for, whole, and computes what the cache does not
+    hold; or, as with mlx-lm's own caches, a prompt that follows what the cache holds. Another
+    prompt that begins with all tokens of the cache is refused with a `ValueError`: it could be
+    either. At its end a generation gives the whole blocks of prompt and answer to the store's
+    cached prefixes.
 
     Parameters
     ----------
@@ -105,6 +109,45 @@ class PromptCache(list[Any], RoutedPrompt):
         assert found is not None
         return found
 
+    def appending(self) -> PromptCache:
+        """Return the same layers as a cache to which any prompt is what follows.
+
+        It does not know its tokens, so that it refuses no prompt, and the store caches none of it.
+        """
+        return PromptCache(self, None, 0, self.namespace, self._output)
+
+    def begun(self, prompt: Sequence[int]) -> list[int]:
+        """Return the tokens that a prompt begins with and the cache holds.
+
+        They are all that the cache holds if the prompt is the one it was made for, and none if it
+        is what follows.
+
+        Raises
+        ------
+        ValueError
+            If it is another prompt that begins with all of them: it may be whole, or follow.
+        """
+        held = self._known()
+        tokens = integers(prompt, "prompt") if len(prompt) else np.empty(0, np.int64)
+        found: list[int] = [] if held is None else held[: self._count_begun(tokens, held)].tolist()
+        return found
+
+    def _count_begun(self, prompt: NDArray[np.int64], held: NDArray[np.int64]) -> int:
+        """Return how many tokens `begun` does, of a prompt and what the cache holds."""
+        count, whole = len(held), self._tokens
+        if count < len(whole) and np.array_equal(whole[:count], held):
+            if np.array_equal(prompt, whole):
+                return count
+            if np.array_equal(prompt, whole[count:]):
+                return 0
+        if count and np.array_equal(prompt[:count], held):
+            raise ValueError(
+                f"expected the prompt that the cache was made for, or what follows the {count} "
+                "tokens that it holds, got another prompt that begins with these: "
+                "store.cache(prompt) takes it whole, cache.appending() what follows"
+            )
+        return 0
+
     def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
         """Yield what `_generate` does, each token computed while no other thread uses the store."""
         memory = self.sequences.memory
@@ -132,12 +175,7 @@ class PromptCache(list[Any], RoutedPrompt):
         held = self._known()
         if held is not None and options.get("input_embeddings") is None:
             tokens = np.array(prompt).astype(np.int64)
-            cached = len(held)
-            if (
-                cached < len(tokens)
-                and np.array_equal(tokens, self._tokens)
-                and np.array_equal(tokens[:cached], held)
-            ):
+            if cached := self._count_begun(tokens, held):
                 prompt = prompt[cached:]
                 if options.get("logits_processors"):
                     skipped = mx.array(tokens[:cached].astype(np.int32))

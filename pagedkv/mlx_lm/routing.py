@@ -93,6 +93,13 @@ class Routed:
 class RoutedPrompt:
     """A prompt cache that takes part in its generation."""
 
+    def begun(self, prompt: Sequence[int]) -> list[int]:
+        """Return the tokens that a prompt begins with and the cache holds, [] if it follows.
+
+        ValueError if neither can be told.
+        """
+        raise NotImplementedError
+
     def generate(
         self, own: Callable[..., Any], prompt: mx.array, *arguments: Any, **options: Any
     ) -> Any:
@@ -213,19 +220,46 @@ def insert_segments(
     segments: Sequence[Sequence[Sequence[int]]],
     max_tokens: Sequence[int] | None = None,
     caches: Sequence[Any] | None = None,
+    all_tokens: Sequence[list[int]] | None = None,
     *others: Any,
     **options: Any,
 ) -> Any:
-    """Insert as mlx-lm does; a request that a store can never hold is refused, with all others."""
+    """Insert as mlx-lm does, of a prompt that a store's cache was made for what it does not hold.
+
+    A request that a store can never hold is refused, with all others.
+    """
     for cache in caches or ():
         _check_models(cache, generator.model)
     if make := _maker(generator.model):
+        segments, all_tokens = _left(segments, caches, all_tokens)
         answers = max_tokens or [generator.max_tokens] * len(segments)
         held = [_held(cache) for cache in caches or [None] * len(segments)]
         for prompt, before, answer in zip(segments, held, answers, strict=False):
             make.check(before + sum(map(len, prompt)), answer, generator.prefill_step_size)
     own = _OWN_METHODS["insert_segments"]
-    return own(generator, segments, max_tokens, caches, *others, **options)
+    return own(generator, segments, max_tokens, caches, all_tokens, *others, **options)
+
+
+def _left(
+    prompts: Sequence[Sequence[Sequence[int]]],
+    caches: Sequence[Any] | None,
+    all_tokens: Sequence[list[int]] | None,
+) -> tuple[list[Sequence[Sequence[int]]], list[list[int]]]:
+    """Return the segments of each prompt that its cache does not hold, and the tokens it holds.
+
+    A caller that says which tokens a cache holds gives what follows them.
+    """
+    left: list[Sequence[Sequence[int]]] = list(prompts)
+    known = list(all_tokens or [[] for _ in prompts])
+    for place, (prompt, cache, held) in enumerate(zip(prompts, caches or (), known, strict=False)):
+        if isinstance(cache, RoutedPrompt) and not held:
+            known[place] = begun = cache.begun([token for segment in prompt for token in segment])
+            rest, count = [], len(begun)
+            for segment in prompt:
+                rest.append(segment[count:])
+                count = max(count - len(segment), 0)
+            left[place] = rest
+    return left, known
 
 
 def _held(cache: Any) -> int:

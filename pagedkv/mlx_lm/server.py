@@ -38,6 +38,7 @@ from pagedkv.limits import positive_int32
 from pagedkv.mlx_lm.http import LOOPBACK, Handler, Limits, Server, is_gone
 from pagedkv.mlx_lm.layer import sequences_of
 from pagedkv.mlx_lm.metrics import Metrics
+from pagedkv.mlx_lm.prompt_cache import PromptCache
 from pagedkv.mlx_lm.requests import RequestError, check_vocabulary
 from pagedkv.mlx_lm.routing import replaced
 from pagedkv.mlx_lm.store import PagedStore, parse_bytes
@@ -120,6 +121,8 @@ class PromptCaches(LRUPromptCache):
                 self.store.keep(kept, tokens, namespace=salt)
             if salt is not None:
                 model = model, salt
+        if isinstance(kept, PromptCache):
+            kept = kept.appending()  # what it is fetched for comes without what it holds
         super().insert_cache(model, tokens, kept, cache_type=cache_type)
         if sequences is not None:
             sequences.is_spare = True

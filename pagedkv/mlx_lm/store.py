@@ -156,9 +156,9 @@ class PagedStore(Closing):
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
         """Return a prompt cache that holds the longest cached prefix of a prompt already.
 
-        At least one token is left to compute; `PromptCache.rest` are those. mlx-lm's `generate`,
-        `stream_generate` and `generate_step` may be given the whole prompt with it, others
-        (`BatchGenerator`, speculative decoding) only the rest.
+        At least one token is left to compute; `PromptCache.rest` has those. Give mlx-lm's
+        `generate`, `stream_generate`, `generate_step`, `batch_generate` and `BatchGenerator` the
+        whole prompt with the cache, or the rest; give speculative decoding the rest.
 
         Parameters
         ----------

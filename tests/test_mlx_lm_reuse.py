@@ -1,0 +1,178 @@
+"""Whole prompts with caches that hold their first part, and what only looks like them."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.sample_utils import make_logits_processors
+
+from pagedkv.mlx_lm import PagedStore
+from pagedkv.mlx_lm.server import PromptCaches
+
+SHARED = list(range(20, 50))  # seven blocks of four tokens, and two
+PROMPTS = [[*SHARED, 60, 61, 62], [*SHARED, 70, 71]]
+COUNT = 12
+
+
+def answer(model, prompt, cache=None, count=COUNT, **options):
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **options)
+    return [int(token) for token, _ in steps]
+
+
+def run(generator, uids):
+    """Run to the end; return the tokens of each sequence, and what its last response holds."""
+    found, last = {uid: [] for uid in uids}, {}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+            last[response.uid] = response
+    return [found[uid] for uid in uids], [last[uid] for uid in uids]
+
+
+def answers(model, prompts, caches=None, **options):
+    generator = BatchGenerator(model, max_tokens=COUNT, prefill_step_size=7)
+    return run(generator, generator.insert(prompts, caches=caches, **options))[0]
+
+
+@pytest.fixture
+def passes(model, monkeypatch):
+    """A list that grows by the tokens of each pass of the model."""
+    passes, own = [], type(model).__call__
+
+    def noting(self, tokens, **options):
+        passes.append(tokens.size)
+        return own(self, tokens, **options)
+
+    monkeypatch.setattr(type(model), "__call__", noting)
+    return passes
+
+
+@pytest.mark.parametrize("cut", [None, 5, 28, 30])
+def test_a_batch_takes_whole_prompts_with_the_caches_made_for_them(model, passes, cut):
+    """Also in segments, of which some are all in the cache."""
+    expected = answers(model, PROMPTS)
+    with PagedStore(model, num_blocks=128, block_size=4) as store:
+        answer(model, [*SHARED, 1])
+        caches = [store.cache(prompt) for prompt in PROMPTS]
+        assert [cache.cached for cache in caches] == [28, 28]
+        generator = BatchGenerator(model, max_tokens=COUNT)
+        passes.clear()
+        if cut is None:
+            uids = generator.insert(PROMPTS, caches=caches)
+        else:
+            segments = [[prompt[:cut], prompt[cut:]] for prompt in PROMPTS]
+            uids = generator.insert_segments(segments, caches=caches)
+        found, last = run(generator, uids)
+        assert found == expected
+        # Tokens of the prompts but what was cached, then one more of each than is handed out.
+        assert sum(passes) == 5 + 4 + 2 * COUNT
+        assert [one.all_tokens for one in last] == [
+            prompt + tokens for prompt, tokens in zip(PROMPTS, found, strict=True)
+        ]
+        assert [cache[0].offset for cache in caches] == [28, 28]
+
+
+def test_a_batch_takes_the_rest_of_prompts_as_before(model):
+    expected = answers(model, PROMPTS)
+    with PagedStore(model, num_blocks=128, block_size=4) as store:
+        answer(model, [*SHARED, 1])
+        caches = [store.cache(prompt) for prompt in PROMPTS]
+        assert answers(model, [cache.rest for cache in caches], caches) == expected
+        known = [list(cache.tokens[: cache.cached]) for cache in caches]
+        rest = [cache.rest for cache in caches]
+        assert answers(model, rest, caches, all_tokens=known) == expected
+
+
+def test_whole_prompts_are_counted_once(model):
+    """33 tokens and 12 more fit into twelve blocks, with 28 of them in the cache."""
+    with PagedStore(model, num_blocks=12, block_size=4) as store:
+        answer(model, [*SHARED, 1], count=1)
+        cache = store.cache(PROMPTS[0])
+        assert len(answers(model, PROMPTS[:1], [cache])[0]) == COUNT
+
+
+def test_processors_of_a_batch_see_the_tokens_that_were_cached(model):
+    def penalty():
+        return [make_logits_processors(repetition_penalty=1.8, repetition_context_size=100)]
+
+    expected = answers(model, PROMPTS[:1], logits_processors=penalty())
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        answer(model, [*SHARED, 1])
+        cache = store.cache(PROMPTS[0])
+        assert answers(model, PROMPTS[:1], [cache], logits_processors=penalty()) == expected
+        assert answers(model, PROMPTS[:1], logits_processors=penalty()) == expected
+
+
+def generation(model, cache, prompt):
+    return answer(model, prompt, cache)
+
+
+def batch(model, cache, prompt):
+    return answers(model, [prompt], [cache])[0]
+
+
+both = pytest.mark.parametrize("ask", [generation, batch])
+
+
+@both
+def test_another_prompt_that_begins_with_what_is_held_is_refused(model, store, ask):
+    """Whether it is whole or follows cannot be told, and the wrong guess would not be seen."""
+    answer(model, [*SHARED, 1])
+    cache = store.cache(PROMPTS[0])
+    with pytest.raises(ValueError, match=r"what follows the 28 tokens .* store\.cache\(prompt\)"):
+        ask(model, cache, PROMPTS[1])
+    assert ask(model, cache, PROMPTS[0]) == ask(model, store.cache(), PROMPTS[0])
+
+
+@both
+@pytest.mark.parametrize("more", [[], [3, 4]])
+def test_a_conversation_that_is_held_is_not_taken_once_more(model, store, ask, more):
+    cache = store.cache(PROMPTS[0])
+    said = answer(model, PROMPTS[0], cache)
+    assert cache.held == PROMPTS[0] + said
+    free = store.stats().free_blocks
+    with pytest.raises(ValueError, match="what follows the 45 tokens that it holds"):
+        ask(model, cache, PROMPTS[0] + said + more)
+    assert (cache.held, store.stats().free_blocks) == (PROMPTS[0] + said, free)
+
+
+@both
+def test_what_follows_may_begin_as_the_cache_does(model, store, ask):
+    cache = store.cache(PROMPTS[0])
+    said = answer(model, PROMPTS[0], cache)
+    follows = PROMPTS[0]  # the same question once more
+    expected = answer(model, PROMPTS[0] + said + follows, store.cache())
+    assert ask(model, cache, follows) == expected
+
+
+@both
+def test_tokens_that_repeat_are_what_follows_if_asked_for(model, store, ask):
+    """What follows repeats all that the cache holds, or is as long as the prompt's rest."""
+    prompt = [7] * 39
+    answer(model, prompt[:9], count=1)
+    cache = store.cache(prompt)
+    assert len(cache.rest) > cache.cached > 0
+    expected = answer(model, prompt, store.cache())
+    assert ask(model, copy.deepcopy(cache), cache.rest) == expected
+    forks = [copy.deepcopy(cache) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"cache\.appending\(\)"):
+        ask(model, forks[0], prompt[:20])
+    expected = answer(model, prompt[: cache.cached + 20], store.cache())
+    assert ask(model, forks[0].appending(), prompt[:20]) == expected
+    if ask is batch:
+        known = [[*prompt[: cache.cached]]]
+        assert answers(model, [prompt[:20]], [forks[1]], all_tokens=known) == [expected]
+
+
+def test_the_servers_caches_of_repeating_tokens(model, store):
+    """It hands out a fork and the rest, which here begins with all that the fork holds."""
+    caches, prompt = PromptCaches(10), [7] * 8
+    answer(model, prompt, cache := store.cache(prompt), count=0)
+    assert cache.held == prompt
+    caches.insert_cache("m", prompt, cache)
+    nearest, rest = caches.fetch_nearest_cache("m", [7] * 20)
+    assert rest == [7] * 12
+    assert answer(model, rest, nearest) == answer(model, [7] * 20, store.cache())
