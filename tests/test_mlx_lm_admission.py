@@ -60,6 +60,7 @@ def test_sequences_wait_for_those_before_them(model, expected, blocks, at_once):
         found, most = run(generator)
         assert [found[uid] for uid in uids] == expected
         assert most == at_once
+        store.forget()
         assert store.stats().free_blocks == blocks
 
 
@@ -91,6 +92,7 @@ def test_one_that_can_never_fit_is_refused_alone(model, expected):
         [second] = generator.insert(PROMPTS[1:2])
         found, _ = run(generator)
         assert found == {first: expected[0], second: expected[1]}
+        store.forget()
         assert store.stats().free_blocks == 13
 
 
@@ -112,6 +114,7 @@ def test_cached_prefixes_and_those_of_sequences_that_wait_make_room(model):
         uids += generator.insert([prompts[2]])
         found, _ = run(generator)
         assert store.stats().peak_blocks == 12
+        store.forget()
         assert store.stats().free_blocks == 12
     assert [found[uid] for uid in uids] == [alone(model, long, 19), *expected]
 
@@ -158,6 +161,7 @@ def test_a_shared_last_block_is_copied_within_the_budget(model, length):
             found, most = run(generator)
             assert [found[uid] for uid in uids] == expected
             assert most == (2 if num_blocks == blocks - 5 else 3)
+            store.forget()
             assert store.stats().free_blocks == num_blocks
 
 
@@ -219,6 +223,7 @@ def test_one_that_is_removed_makes_room(model, expected):
         assert {response.uid for response in generator.next_generated()} == {uids[0]}
         generator.remove(uids[:1])
         assert run(generator)[0] == {uids[1]: expected[0]}
+        store.forget()
         assert store.stats().free_blocks == 13
 
 

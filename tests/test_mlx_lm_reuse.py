@@ -1,4 +1,4 @@
-"""Whole prompts with caches that hold their first part, and what only looks like them."""
+"""Whole prompts with caches that hold their first part; batches that reuse and keep prefixes."""
 
 import copy
 
@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step
 from mlx_lm.sample_utils import make_logits_processors
+from small_models import small_model
 
 from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.server import PromptCaches
@@ -35,6 +36,16 @@ def run(generator, uids):
 def answers(model, prompts, caches=None, **options):
     generator = BatchGenerator(model, max_tokens=COUNT, prefill_step_size=7)
     return run(generator, generator.insert(prompts, caches=caches, **options))[0]
+
+
+class Tokenizer:
+    """As much of a tokenizer as `batch_generate` needs; it never ends an answer."""
+
+    eos_token_ids = ()
+
+    @staticmethod
+    def decode(tokens):
+        return " ".join(map(str, tokens))
 
 
 @pytest.fixture
@@ -176,3 +187,58 @@ def test_the_servers_caches_of_repeating_tokens(model, store):
     nearest, rest = caches.fetch_nearest_cache("m", [7] * 20)
     assert rest == [7] * 12
     assert answer(model, rest, nearest) == answer(model, [7] * 20, store.cache())
+
+
+def test_a_batch_reuses_and_keeps_as_a_generation_does(model, passes):
+    expected = [answers(model, [prompt])[0] for prompt in PROMPTS]
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        assert answers(model, PROMPTS[:1]) == expected[:1]
+        assert store.cache(PROMPTS[0] + expected[0] + [1]).cached == 44  # of 45
+        before = store.stats()
+        passes.clear()
+        assert answers(model, PROMPTS[1:]) == expected[1:]
+        assert sum(passes) == 4 + COUNT
+        after = store.stats()
+        assert after.asked_tokens - before.asked_tokens == 32
+        assert after.cached_tokens - before.cached_tokens == 28
+        assert after.free_blocks + after.cached_blocks == 64
+
+
+def test_those_that_wait_find_what_those_before_them_kept(model, passes):
+    expected = [answers(model, [prompt])[0] for prompt in PROMPTS]
+    with PagedStore(model, num_blocks=64, block_size=4):
+        generator = BatchGenerator(
+            model, max_tokens=COUNT, completion_batch_size=1, prefill_batch_size=1
+        )
+        passes.clear()
+        assert run(generator, generator.insert(PROMPTS))[0] == expected
+        assert sum(passes) == 33 + COUNT + 4 + COUNT
+
+
+def test_batch_generate_reuses_and_keeps(model, passes):
+    expected = batch_generate(model, Tokenizer, PROMPTS, max_tokens=COUNT).texts
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        for _ in range(2):
+            passes.clear()
+            found = batch_generate(model, Tokenizer, PROMPTS, max_tokens=COUNT).texts
+            assert found == expected
+        assert sum(passes) == 1 + 4 + 2 * COUNT  # 32 tokens of the first are whole blocks
+        stats = store.stats()
+        assert stats.cached_tokens == 32 + 28
+        assert stats.free_blocks + stats.cached_blocks == 64
+
+
+def test_a_batch_keeps_in_the_namespaces_of_its_caches(model, store):
+    cache = store.cache(PROMPTS[0], namespace="a")
+    answers(model, PROMPTS[:1], [cache])
+    assert store.cache(PROMPTS[0]).cached == 0
+    assert store.cache(PROMPTS[0], namespace="a").cached == 32
+
+
+def test_layers_that_are_not_paged_reuse_nothing(passes):
+    hybrid = small_model("qwen3_next")
+    expected = answers(hybrid, PROMPTS)
+    with PagedStore(hybrid, num_blocks=64, block_size=4) as store:
+        for _ in range(2):
+            assert answers(hybrid, PROMPTS) == expected
+        assert store.stats().cached_blocks == 0

@@ -156,13 +156,15 @@ def test_answers_are_those_of_mlx_lm(path, answer, expected):
 
 def test_a_completion_goes_on_where_it_ended(path, answer):
     with asked(path) as server:
-        text = words(9, 60)
+        text, asked_tokens = words(9, 60), 0
         for _ in range(3):
             found = server.client.completions.create(
                 model="default_model", prompt=text, max_tokens=4
             )
             assert found.choices[0].text == answer(text, 4)
             text = f"{text} {found.choices[0].text}"
+            asked_tokens += found.usage.prompt_tokens
+        assert server.stats().asked_tokens == asked_tokens
         assert found.usage.prompt_tokens_details.cached_tokens == found.usage.prompt_tokens - 1
 
 

@@ -137,6 +137,7 @@ def test_a_batch_of_ragged_prompts(model, monkeypatch):
         for own, paged in zip(*logprobs[-2:], strict=True):
             assert mx.abs(own - paged).max() < 5e-4 * mx.abs(own).max()
         assert len(passes) >= COUNT
+        store.forget()
         assert store.stats().free_blocks == store.stats().num_blocks
         # Prompts of 5, 39, 1 and 11 tokens and 24 more of each.
         blocks = sum(-(-(len(p) + COUNT) // 4) for p in PROMPTS)
@@ -262,4 +263,5 @@ def test_caches_of_a_batch_are_made_before_and_stay_as_they_are():
         assert [cache[0].offset for cache in caches] == [len(p) - 1 for p in PROMPTS]
         del cache
         caches.clear()
+        store.forget()
         assert store.stats().free_blocks == store.stats().num_blocks

@@ -19,7 +19,7 @@ from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.generate import generate_step as own_generate_step
 from mlx_lm.generate import speculative_generate_step as own_speculative_generate_step
 from mlx_lm.models import base
@@ -91,7 +91,15 @@ class Routed:
 
 
 class RoutedPrompt:
-    """A prompt cache that takes part in its generation."""
+    """A prompt cache that takes part in its generation.
+
+    Attributes
+    ----------
+    looks_up : bool
+        Whether a cached prefix is to be found for its prompt when that begins.
+    """
+
+    looks_up = False
 
     def begun(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens that a prompt begins with and the cache holds, [] if it follows.
@@ -127,6 +135,10 @@ class RoutedMaker:
 
     def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
         """Return what to raise if none may ever."""
+        raise NotImplementedError
+
+    def keep(self, cache: Sequence[Any], tokens: Sequence[int]) -> None:
+        """Cache the prefix of a sequence that ended, if `tokens` are all that it holds."""
         raise NotImplementedError
 
 
@@ -226,14 +238,22 @@ def insert_segments(
 ) -> Any:
     """Insert as mlx-lm does, of a prompt that a store's cache was made for what it does not hold.
 
-    A request that a store can never hold is refused, with all others.
+    A prompt without a cache finds its cached prefix when it begins. A request that a store can
+    never hold is refused, with all others.
     """
     for cache in caches or ():
         _check_models(cache, generator.model)
     if make := _maker(generator.model):
         segments, all_tokens = _left(segments, caches, all_tokens)
+        caches = list(caches or [None] * len(segments))
+        for place, (prompt, cache, known) in enumerate(
+            zip(segments, caches, all_tokens, strict=False)
+        ):
+            if cache is None and len(prompt) == 1 and not known:
+                caches[place] = make_prompt_cache(generator.model, generator.max_kv_size)
+                caches[place].looks_up = True
         answers = max_tokens or [generator.max_tokens] * len(segments)
-        held = [_held(cache) for cache in caches or [None] * len(segments)]
+        held = [_held(cache) for cache in caches]
         for prompt, before, answer in zip(segments, held, answers, strict=False):
             make.check(before + sum(map(len, prompt)), answer, generator.prefill_step_size)
     own = _OWN_METHODS["insert_segments"]
@@ -285,6 +305,16 @@ def _next(generator: BatchGenerator) -> Any:
     return found
 
 
+def next_tokens(batch: GenerationBatch) -> Any:
+    """Compute a step as mlx-lm does, and cache the prefixes of sequences that ended."""
+    responses = _OWN_METHODS["next"](batch)
+    if make := _maker(batch.model):
+        for response in responses:
+            if response.prompt_cache is not None:
+                make.keep(response.prompt_cache, response.all_tokens)
+    return responses
+
+
 def prompt(batch: PromptProcessingBatch, tokens: Sequence[list[int]]) -> None:
     """Compute prompts as mlx-lm does; those of a store without padding.
 
@@ -334,8 +364,12 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "remove": _alone(BatchGenerator.remove),
     "extract_cache": _alone(BatchGenerator.extract_cache),
     "prompt": prompt,
+    "next": next_tokens,
 }
-_CLASSES = dict.fromkeys(_METHODS, BatchGenerator) | {"prompt": PromptProcessingBatch}
+_CLASSES = dict.fromkeys(_METHODS, BatchGenerator) | {
+    "prompt": PromptProcessingBatch,
+    "next": GenerationBatch,
+}
 _OWN_METHODS: dict[str, Callable[..., Any]] = {
     name: vars(_CLASSES[name])[name] for name in _METHODS
 }

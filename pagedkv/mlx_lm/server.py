@@ -82,8 +82,9 @@ class PromptCaches(LRUPromptCache):
             cache, rest = (cache, tokens[-1:]) if trimmed else (None, tokens)
         if self.store is not None and min(tokens, default=-1) >= 0:
             found = self.store.cache(tokens, namespace=salt)
-            # With a salt always one of the store's: it knows the salt to the end.
-            if found.cached > len(tokens) - len(rest) or (cache is None and salt is not None):
+            # Always a cache if there is no other: it knows the salt to the end, and that a prefix
+            # was looked for.
+            if cache is None or found.cached > len(tokens) - len(rest):
                 return found, found.rest
         return cache, rest
 

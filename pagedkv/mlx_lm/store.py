@@ -72,7 +72,10 @@ class PagedStore(Closing):
     """K and V of a model in blocks: prompt caches for mlx-lm that share memory and prefixes.
 
     While it is open, attention of paged caches goes to it, and `make_prompt_cache(model)` makes its
-    caches. `close`, or the end of a ``with``, undoes both.
+    caches. Without a cache of the caller's, mlx-lm's `generate`, `stream_generate`,
+    `generate_step`, `batch_generate` and `BatchGenerator.insert` reuse the longest cached prefix of
+    each prompt, and cache prompt and answer at the end. `close`, or the end of a ``with``, undoes
+    all of that.
 
     Parameters
     ----------
@@ -219,7 +222,7 @@ class PagedStore(Closing):
         blocks = before.free_blocks // len(kv.groups.windows)
         try:
             for count in WARM_UP_BATCHES:
-                room = blocks // count * kv.block_size - WARM_UP_STEPS
+                room = blocks // count * kv.block_size - WARM_UP_STEPS - 1
                 if room > 0:
                     self._answer_made_up([min(WARM_UP_TOKENS, room - row) for row in range(count)])
         except OutOfBlocksError:
@@ -228,10 +231,14 @@ class PagedStore(Closing):
             self.memory.peak = before.peak_blocks
 
     def _answer_made_up(self, lengths: list[int]) -> None:
-        generator = BatchGenerator(self._model, max_tokens=WARM_UP_STEPS)
-        generator.insert([[0] * max(length, 1) for length in lengths])
-        while generator.next_generated():
-            pass
+        # One more than are computed: a sequence that ends would be kept.
+        generator = BatchGenerator(self._model, max_tokens=WARM_UP_STEPS + 1)
+        with self.lock:
+            table = self.memory.kv.new_table
+            caches = [self._layers(Sequences(self.memory, [table()])) for _ in lengths]
+        generator.insert([[0] * max(length, 1) for length in lengths], caches=caches)
+        for _ in range(WARM_UP_STEPS):
+            generator.next_generated()
         generator.close()
 
     @one_at_a_time
@@ -429,10 +436,26 @@ class _Maker(RoutedMaker):
         self._admission.check(prompt_tokens, max_tokens, chunk, drafted)
 
     def admit(self, generator: Any, count: int) -> int:
+        waiting = generator._unprocessed_sequences
+        for place in range(count):
+            uid, segments, max_tokens, cache, tokens, *others = waiting[place]
+            if isinstance(cache, PromptCache) and cache.looks_up:
+                prompt = [token for segment in segments for token in segment]
+                cache = self._store.cache(prompt)
+                tokens, rest = prompt[: cache.cached], cache.rest
+                segments = [rest[:-1], rest[-1:]] if len(rest) > 1 else [rest]
+                waiting[place] = (uid, segments, max_tokens, cache, tokens, *others)
         return self._admission.admit(generator, count)
 
     def shortage(self, generator: Any) -> OutOfBlocksError:
         return self._admission.shortage(generator)
+
+    def keep(self, cache: Sequence[Any], tokens: Sequence[int]) -> None:
+        sequences = sequences_of(cache)
+        if sequences is not None:
+            [table] = sequences.tables
+            if len(tokens) >= table.num_tokens:
+                self._store.keep(cache, tokens, namespace=table.namespace)
 
 
 def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -> int:
