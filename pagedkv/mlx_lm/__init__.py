@@ -1,9 +1,12 @@
 """mlx-lm's models over a paged store: `pip install "pagedkv[mlx-lm]"`."""
 
+import warnings
 from importlib import metadata
 
 OLDEST = "0.32.2"
-"""The oldest mlx-lm whose caches have what is needed here."""
+"""The oldest mlx-lm that works: its caches have what the store needs."""
+TESTED = "0.32"
+"""The newest minor version of mlx-lm that the tests ran with."""
 
 
 def _check_mlx_lm() -> None:
@@ -12,9 +15,16 @@ def _check_mlx_lm() -> None:
         found = metadata.version("mlx-lm")
     except metadata.PackageNotFoundError:
         raise ImportError(f"{needed}; it is not installed") from None
-    numbers = [int(part) for part in found.split(".")[:3] if part.isdigit()]
-    if numbers < [int(part) for part in OLDEST.split(".")]:
+    if _numbers(found) < _numbers(OLDEST):
         raise ImportError(f"{needed}; found {found}")
+    if _numbers(found)[:2] > _numbers(TESTED):
+        warnings.warn(
+            f"pagedkv.mlx_lm was tested with mlx-lm {TESTED}, found {found}", stacklevel=2
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3] if part.isdigit()]
 
 
 _check_mlx_lm()

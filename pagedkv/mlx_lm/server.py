@@ -1,4 +1,4 @@
-"""mlx-lm's server over a paged store: ``python -m pagedkv.mlx_lm.server --model M --memory 8GB``.
+"""mlx-lm's server over a paged store: ``pagedkv-server --model M --memory 8GB``.
 
 It is mlx-lm's `mlx_lm.server.main` with its options, and with other objects in four places:
 `Provider` opens a store for each model, `PromptCaches` also keeps whole blocks in the store's tree,
@@ -589,7 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         If options are malformed, after ``--help``, or if the port is in use.
     """
     parser = argparse.ArgumentParser(
-        "python -m pagedkv.mlx_lm.server",
+        "pagedkv-server",
         description="mlx-lm's server over a paged store. All other options are mlx-lm's.",
         add_help=False,
         allow_abbrev=False,
