@@ -90,4 +90,4 @@ def test_the_server_refuses_malformed_ones(memory, capsys):
 def test_the_servers_help_says_so(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "80% of what the device has left" in " ".join(capsys.readouterr().out.split())
+    assert "80% of the memory that is left" in " ".join(capsys.readouterr().out.split())

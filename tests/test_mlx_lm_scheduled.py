@@ -181,7 +181,7 @@ REFUSED = {
         "qwen3_next",
         {"num_blocks": 4},
         UnsupportedModelError,
-        "qwen3_next cannot be scheduled: layer 0 keeps something else than K and V",
+        "qwen3_next cannot be scheduled: layer 0 keeps something other than K and V",
     ),
     "attention of its own": (
         "gemma2",

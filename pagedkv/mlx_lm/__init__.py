@@ -1,4 +1,4 @@
-"""mlx-lm's models over a paged store: `pip install "pagedkv[mlx-lm]"`."""
+"""mlx-lm's models over a paged KV cache: `pip install "pagedkv[mlx-lm]"`."""
 
 import warnings
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Which waiting sequences of mlx-lm's `BatchGenerator` may be computed: those with room to end."""
+"""Which waiting sequences of a `BatchGenerator` may start: those with blocks to their end."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SEGMENTS, _MAX_TOKENS, _CACHE, _TOKENS = 1, 2, 3, 4  # of what waits in a Batch
 
 
 class Admission:
-    """Lets a sequence begin when all that are computed will have blocks to their last token.
+    """Starts a sequence when all running ones will have blocks to their last token.
 
-    Blocks that others hold count as well, but for what is given up when blocks are needed, and not
-    before: cached prefixes, those of sequences that wait, and what is marked as spare.
+    Blocks held elsewhere count as well, except those that are freed on demand: cached prefixes, the
+    prefixes of waiting sequences, and caches that are marked as spare.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Admission:
     def check(
         self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK, drafted: int = 0
     ) -> None:
-        """Refuse what would not fit if it were alone.
+        """Raise ValueError for a request that would not fit into an empty store.
 
         Parameters
         ----------
@@ -53,7 +53,7 @@ class Admission:
         chunk : int
             Tokens of a prompt that are computed at once, mlx-lm's `prefill_step_size`.
         drafted : int
-            Tokens of an answer that are computed beside the next one, mlx-lm's `num_draft_tokens`.
+            Draft tokens that are computed with the next one, mlx-lm's `num_draft_tokens`.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Files of prompt caches: whose they are, and whether they are whole."""
+"""Files of prompt caches: which model they belong to, and whether they are intact."""
 
 from __future__ import annotations
 

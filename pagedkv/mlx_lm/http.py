@@ -1,4 +1,4 @@
-"""The server's side of HTTP: who may ask, how long clients may take, errors as OpenAI has them.
+"""HTTP for the server: access, time limits for clients, errors in OpenAI's format.
 
 mlx-lm's handler computes and formats the answers; what reaches it was validated by `requests`.
 """
@@ -46,15 +46,15 @@ class Limits:
     Attributes
     ----------
     api_key : str or None
-        What ``Authorization: Bearer`` has to say; None: anything.
+        Key expected in ``Authorization: Bearer``; None accepts any request.
     any_model : bool
         Whether clients may ask for other models than the command line's.
     request_templates : bool
         Whether a request may bring a chat template.
     read_seconds : float
-        From a connection to the end of its request's body.
+        Time from the connection to the end of the request body.
     write_seconds : float
-        That a client may leave data of an answer unread.
+        Time that a client may take to read a part of the answer.
     connections : int
         At once.
     """
@@ -146,7 +146,7 @@ class Handler(server.APIHandler):
         self._answer(self._post)
 
     def do_OPTIONS(self) -> None:  # noqa: N802
-        """Answer a browser that asks whether it may ask."""
+        """Answer a browser's preflight request."""
         self._answer(super().do_OPTIONS)
 
     def _answer(self, own: Callable[[], None]) -> None:
@@ -315,7 +315,7 @@ class Handler(server.APIHandler):
             self.response_generator = own
 
     def _run_several(self, body: dict[str, Any], prompts: list[Any]) -> None:
-        """Answer prompts beside each other, a choice for each."""
+        """Answer several prompts at once, a choice for each."""
         parts = []
         streams = body["stream"]
         if streams:
@@ -369,18 +369,18 @@ class Handler(server.APIHandler):
         super().end_headers()
 
     def generate_response(self, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """As mlx-lm's; the choice is of the prompt that is answered."""
+        """As mlx-lm's, with the index of the prompt that is answered."""
         response: dict[str, Any] = super().generate_response(*arguments, **options)
         response["choices"][0]["index"] = self._index
         return response | {"model": self._asked}
 
     def completion_usage_response(self, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """As mlx-lm's, with the model that was asked for."""
+        """As mlx-lm's, with the model that the request named."""
         response: dict[str, Any] = super().completion_usage_response(*arguments, **options)
         return response | {"model": self._asked}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what `http.server` refuses by itself."""
+        """Answer a request that `http.server` refuses."""
         said = message or explain or "the request cannot be answered"
         self._refuse(RequestError(said, status=code))
 
@@ -433,7 +433,7 @@ class _Events(io.RawIOBase):
 
 
 def refusal_of(error: Exception) -> RequestError:
-    """Return what a client is told of an error of the server's."""
+    """Return the error that a client gets for a server error."""
     if isinstance(error, OutOfBlocksError):
         return RequestError(str(error), status=503)
     if isinstance(error, (ValueError, PagedKVError)):
@@ -456,7 +456,7 @@ def is_gone(connection: socket.socket) -> bool:
 
 
 class Server(ThreadingHTTPServer):
-    """Takes a number of connections at once; more wait in the queue of the socket.
+    """A server with a limited number of connections; more wait in the socket's queue.
 
     Parameters
     ----------
@@ -476,7 +476,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(found[:2], Handler)  # type: ignore[arg-type]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, once there is one left; cut off who would wait for long."""
+        """Answer in a thread when one is free; close connections that would wait too long."""
         if not self._free.acquire(timeout=5):
             self.shutdown_request(request)
             return
@@ -487,18 +487,18 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and leave the place to another."""
+        """Answer, and free the thread for the next connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a handler did not answer."""
+        """Log an error that a handler did not answer."""
         logging.info("A connection failed", exc_info=True)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until no connection is open, so long at most; return whether none is."""
+        """Wait up to `seconds` until no connection is open; return whether none is."""
         end = time.monotonic() + seconds
         return all(
             self._free.acquire(timeout=max(end - time.monotonic(), 0.001))

@@ -117,7 +117,7 @@ class PagedLayer(ShapedLayer):
         return_array: bool = False,
         window_size: int | None = None,
     ) -> Any:
-        """Return what stands for a mask: the layers know by themselves who sees what."""
+        """Return a placeholder for a mask: layers know which tokens each one sees."""
         if not self.sequences.memory.is_whole:
             # Before a layer changes what is not in the pools: there may be too few blocks.
             self.sequences.begin(self.layer, len(self.sequences.tables), N)
@@ -217,7 +217,7 @@ class PagedLayer(ShapedLayer):
         return self.sequences.memory.is_whole
 
     def without_padding(self, counts: list[int]) -> AbstractContextManager[None]:
-        """Let a pass compute so many new tokens of each sequence, see `Sequences.counts`."""
+        """Let a pass compute `counts` new tokens of each sequence, see `Sequences.counts`."""
         return self.sequences.without_padding(counts)
 
     @property
@@ -333,7 +333,7 @@ class PagedLayer(ShapedLayer):
     def is_trimmable(self) -> bool:
         """Whether tokens can be taken back: a few always, see `trim`.
 
-        Of a cache that is kept for others to begin with, any number: who asks wants that.
+        For a cache that is kept as a prefix, any number: its user needs to trim that many.
         """
         return not self.sequences.is_spare or self.sequences.is_all_there()
 

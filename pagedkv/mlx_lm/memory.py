@@ -103,17 +103,17 @@ class Memory:
     Attributes
     ----------
     endings : deque of callable
-        Of generations that the caller let go of, for `collect`: the garbage collector may come
-        while the pool is being changed. A call that was interrupted is made again.
+        Ends of generations that the caller dropped, for `collect` to run: the garbage collector may
+        run while the pool is being changed. An interrupted call is made again.
     live : WeakSet
-        The `Sequences` that hold blocks of it, and somebody them.
+        The `Sequences` that hold blocks of it and are still referenced.
     givers : list of callable
-        Asked in turn for a number of blocks when too few are free; each says whether it gave up
-        anything. At first they are the cached prefixes alone.
+        Called in turn with a number of blocks when too few are free; each returns whether it freed
+        anything. At first only the cached prefixes are there.
     peak : int
-        Most blocks held at once; frames where layers are in groups.
+        The most blocks held at once; frames where layers are in groups.
     lock : FairLock
-        Whose thread may read or change any of it, and evaluate what it computes with the pools.
+        Its owner may read and change everything here, and evaluate what it computes with the pools.
 
     Raises
     ------

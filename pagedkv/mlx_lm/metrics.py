@@ -1,4 +1,4 @@
-"""What a server answered and what its store holds, as Prometheus reads it."""
+"""Prometheus metrics: what the server answered, and what its store holds."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ class PromptCache(list[Any], RoutedPrompt):
     layers : list
         The layers' caches.
     tokens : ndarray or None
-        The prompt it is made for, int64; None if what it holds is not known.
+        The prompt it is made for, int64; None if its tokens are not known.
     cached : int
-        How many of its first tokens are in the cache.
+        How many tokens of the prompt are in the cache already.
     namespace : hashable
-        Of the prefixes that it shares.
+        Namespace of the prefixes that it shares.
     output : OutputLayer or None
-        The model's, if it can see fewer tokens than a pass has.
+        The model's output layer, if it can skip tokens of a pass.
 
     Attributes
     ----------
@@ -74,13 +74,13 @@ class PromptCache(list[Any], RoutedPrompt):
 
     @property
     def tokens(self) -> list[int]:
-        """The prompt it was made for; empty if that is not known."""
+        """The prompt it was made for; empty if it is not known."""
         tokens: list[int] = self._tokens.tolist()
         return tokens
 
     @property
     def rest(self) -> list[int]:
-        """The tokens left to compute."""
+        """The tokens of the prompt that are left to compute."""
         rest: list[int] = self._tokens[self.cached :].tolist()
         return rest
 
@@ -104,28 +104,29 @@ class PromptCache(list[Any], RoutedPrompt):
 
     @property
     def sequences(self) -> Sequences:
-        """What the paged layers share."""
+        """The sequences that the paged layers share."""
         found = sequences_of(self)
         assert found is not None
         return found
 
     def appending(self) -> PromptCache:
-        """Return the same layers as a cache to which any prompt is what follows.
+        """Return a cache over the same tokens that appends every prompt to them.
 
-        It does not know its tokens, so that it refuses no prompt, and the store caches none of it.
+        It does not know its tokens: it refuses no prompt, and the store does not cache its
+        generations.
         """
         return PromptCache(self, None, 0, self.namespace, self._output)
 
     def begun(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens that a prompt begins with and the cache holds.
 
-        They are all that the cache holds if the prompt is the one it was made for, and none if it
-        is what follows.
+        These are all tokens of the cache if the prompt is the one it was made for, and none if the
+        prompt follows them.
 
         Raises
         ------
         ValueError
-            If it is another prompt that begins with all of them: it may be whole, or follow.
+            If it is another prompt that begins with all of them: it could be whole, or follow.
         """
         held = self._known()
         tokens = integers(prompt, "prompt") if len(prompt) else np.empty(0, np.int64)

@@ -226,7 +226,7 @@ class ChatRequest(_Common):
         return sum(map(len, parts + texts))
 
     def check(self, *, allows_templates: bool, has_images: bool) -> None:
-        """Raise RequestError for what depends on the server's options and on the model's kind.
+        """Raise RequestError for what this server's options or this kind of model do not allow.
 
         Parameters
         ----------
@@ -293,7 +293,7 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def validated(kind: type[_Common], body: dict[str, Any]) -> Any:
-    """Return a request of a kind; RequestError names the first field that is wrong."""
+    """Return a validated request; RequestError names the first wrong field."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -311,7 +311,7 @@ def check_vocabulary(
     logit_bias: dict[int, float] | None = None,
     tokens: Sequence[int] = (),
 ) -> None:
-    """Raise RequestError for what a vocabulary of `size` tokens has not.
+    """Raise RequestError for token ids that a vocabulary of `size` does not have.
 
     MLX checks no index on a device: a bias outside of it would be written into other memory.
     """

@@ -71,7 +71,7 @@ class Routed:
         return False
 
     def without_padding(self, counts: list[int]) -> AbstractContextManager[None]:
-        """Let a pass compute so many new tokens of each sequence, one after the other."""
+        """Let a pass compute `counts` new tokens of each sequence, one after the other."""
         raise NotImplementedError
 
     def size(self) -> int:

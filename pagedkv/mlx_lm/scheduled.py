@@ -25,11 +25,11 @@ from pagedkv.mlx_lm.store import check_budget
 
 
 class ScheduledModel(Closing):
-    """A model of mlx-lm over pools whose blocks a `Scheduler` gives out.
+    """A model of mlx-lm that computes the schedules of a `Scheduler`.
 
-    Requests come and go, share prefixes and are preempted as the scheduler says; the model computes
-    its schedules. While it is open, attention of paged caches goes to the pools; `close`, or the
-    end of a ``with``, undoes that.
+    The scheduler admits and preempts requests and shares their prefixes; the model computes the
+    schedules over paged K and V. While it is open, attention over its caches uses its pools;
+    `close`, or the end of a ``with``, undoes that.
 
     Parameters
     ----------
@@ -93,9 +93,9 @@ class ScheduledModel(Closing):
         self._is_open = True
 
     def logits(self, schedule: Schedule, sampled: mx.array | None = None) -> mx.array:
-        """Compute a schedule; return what its requests' next tokens are drawn from.
+        """Compute a schedule; return the logits of the next tokens of its requests.
 
-        `Scheduler.update` follows with these tokens, or `Scheduler.retract` if this raised.
+        Call `Scheduler.update` with the sampled tokens next, or `Scheduler.retract` if this raised.
 
         Parameters
         ----------
@@ -130,9 +130,9 @@ class ScheduledModel(Closing):
         return out[:, -1] if output else out[mx.array(step.sample_rows), -1]
 
     def close(self) -> None:
-        """Give mlx-lm back as it was, and the pools' memory if nobody else holds `cache`.
+        """Restore mlx-lm, and free the pools' memory unless another reference to `cache` exists.
 
-        It can be called again, also after an interrupt.
+        It can be called again, including after an interrupt.
         """
         self._is_open = False
         self._undo_routes()
@@ -147,7 +147,7 @@ def _check_all_paged(model: Any, shapes: list[LayerShape], layers: int) -> None:
     if missing := set(range(layers)) - {shape.index for shape in shapes}:
         raise UnsupportedModelError(
             f"{type(model).__module__.rpartition('.')[2]} cannot be scheduled: layer "
-            f"{min(missing)} keeps something else than K and V"
+            f"{min(missing)} keeps something other than K and V"
         )
 
 
@@ -205,7 +205,7 @@ class _Layer(ShapedLayer):
         return_array: bool = False,
         window_size: int | None = None,
     ) -> Any:
-        """Return what stands for a mask: the step knows by itself who sees what."""
+        """Return a placeholder for a mask: the step itself knows which tokens each one sees."""
         if return_array:
             mask = create_causal_mask(N, self._pass.longest, window_size=window_size)
             self._pass.masks.append(mask)

@@ -49,7 +49,7 @@ class Sequences:
         For each sequence the first token that every layer has; earlier ones may be missing in
         layers with windows.
     is_spare : bool
-        Whether one of the memory's `givers` will give them up; set by who adds it.
+        Whether one of the memory's `givers` will give them up; set by the code that adds it.
     """
 
     def __init__(self, memory: Memory, tables: list[BlockTable], *, is_batch: bool = False) -> None:
@@ -221,7 +221,7 @@ class Sequences:
 
     @contextmanager
     def without_padding(self, counts: list[int]) -> Iterator[None]:
-        """Let a pass compute so many new tokens of each sequence, see `counts`."""
+        """Let a pass compute `counts` new tokens of each sequence."""
         self.changed()
         try:
             self.counts = counts
@@ -257,7 +257,7 @@ class Sequences:
         return count
 
     def can_trim(self, count: int) -> bool:
-        """Whether so many tokens can be dropped: what would be seen then is still there."""
+        """Whether `count` tokens can be dropped: everything seen afterwards is still there."""
         longest = max([window for window in self.kv.groups.windows if window], default=1)
         for table, begins in zip(self.tables, self.begins, strict=True):
             kept = max(table.num_tokens - count, 0)

@@ -1,9 +1,8 @@
 """mlx-lm's server over a paged store: ``pagedkv-server --model M --memory 8GB``.
 
-It is mlx-lm's `mlx_lm.server.main` with its options, and with other objects in four places:
-`Provider` opens a store for each model, `PromptCaches` also keeps whole blocks in the store's tree,
-`Responses` checks each request and recovers from a failed generation, and `http` has the
-connections and who may ask.
+This runs mlx-lm's `mlx_lm.server.main`, with its options and four replacements: `Provider` opens a
+store for each model, `PromptCaches` also keeps whole blocks in the store's tree, `Responses` checks
+each request and recovers from a failed generation, and `http` handles connections and access.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ KV_BITS = {"8": 8, "4": 4, "8,4": (8, 4)}
 
 
 class PromptCaches(LRUPromptCache):
-    """mlx-lm's prompt caches, which a store may take back, and its tree beside them.
+    """mlx-lm's prompt caches, which a store may take back, and the store's own prefixes.
 
     Attributes
     ----------
     store : PagedStore or None
-        Whose cached prefixes are looked for and kept; None: mlx-lm's caches are all there is.
+        The store whose cached prefixes are used as well; None: only mlx-lm's caches are.
     salt : str or None
-        Of the request that is looked for next: requests with different ones share nothing.
+        The `cache_salt` of the next request. Requests with different salts share nothing.
     """
 
     store: PagedStore | None = None
@@ -77,13 +76,12 @@ class PromptCaches(LRUPromptCache):
         key = model if salt is None else (model, salt)
         cache, rest = super().fetch_nearest_cache(key, tokens)
         if cache is not None and not rest:
-            # mlx-lm's server cannot begin with a prompt of which nothing is left.
+            # mlx-lm's server cannot start a prompt that has no token left to compute.
             trimmed = can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 1)
             cache, rest = (cache, tokens[-1:]) if trimmed else (None, tokens)
         if self.store is not None and min(tokens, default=-1) >= 0:
             found = self.store.cache(tokens, namespace=salt)
-            # Always a cache if there is no other: it knows the salt to the end, and that a prefix
-            # was looked for.
+            # If there is no other cache, this one: it knows the salt, and was looked up already.
             if cache is None or found.cached > len(tokens) - len(rest):
                 return found, found.rest
         return cache, rest
@@ -109,7 +107,7 @@ class PromptCaches(LRUPromptCache):
         prompt_cache : list
             The layers' caches.
         cache_type : str
-            As mlx-lm has it.
+            As in mlx-lm.
         """
         kept = copy.copy(prompt_cache)
         prompt_cache.clear()
@@ -123,13 +121,13 @@ class PromptCaches(LRUPromptCache):
             if salt is not None:
                 model = model, salt
         if isinstance(kept, PromptCache):
-            kept = kept.appending()  # what it is fetched for comes without what it holds
+            kept = kept.appending()  # mlx-lm gives only what follows
         super().insert_cache(model, tokens, kept, cache_type=cache_type)
         if sequences is not None:
             sequences.is_spare = True
 
     def give_up(self, _: int) -> bool:
-        """Drop the cache that was not used for longest; return whether there was one."""
+        """Drop the least recently used cache; return whether there was one."""
         if not len(self):
             return False
         self.trim_to(n_sequences=len(self) - 1)
@@ -153,16 +151,16 @@ class Provider(server.ModelProvider):
     caches : PromptCaches or None
         The server's, which it makes after this.
     is_ready : bool
-        Whether the model of the command line was loaded, and no other is being loaded.
+        Whether the model of the command line is loaded, and no other is being loaded.
     vocabulary : int
-        Tokens that the model has logits of.
+        Number of logits of the model.
     longest_token : int
-        Characters of a token at most.
+        Characters of the longest token.
 
     Raises
     ------
     ValueError
-        If mlx-lm is to quantize K and V, or the model is to be shared with other processes.
+        If mlx-lm would quantize K and V, or several processes would share the model.
     """
 
     def __init__(self, cli_args: argparse.Namespace, **budget: Any) -> None:
@@ -221,12 +219,12 @@ class Provider(server.ModelProvider):
         logging.info(f"Paged store: {stats.num_blocks} blocks of {stats.block_bytes} bytes")
 
     def check_paths(self, model: str | None, adapters: str | None, draft: str | None) -> None:
-        """Raise RequestError for what leads to no model, before the one that is served is dropped.
+        """Raise RequestError for paths without a model, before the served model is dropped.
 
         Parameters
         ----------
         model, adapters, draft : str or None
-            As a request names them; None for those of the command line.
+            Those of a request; None for those of the command line.
         """
         for name, path in (("model", model), ("draft_model", draft), ("adapters", adapters)):
             if path in (None, "default_model", self.cli_args.model):
@@ -246,14 +244,14 @@ class Provider(server.ModelProvider):
                 ) from error
 
     def check_size(self, size: int, tokens: Sequence[int]) -> None:
-        """Refuse a prompt that is far too large, before the generation thread looks at it.
+        """Refuse a prompt that is far too large, before the generation thread gets it.
 
         Parameters
         ----------
         size : int
             Characters, or tokens.
         tokens : sequence of int
-            The prompt, if it is one of tokens.
+            The prompt, if it was given as tokens.
         """
         store = self.store
         if store is None or not store.is_open:
@@ -276,7 +274,7 @@ class Provider(server.ModelProvider):
 
 
 class _Queue:
-    """Where the generation thread puts what it has for a request; `responses` hears of the end."""
+    """The queue of a request's answer; tells `responses` about its end."""
 
     def __init__(self, own: Any, request: Any, responses: Responses) -> None:
         self._own, self._request, self._responses = own, request, responses
@@ -285,11 +283,11 @@ class _Queue:
 
     @property
     def is_over(self) -> bool:
-        """Whether its client has left, or has all of its answer."""
+        """Whether its client has left, or has the whole answer."""
         return self._context is not None and self._context._should_stop
 
     def stop(self) -> None:
-        """End the request: nobody reads what is put here any more."""
+        """End the request: nothing reads this queue any more."""
         self._request.is_over = True
         if self._context is not None:
             self._context.stop()
@@ -306,9 +304,9 @@ class _Queue:
 
 
 class _Batches(BatchGenerator):
-    """Forgets waiting sequences whose client has left.
+    """A batch generator that drops waiting sequences whose client has left.
 
-    mlx-lm's server looks at a request when it has a response to it, and one that waits has none.
+    mlx-lm's server checks a client when it has a response, and a waiting request has none.
     """
 
     def __init__(self, responses: Responses, *arguments: Any, **options: Any) -> None:
@@ -318,13 +316,13 @@ class _Batches(BatchGenerator):
         self._told: set[int] = set()  # that are to be removed
 
     def insert_segments(self, *arguments: Any, **options: Any) -> Any:
-        """As mlx-lm's; the one sequence is of the context that the server made last."""
+        """Insert as mlx-lm does; the sequence belongs to the context that the server made last."""
         uids = super().insert_segments(*arguments, **options)
         self._contexts.update(dict.fromkeys(uids, self._responses.context))
         return uids
 
     def next(self) -> Any:
-        """As mlx-lm's, with a response to each waiting sequence that is to be removed."""
+        """Compute as mlx-lm does; add a response for each waiting sequence to be removed."""
         waiting = {sequence[0] for sequence in self._unprocessed_sequences}
         self._contexts = {uid: self._contexts[uid] for uid in waiting}
         stopped = {
@@ -339,23 +337,23 @@ class _Batches(BatchGenerator):
 
 
 class Responses(server.ResponseGenerator):
-    """Answers as mlx-lm's server does, each request apart from the others.
+    """mlx-lm's response generator, with each request isolated from the others.
 
-    What a request may not ask for is refused before it reaches the model, and an error of the
-    generation fails the requests that it held, no other.
+    A bad request is refused before it reaches the model. An error during generation fails only the
+    requests that were in it.
 
     Attributes
     ----------
     metrics : Metrics
-        What was answered.
+        Counts of the answers.
     held : set
         Queues of the requests that the generation thread has taken, and not ended.
     context : GenerationContext or None
-        The one that was made last.
+        The newest one.
     error : Exception or None
-        What ended the generation thread.
+        The error that ended the generation thread.
     when_failed : callable
-        Called then.
+        Called when that happens.
     """
 
     model_provider: Provider
@@ -374,12 +372,12 @@ class Responses(server.ResponseGenerator):
     def generate_for(
         self, connection: socket.socket, request: Any, arguments: Any, **options: Any
     ) -> tuple[Any, Iterator[Any]]:
-        """Answer as `generate` does, as long as a client is there.
+        """Answer as `generate` does, while the client is connected.
 
         Raises
         ------
         ConnectionAbortedError
-            If it has left; also out of the iterator.
+            If the client has left; the iterator raises it, too.
         """
         self._client.connection, self._client.looked = connection, time.monotonic()
         began = time.monotonic()
@@ -440,14 +438,14 @@ class Responses(server.ResponseGenerator):
             mx.clear_streams()  # of this thread: else MLX ends the process with an abort
 
     def stop_and_join(self) -> None:
-        """End, and all answers with it."""
+        """Stop, and end all answers."""
         self._stop = True
         for queue in list(self.held):
             queue.stop()
         super().stop_and_join()  # type: ignore[no-untyped-call]
 
     def _recover(self, error: Exception, generators: list[_Batches]) -> None:
-        """Fail the requests that were held when the loop failed, and give back their blocks."""
+        """Fail the requests of a failed generation, and free their blocks."""
         logging.error(f"A generation failed, with {len(self.held)} requests", exc_info=error)
         traceback.clear_frames(error.__traceback__)
         while generators:
@@ -473,7 +471,7 @@ class Responses(server.ResponseGenerator):
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it answers requests now: not while a model is loaded."""
+        """Whether it answers requests now; not while a model loads."""
         return bool(super().is_healthy) and self.model_provider.is_ready
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -532,25 +530,25 @@ def serve(
     grace: float = 0.0,
     ready: Callable[[Server], None] = lambda server: None,
 ) -> None:
-    """Serve until a signal, or until somebody calls the `Server`'s shutdown.
+    """Serve until a signal, or until the `Server` is shut down.
 
     Parameters
     ----------
     address : (str, int)
         Host and port.
     responses : callable
-        Makes what answers, once the port is taken.
+        Makes the `Responses`, once the port is bound.
     limits : Limits
-        What clients are held to.
+        Limits on clients.
     grace : float
-        Seconds that running answers may take after that.
+        Seconds that running answers get after that.
     ready : callable
-        Is given the `Server`.
+        Called with the `Server`.
 
     Raises
     ------
     OSError
-        If the port cannot be taken. No model is loaded then.
+        If the port cannot be bound. No model is loaded then.
     RuntimeError
         If the model of the command line cannot be loaded.
     """
@@ -586,34 +584,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        If options are malformed, after ``--help``, or if the port is in use.
+        For malformed options, after ``--help``, and if the port is in use.
     """
     parser = argparse.ArgumentParser(
         "pagedkv-server",
-        description="mlx-lm's server over a paged store. All other options are mlx-lm's.",
+        description="Serve a model with mlx-lm's server over a paged KV cache. All other options "
+        "are mlx-lm's.",
         add_help=False,
         allow_abbrev=False,
     )
     budget = parser.add_mutually_exclusive_group()
-    sizes = "memory of K and V, such as 8GB; 80%% of what the device has left, or auto"
+    sizes = "memory for K and V: 8GB, 80%% of the memory that is left, or auto (80%%)"
     budget.add_argument("--memory", metavar="BYTES", help=sizes)
-    budget.add_argument("--num-blocks", type=int, help="or the number of blocks")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens in a block (32)")
-    kinds = "bits of K and V: 8, 4, or 8,4 for 8 of K and 4 of V"
+    count = "number of blocks, in place of --memory"
+    budget.add_argument("--num-blocks", type=int, help=count)
+    size = "tokens in a block (default: 32)"
+    parser.add_argument("--block-size", type=int, default=32, help=size)
+    kinds = "quantize K and V to 8 or 4 bits, or 8,4: K to 8 and V to 4"
     parser.add_argument("--kv-bits", metavar="BITS", choices=KV_BITS, help=kinds)
     doors = parser.add_argument_group("clients")
-    doors.add_argument("--api-key", help=f"what clients have to send; or set {API_KEY}")
+    key = f"key that clients must send (default: ${API_KEY})"
+    doors.add_argument("--api-key", help=key)
     doors.add_argument(
-        "--any-model", action="store_true", help="load whatever model a request names"
+        "--any-model", action="store_true", help="load any model that a request names"
     )
     doors.add_argument(
         "--trust-request-chat-template",
         action="store_true",
-        help="let a request bring a chat template, which is a program",
+        help="accept chat templates, which are programs, in requests",
     )
-    doors.add_argument(
-        "--grace", type=float, default=30.0, help="seconds for running answers at SIGTERM (30)"
-    )
+    seconds = "seconds that running answers get at SIGTERM (default: 30)"
+    doors.add_argument("--grace", type=float, default=30.0, help=seconds)
     own, rest = parser.parse_known_args(arguments)
     options = {name: getattr(own, name) for name in STORE}
     if {"-h", "--help"} & set(rest):

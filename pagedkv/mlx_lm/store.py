@@ -30,31 +30,31 @@ from pagedkv.mlx_lm.sequences import Sequences
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AUTO = 0.8
-"""Of what the device has left: a chunk of a prompt, logits and what MLX keeps take the rest."""
+"""Share of the memory left; a chunk of a prompt, logits and MLX's own cache take the rest."""
 WARM_UP_BATCHES, WARM_UP_TOKENS, WARM_UP_STEPS = (1, 8), 700, 3
 """Batch sizes, longest prompt and answer in tokens: they select different kernels."""
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds and what it saved.
+    """The contents of a store, and how much it reused.
 
     Attributes
     ----------
     num_blocks, free_blocks : int
-        Blocks in all and of nobody; frames where layers are in groups by their windows.
+        All blocks, and the free ones; frames where layers are in groups by their windows.
     cached_blocks : int
         Blocks in the tree of cached prefixes.
     block_bytes : int
-        Bytes of a block over all layers, K and V; of a frame over those of a group.
+        Bytes of a block, K and V of all layers; or of a frame, for the layers of a group.
     peak_blocks : int
-        Most blocks, or frames, that were held at once.
+        The most blocks, or frames, held at once.
     groups : tuple of (int or None, int)
         For each group of layers its window in tokens, None if it sees all, and its blocks in use.
     asked_tokens, cached_tokens : int
-        Tokens of the prompts that caches were made for, and those that were found cached.
+        Prompt tokens that caches were made for, and how many of them were cached already.
     kv_bits : tuple of (int or None, int or None)
-        In how many bits K and V are kept, None as they are.
+        Bits of K and of V; None where they are not quantized.
     """
 
     num_blocks: int
@@ -69,36 +69,37 @@ class StoreStats:
 
 
 class PagedStore(Closing):
-    """K and V of a model in blocks: prompt caches for mlx-lm that share memory and prefixes.
+    """Paged K and V for a model of mlx-lm: prompt caches that share memory and prefixes.
 
-    While it is open, attention of paged caches goes to it, and `make_prompt_cache(model)` makes its
-    caches. Without a cache of the caller's, mlx-lm's `generate`, `stream_generate`,
-    `generate_step`, `batch_generate` and `BatchGenerator.insert` reuse the longest cached prefix of
-    each prompt, and cache prompt and answer at the end. `close`, or the end of a ``with``, undoes
-    all of that.
+    While the store is open, attention over its caches uses its blocks, and
+    `make_prompt_cache(model)` returns one of its caches. Without a cache from the caller, mlx-lm's
+    `generate`, `stream_generate`, `generate_step`, `batch_generate` and `BatchGenerator.insert`
+    reuse the longest cached prefix of each prompt, and cache prompt and answer at the end. `close`,
+    or the end of a ``with``, undoes all of that.
 
     Parameters
     ----------
     model : nn.Module
-        A model of mlx-lm. Layers that keep something else than K and V keep mlx-lm's own caches.
+        A model of mlx-lm. Layers that keep something other than K and V use mlx-lm's own caches.
     memory : int or str
-        Bytes of the pools, or such as ``"8GB"`` or ``"500MiB"``; or give `num_blocks`. ``"80%"`` is
-        a share of what the device has left, see `pagedkv.cache.device_memory`, when the weights are
-        loaded; ``"auto"`` is `AUTO` of it. The rest is for what a model computes.
+        Size of the pools: bytes, or a string such as ``"8GB"`` or ``"500MiB"``. ``"80%"`` is a
+        share of the device memory that is left once the weights are loaded, see
+        `pagedkv.cache.device_memory`; ``"auto"`` is the share `AUTO`. The rest is for activations.
+        Give this or `num_blocks`.
     num_blocks : int
-        Blocks in the pools.
+        Number of blocks in the pools.
     block_size : int
         S, tokens in a block.
     kv_bits : int or tuple of (int or None, int or None), optional
-        In how many bits K and V are kept: 8, 4, or a number for K and one for V, such as
-        ``(8, 4)``. More tokens fit into the same memory then, and K and V are near to what the
-        model computed, no longer the same. None: as they are.
+        Quantize K and V to 8 or 4 bits, or each to its own, such as ``(8, 4)`` for K in 8 and V in
+        4. More tokens fit into the same memory, and outputs can differ from those of unquantized K
+        and V. None: not quantized.
 
     Raises
     ------
     UnsupportedModelError
-        If a layer that keeps K and V cannot be paged, or not with `kv_bits`: that takes head dims
-        that are multiples of 8, 256 at most.
+        If a layer that keeps K and V cannot be paged, or cannot be quantized: `kv_bits` needs head
+        dims that are multiples of 8, up to 256.
     ValueError
         If the budget is missing, given twice, malformed, too small for a block or larger than what
         the device has left, or `kv_bits` is something else.
@@ -144,20 +145,20 @@ class PagedStore(Closing):
 
     @property
     def lock(self) -> FairLock:
-        """What `exclusive` holds."""
+        """The lock that `exclusive` holds."""
         return self.memory.lock
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other threads from computing with the store, for a ``with``.
+        """Return a context manager that keeps other threads from computing with the store.
 
-        A loop of your own, which calls the model itself, takes each step within it and evaluates
-        there what it goes on with. mlx-lm's `generate`, `BatchGenerator` and so on do that.
+        A generation loop of your own, which calls the model itself, runs each step inside it and
+        evaluates the results there. mlx-lm's `generate`, `BatchGenerator` and so on already do.
         """
         return self.lock.until(self.memory.settle)
 
     @one_at_a_time
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
-        """Return a prompt cache that holds the longest cached prefix of a prompt already.
+        """Return a prompt cache that already holds the longest cached prefix of a prompt.
 
         At least one token is left to compute; `PromptCache.rest` has those. Give mlx-lm's
         `generate`, `stream_generate`, `generate_step`, `batch_generate` and `BatchGenerator` the
@@ -166,9 +167,9 @@ class PagedStore(Closing):
         Parameters
         ----------
         tokens : sequence of int
-            The prompt. Empty: nothing is looked for.
+            The prompt. If it is empty, no prefix is looked up.
         namespace : hashable
-            Nothing is shared between namespaces.
+            Namespaces share no prefixes.
 
         Raises
         ------
@@ -207,11 +208,11 @@ class PagedStore(Closing):
         return [KVCache() for _ in self._model.layers]
 
     def warm_up(self) -> None:
-        """Run made-up prompts, so that the first request does not wait for kernels to compile.
+        """Compile the usual kernels, so that the first request does not wait for them.
 
         A GPU compiles each kernel of MLX and of this package at its first use: 10 to 20 s in all,
-        once per machine. The prompts take free blocks only, and leave the store and its statistics
-        as they were.
+        once per machine. This runs made-up prompts in free blocks, and leaves the contents and
+        statistics of the store as they were.
 
         Raises
         ------
@@ -251,15 +252,15 @@ class PagedStore(Closing):
     def keep(
         self, cache: Sequence[Any], tokens: Sequence[int], *, namespace: Hashable = None
     ) -> int:
-        """Give the whole blocks of a finished cache to the cached prefixes; return their tokens.
+        """Add the whole blocks of a finished cache to the cached prefixes; return their tokens.
 
         Parameters
         ----------
         cache : list
-            A prompt cache of this store, of one sequence. Nothing is kept of one that was loaded
-            without what had left a layer's window.
+            A prompt cache of this store, of one sequence. Nothing is cached from one that was
+            loaded without the tokens that had left a layer's window.
         tokens : sequence of int
-            What it holds, from the first token on.
+            The tokens that it holds, from the first one on.
         namespace : hashable
             As for `cache`.
         """
@@ -275,22 +276,23 @@ class PagedStore(Closing):
     def check(
         self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK, drafted: int = 0
     ) -> None:
-        """Refuse a request that would not fit if it were alone, see `Admission.check`."""
+        """Raise ValueError for a request that can never fit, see `Admission.check`."""
         self._maker.check(prompt_tokens, max_tokens, chunk, drafted)
 
     @one_at_a_time
     def load(self, file_name: str) -> PromptCache:
-        """Read a file that mlx-lm's `save_prompt_cache` wrote, of a paged cache or another.
+        """Load a file that mlx-lm's `save_prompt_cache` wrote, from a paged cache or another.
 
-        A file of a paged cache knows its model's weights, and whether it was damaged since.
+        A file of a paged cache has a checksum and a fingerprint of the model's weights; both are
+        checked.
 
         Raises
         ------
         OutOfBlocksError
             If the store has too few blocks. Nothing has changed then.
         ValueError
-            If the file cannot be read or was damaged, is of another model, is quantized by mlx-lm's
-            `kv_bits`, or lacks tokens that left a window. Nothing has changed then.
+            If the file cannot be read, is damaged, comes from another model, is quantized by
+            mlx-lm's `kv_bits`, or lacks tokens that left a window. Nothing has changed then.
         """
         memory = self.memory
         memory.collect()
@@ -357,7 +359,7 @@ class PagedStore(Closing):
 
     @one_at_a_time
     def stats(self) -> StoreStats:
-        """Return what the store holds and what it saved."""
+        """Return the contents of the store, and how much it reused."""
         memory = self.memory
         memory.collect()
         usage = memory.kv.memory_usage()
@@ -375,9 +377,9 @@ class PagedStore(Closing):
 
     @one_at_a_time
     def close(self) -> None:
-        """Give mlx-lm back as it was, and the memory; caches of the store are of no use then.
+        """Free the memory and restore mlx-lm; caches of the store cannot be used any more.
 
-        It can be called again, also after an interrupt.
+        It can be called again, including after an interrupt.
         """
         self.is_open = False
         if vars(self._model).get("make_cache") is self._maker:
@@ -400,7 +402,7 @@ class PagedStore(Closing):
 def _write(
     sequences: Sequences, layers: list[PagedLayer], contents: list[Content], count: int
 ) -> None:
-    """Append so many more tokens of what mlx-lm's caches hold to a sequence."""
+    """Append the next `count` tokens of mlx-lm's caches to a sequence."""
     with sequences.memory.extend(sequences.tables, [count]) as step:
         stop = sequences.tables[0].num_tokens
         for layer, content in zip(layers, contents, strict=True):
@@ -459,7 +461,7 @@ class _Maker(RoutedMaker):
 
 
 def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -> int:
-    """Return the bytes of a budget, 0 for one of blocks; refuse two, none, or a model in use."""
+    """Return the bytes of a budget, 0 for one in blocks; refuse two, none, or a model in use."""
     if (memory is None) == (num_blocks is None):
         raise ValueError("expected a budget, either memory or num_blocks")
     maker = getattr(model, "make_cache", None)
@@ -475,7 +477,7 @@ def check_budget(model: Any, memory: int | str | None, num_blocks: int | None) -
 
 
 def parse_bytes(memory: int | str | None) -> int:
-    """Return bytes, of a share those of what the default device has left now.
+    """Return the bytes of a budget; of a share, those of the memory that the device has left.
 
     ValueError for what is neither a number nor such as ``"8GB"``, ``"80%"`` or ``"auto"``.
     """
