@@ -1,4 +1,4 @@
-"""What integers the package takes: sizes and ids that fit the device's 32 bits. Host only."""
+"""Checks of integers: sizes and ids that fit the device's 32 bits. Host only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which blocks hold which tokens, and who runs next: bookkeeping without tensors."""
+"""Which blocks hold which tokens, and which requests run next: bookkeeping without tensors."""

@@ -1,4 +1,4 @@
-"""Who runs: admission, eviction, preemption under a budget of blocks. Host only."""
+"""Admission, eviction and preemption under a budget of blocks. Host only."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Admission:
             heapq.heapify(self._waiting)
 
     def choose(self, in_flight: InFlight, *, preempts: bool) -> list[Hashable]:
-        """Choose what is computed next, take its blocks, and return who was preempted for it.
+        """Choose what is computed next, allocate its blocks, and return the preempted sequences.
 
-        Nothing is chosen if somebody would have to be preempted, and `preempts` is false.
+        Nothing is chosen if a sequence would have to be preempted and `preempts` is false.
         """
         preempted: list[Hashable] = []
         while self.running and not self.running[-1].running:  # what was interrupted
@@ -153,12 +153,12 @@ class Admission:
         return sequence.running
 
     def frames_needed(self, tokens: int) -> int:
-        """Return how many frames a sequence holds at most while it grows to so many tokens."""
+        """Return the most frames that a sequence holds while it grows to `tokens` tokens."""
         blocks = blocks_needed(tokens, self._prefixes.tree.block_size)
         return self._pool.frames_needed(blocks, self._at_once)
 
     def _fits(self, frames: int) -> bool:
-        """Whether so many frames are free, or would be without cached prefixes that nobody uses."""
+        """Whether `frames` frames are free, or would be without unused cached prefixes."""
         pool = self._pool
         missing = frames - pool.num_free_frames
         return missing <= 0 or missing <= pool.frames_of_cached(self._prefixes.tree.num_evictable)

@@ -59,12 +59,12 @@ _NONE = array("i")
 
 
 class BlockPool:
-    """Hands out the ids of a fixed number of blocks and counts who holds them.
+    """Allocates a fixed number of blocks and counts the holders of each.
 
-    A block that was given back is handed out again, the last one first, before one that was never
-    used: what is touched stays small. Every operation takes constant time per block, and an
-    exception at any point of it, a KeyboardInterrupt too, leaves the pool as it was. The blocks of
-    a `BlockTable` that was dropped come back before blocks are next taken or counted.
+    Freed blocks are reused, the last one first, before blocks that were never used, so that few
+    blocks are touched. Every operation takes constant time per block, and an exception at any
+    point, including KeyboardInterrupt, leaves the pool as it was. The blocks of a dropped
+    `BlockTable` become free before blocks are next allocated or counted.
 
     Parameters
     ----------
@@ -74,10 +74,10 @@ class BlockPool:
     Attributes
     ----------
     guarded : list of int
-        A cached prefix that a sequence is about to begin with: what it sees is not reclaimed.
+        A cached prefix that a sequence is about to start from: the frames that it sees are not
+        reclaimed.
     changes : int
-        Grows before any `BlockTable` of this pool changes or a block gets another holder: while it
-        is the same, so are they.
+        Grows before any `BlockTable` of this pool changes or a block gets another holder.
 
     Raises
     ------
@@ -104,7 +104,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without a holder."""
         self.collect()
         return len(self._free)
 
@@ -119,7 +119,7 @@ class BlockPool:
         return self.num_free
 
     def frames_needed(self, blocks: int, blocks_at_once: int) -> int:
-        """Return how many frames a sequence holds at most while it grows to so many blocks.
+        """Return the most frames that a sequence holds while it grows to `blocks` blocks.
 
         Parameters
         ----------
@@ -131,15 +131,15 @@ class BlockPool:
         return blocks
 
     def frames_seen(self, blocks: int) -> int:
-        """Return how many frames a sequence begins with that has so many cached blocks."""
+        """Return how many frames a sequence holds that starts with `blocks` cached blocks."""
         return blocks
 
     def frames_seeing_all(self, blocks: int) -> int:
-        """Return how many frames so many blocks have in groups of layers that see all tokens."""
+        """Return how many frames `blocks` blocks have in groups of layers that see all tokens."""
         return blocks
 
     def frames_of_cached(self, num_blocks: int) -> int:
-        """Return how many frames cached prefixes have that nobody else uses, of so many blocks."""
+        """Return how many frames only cached prefixes use, of `num_blocks` blocks."""
         return num_blocks
 
     def group_frames(self) -> tuple[int, ...]:
@@ -207,13 +207,13 @@ class BlockPool:
         self.changes += 1
 
     def remember(self) -> None:
-        """Note that blocks are cached: what they hold may be looked for after nobody sees it."""
+        """Note that blocks are cached: they may be reused when no sequence sees them any more."""
 
     def pass_by(self, table: Table, num_tokens: int) -> None:
-        """Note that so many tokens of a table are there to stay: what no later one sees may go."""
+        """Note how many tokens of a table are final: blocks that no later token sees may go."""
 
     def holds_seen(self, block_ids: NDArray[np.int32], num_tokens: int) -> bool:
-        """Whether what tokens after the first `num_tokens` see is still in these blocks."""
+        """Whether these blocks still hold everything that tokens after `num_tokens` see."""
         return True
 
     def reusable(self, block_ids: Sequence[int]) -> int:
@@ -227,14 +227,14 @@ class BlockPool:
         """Undo what was noted in `before`."""
 
     def begun_with(self, block_ids: NDArray[np.int32], num_tokens: int) -> None:
-        """Note that a sequence has begun with cached blocks of so many tokens."""
+        """Note that a sequence has started with cached blocks of `num_tokens` tokens."""
 
     def reclaim(self, num_blocks: int, *, asked_for: bool) -> int:
         """Take back frames that no sequence sees; return how many blocks became free."""
         return 0
 
     def reference_count(self, block_id: int) -> int:
-        """Return how many holders a block has; 0 if it is free.
+        """Return the number of holders of a block; 0 if it is free.
 
         Raises
         ------
@@ -267,7 +267,7 @@ class BlockPool:
         Raises
         ------
         OutOfBlocksError
-            If fewer are free; none is taken then.
+            If fewer are free; none is allocated then.
         ValueError
             If `count` is not an integer or is negative.
         """
@@ -295,7 +295,7 @@ class BlockPool:
             raise
 
     def retain(self, block_ids: Sequence[int]) -> int:
-        """Add a holder to each of the blocks; return how many these are.
+        """Add a holder to each of the blocks; return their number.
 
         Raises
         ------
@@ -320,7 +320,7 @@ class BlockPool:
             raise
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Take a holder from each of the blocks; one without holders is free again.
+        """Remove a holder from each of the blocks; a block without holders becomes free.
 
         An id that occurs twice loses two holders.
 

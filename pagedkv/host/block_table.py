@@ -59,17 +59,17 @@ class BlockTable:
     Attributes
     ----------
     ids : array of int32
-        Ids of its blocks, to be read only. It is replaced, never changed: whoever holds it keeps
-        what it saw.
+        Ids of its blocks, read-only. The array is replaced, never changed, so that a reference to
+        it stays valid.
     num_tokens : int
-        Tokens in the sequence, to be read only.
+        Tokens in the sequence, read-only.
     passed : int
-        So many of them were there to stay when it last let go of what none after them sees, see
-        `FramePool`; the pool's.
+        Tokens that had already left every window when frames were last freed, see `FramePool`; for
+        the pool.
     held : Held
-        What it holds, for the pool.
+        Its blocks, for the pool.
     namespace : hashable
-        Of cached prefixes: whoever caches the sequence reads and sets it. Forks have the same.
+        Namespace of cached prefixes, for the code that caches the sequence. Forks have the same.
 
     Raises
     ------
@@ -122,7 +122,7 @@ class BlockTable:
         return slots_of(self.ids, self.block_size, start, stop)
 
     def missing_blocks(self, count: int) -> int:
-        """Return how many blocks `count` more tokens take from the pool.
+        """Return how many blocks `count` more tokens need from the pool.
 
         One of them is for the copy of a partly filled last block, if others hold it.
 
@@ -141,7 +141,7 @@ class BlockTable:
         return new - bool(own or (used and not count))
 
     def append(self, count: int = 1) -> NDArray[np.int64]:
-        """Make room for tokens at the end, with blocks from the pool as needed.
+        """Append slots for tokens at the end, with blocks from the pool as needed.
 
         Parameters
         ----------
@@ -182,7 +182,7 @@ class BlockTable:
             raise
 
     def adopt(self, block_ids: Sequence[int] | NDArray[np.integer], num_tokens: int) -> None:
-        """Begin with tokens that others hold, a cached prefix: nothing is copied.
+        """Start with the blocks of a cached prefix: nothing is copied.
 
         Parameters
         ----------
@@ -214,7 +214,7 @@ class BlockTable:
             raise
 
     def fork(self) -> BlockTable:
-        """Return a second sequence with the same tokens in the same blocks: nothing is copied.
+        """Return a second sequence over the same blocks: nothing is copied.
 
         Raises
         ------
@@ -228,12 +228,12 @@ class BlockTable:
         return other
 
     def truncate(self, num_tokens: int) -> None:
-        """Drop tokens from the end and give back the blocks that held only them.
+        """Drop tokens from the end, and free the blocks that held only them.
 
         Parameters
         ----------
         num_tokens : int
-            Tokens to keep, in [0, self.num_tokens]; 0 gives everything back.
+            Tokens to keep, in [0, self.num_tokens]; 0 frees everything.
 
         Raises
         ------
@@ -263,13 +263,13 @@ class BlockTable:
         start : int
             Position of the first in the table, in blocks.
         block_ids : sequence of int
-            Blocks that somebody holds, filled with what these positions hold.
+            Blocks with a holder, which contain the same tokens as these positions.
 
         Raises
         ------
         ValueError
-            If the table is not that long, one is unknown or free, or somebody else holds a block of
-            the table's own that has what the other's has lost. Nothing has changed then.
+            If the table is not that long, one is unknown or free, or another sequence holds a block
+            of the table's own that has what the other's has lost. Nothing has changed then.
         """
         self._check_held()
         stop, ids, before = start + len(block_ids), _array(block_ids), self.state
@@ -295,7 +295,7 @@ class BlockTable:
             raise PagedKVError("expected a table in use, this one was dropped and has no blocks")
 
     def _check_seen(self, ids: array[int], num_tokens: int) -> None:
-        """Raise ValueError if blocks of so many tokens lack what the next token sees."""
+        """Raise ValueError if the blocks of these tokens lack what the next token sees."""
         if not self.pool.holds_seen(np.asarray(ids), num_tokens):
             raise ValueError(
                 f"expected blocks with all that is seen after {num_tokens} tokens, some of it has "

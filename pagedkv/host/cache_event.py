@@ -1,4 +1,4 @@
-"""What a prefix cache tells somebody who mirrors it, a router for example. Host only."""
+"""Changes of a prefix cache, for a listener that mirrors it, such as a router. Host only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class CacheEvent(NamedTuple):
-    """A change of what can be matched.
+    """A change of the cached prefixes.
 
     A block id names a cached block from the event that stores it to the one that removes it or
     clears all. A block is stored after the one before it, and removed before that.
@@ -20,7 +20,7 @@ class CacheEvent(NamedTuple):
     kind : str
         "stored" or "removed", blocks of one namespace; "cleared", all of them.
     namespace : hashable
-        Whose blocks.
+        Namespace of the blocks.
     blocks : tuple of int
         Their ids, in the order of their tokens, each the continuation of the one before.
     parent : int or None

@@ -17,28 +17,28 @@ from pagedkv.limits import count_of, positive_int32
 
 
 class FramePool(BlockPool):
-    """Blocks that have a frame in every group of layers, until they leave the group's window.
+    """Blocks with a frame in each group of layers until they leave the window of the group.
 
-    A block is S tokens of a sequence in all layers; its frame in a group holds their K and V in
-    the group's layers. Frames are of one size, and any group may have any of them: one budget.
-    A group whose layers see a window gives a block's frame back when no coming token can see it.
-    Where prefixes are cached, a later prompt may end there: what such a frame holds is remembered
-    until frames run out, see `reclaim`.
+    A block is S tokens of a sequence in all layers; its frame in a group holds their K and V in the
+    group's layers. Frames have one size and one budget: any group may use any frame. A group whose
+    layers see a window frees the frame of a block when no later token can see it. The frames of
+    cached prefixes keep their contents until frames run out, because a later prompt may end there;
+    see `reclaim`.
 
-    Groups of as many layers each, from one budget, are what vLLM's hybrid cache manager has.
+    The equal groups with one budget follow vLLM's hybrid KV cache manager.
 
     Parameters
     ----------
     num_frames : int
-        Frames in all, for a block at least.
+        Total number of frames, enough for one block.
     windows : sequence of int or None
         For each group, how many tokens a token sees, itself the last; None for all. At least one
         group sees all.
     block_size : int
         S, tokens in a block.
     margin : int
-        Tokens that can be taken back from a sequence at any time: what the tokens before them see
-        is kept, too.
+        Tokens that a sequence can drop from its end at any time: everything that the tokens before
+        them see is kept, too.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class FramePool(BlockPool):
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
         self._open: weakref.WeakSet[Copies] = weakref.WeakSet()
         # When a block was computed, or a sequence began with what it holds; 0 if none ever did and
-        # the one that computed it has gone by: nobody has asked for that, and few will.
+        # the one that computed it has passed. Most callers never read such a page.
         self._used = np.zeros(self.num_blocks, np.int64)
         self._asked_for = np.zeros(self.num_blocks, bool)
         self._clock, self._remembers = 0, False
@@ -112,7 +112,7 @@ class FramePool(BlockPool):
         return frames
 
     def frames_seen(self, blocks: int) -> int:
-        """Return how many frames a sequence begins with that has so many cached blocks."""
+        """Return how many frames a sequence holds that starts with `blocks` cached blocks."""
         seen = (
             int(groups.sum()) * (blocks - self._first_seen(blocks * self._size, window))
             for window, groups in self._windows
@@ -120,7 +120,7 @@ class FramePool(BlockPool):
         return self.frames_seeing_all(blocks) + sum(seen)
 
     def frames_seeing_all(self, blocks: int) -> int:
-        """Return how many frames so many blocks have in groups that see all tokens."""
+        """Return how many frames `blocks` blocks have in groups that see all tokens."""
         return self._full * blocks
 
     def frames_of_cached(self, num_blocks: int) -> int:
@@ -174,13 +174,14 @@ class FramePool(BlockPool):
         self._open.add(reservation)
 
     def remember(self) -> None:
-        """Let frames that nobody sees hold what they hold until frames run out."""
+        """Let unused frames keep their contents until frames run out."""
         self._remembers = True
 
     def pass_by(self, table: Table, num_tokens: int) -> None:
-        """Note that so many tokens of a table stay, and give back what none after them can see.
+        """Note how many tokens of a table are final, and free frames that no later token sees.
 
-        What is remembered, or somebody else holds, keeps its frames: `reclaim` knows who sees it.
+        Blocks that are cached, or held elsewhere, keep their frames: `reclaim` finds which are
+        seen.
         """
         self._changed.add(table.held)
         before, table.passed = table.passed, max(table.passed, num_tokens - self._margin)
@@ -228,14 +229,14 @@ class FramePool(BlockPool):
         Raises
         ------
         ValueError
-            If somebody else holds such a block of the table's. Nothing has changed then.
+            If another table holds such a block. Nothing has changed then.
         """
         mine, theirs = (np.asarray(ids, np.int32) for ids in (own, others))
         moves = (self.frames[theirs] < 0) & (self.frames[mine] >= 0)
         if not moves.any():
             return
         if (moves.any(axis=1) & (self._view[mine] > 1)).any():
-            raise ValueError("expected blocks of this table alone, somebody else holds one")
+            raise ValueError("expected blocks of this table alone, one has another holder")
         for ids in (theirs, mine):
             before.append((ids, self.frames[ids], len(self._spare), []))
             self._stale[ids] = True
@@ -246,22 +247,22 @@ class FramePool(BlockPool):
     def reclaim(self, num_blocks: int, *, asked_for: bool, at_least: int = 0) -> int:
         """Take back frames that no table sees, least recently used first.
 
-        Their blocks stay; a prompt that would begin with cached ones begins with fewer. In time
-        linear in the pool, which is why a 64th of it is taken back at once.
+        Blocks stay in the cache without those frames, and later prompts reuse fewer of them. It
+        takes time linear in the pool, so a 64th of the pool is reclaimed at once.
 
         Parameters
         ----------
         num_blocks : int
-            Blocks that are to become free.
+            Number of blocks to free.
         asked_for : bool
-            Whether to take back what a prompt has begun with, or is likely to, as well.
+            Whether to reclaim frames that a prompt has reused, or is likely to, as well.
         at_least : int
-            If fewer blocks would become free, nothing is taken back.
+            If fewer blocks would become free, nothing is reclaimed.
 
         Returns
         -------
         int
-            Blocks that did, or more.
+            Blocks that became free, or more.
         """
         free, spare = self.num_free, len(self._spare)
         wanted = (free + num_blocks) * self._groups - spare
@@ -390,11 +391,11 @@ class FramePool(BlockPool):
         return idle & (self.frames >= 0)
 
     def _first_seen(self, num_tokens: int, window: int) -> int:
-        """Return the first block that a token after so many sees."""
+        """Return the first block that the token after these sees."""
         return max(num_tokens + 1 - window, 0) // self._size
 
     def begun_with(self, block_ids: NDArray[np.int32], num_tokens: int) -> None:
-        """Note that a sequence has begun with cached blocks of so many tokens."""
+        """Note that a sequence has started with cached blocks of `num_tokens` tokens."""
         for window, _ in self._windows:
             seen = block_ids[self._first_seen(num_tokens, window) :]
             self._clock += 1

@@ -25,7 +25,7 @@ class InFlight:
     left : int
         How many more tokens may be computed.
     sequences, sampled : list of Sequence
-        Who computes, and whose next token follows.
+        The sequences that are computed, and those whose next token is sampled.
     prompts : list of (Sequence, int)
         Those whose prompt may not be all computed, and how many of their tokens are with this.
     ended : list of Sequence
@@ -138,12 +138,12 @@ class InFlight:
             raise PagedKVError("expected update to be called again, it was interrupted")
 
     def end(self) -> None:
-        """Let nobody compute it any more."""
+        """End it: its sequences are computed no more."""
         if self.made:
             self.made.state = "over"
 
     def sampled_tokens(self, tokens: Mapping[Hashable, int]) -> Iterable[tuple[Sequence, int]]:
-        """Return each sequence that goes on with its next token, without those that have ended.
+        """Return each sequence that continues with its next token, without those that have ended.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Whether what a scheduler and its rooms say of blocks fits together; for tests. Host only."""
+"""Checks that a scheduler and its parts agree about blocks; for tests. Host only."""
 
 from __future__ import annotations
 

@@ -25,25 +25,25 @@ _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
 
 
 class RadixTree:
-    """The longest cached prefix of a prompt, in whole blocks, and which to forget first.
+    """Finds the longest cached prefix of a prompt, in whole blocks, and evicts cold ones.
 
-    The tree holds a reference of its own on every block in it, until it is dropped. A prompt that
-    hits adds references to the blocks of its match and copies nothing. Tokens are compared exactly.
-    Edges are runs of blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` a run.
+    The tree holds its own reference to every block in it, until the tree is dropped. A hit adds
+    references to the matched blocks and copies nothing. Tokens are compared exactly. Edges are runs
+    of blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` per run.
 
-    One thread at a time may use a tree and its pool. An exception at any point, a KeyboardInterrupt
-    too, leaves it whole; if that comes in `lock` or `unlock`, runs may stay locked.
+    One thread at a time may use a tree and its pool. An exception at any point, including
+    KeyboardInterrupt, leaves the tree consistent; one inside `lock` or `unlock` may leave runs
+    locked.
 
     Parameters
     ----------
     pool : BlockPool
-        Whose blocks these are.
+        The pool of the blocks.
     block_size : int
         S, tokens in a block.
     on_event : callable
-        Is called with a `CacheEvent` after each change, when that is complete, and may be set at
-        any time. It must not call the tree. What it raises passes to the caller: a call that
-        evicts ends there.
+        Called with a `CacheEvent` after each complete change; may be set at any time. It must not
+        call the tree. Its exceptions reach the caller, and end a call that evicts.
 
     Raises
     ------
@@ -73,7 +73,7 @@ class RadixTree:
 
     @property
     def num_evictable(self) -> int:
-        """Blocks in the tree that no lock keeps."""
+        """Blocks in the tree that are not locked."""
         return self._num_blocks - self._num_locked
 
     def num_blocks_of(self, namespace: Hashable) -> int:
@@ -88,20 +88,22 @@ class RadixTree:
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
 
-        A run in which the match ends is split, by `insert` and `extend` too. No reference is taken:
-        add them (`BlockPool.retain`) and lock the node before anything is evicted.
+        A run is split where a match ends inside it; `insert` and `extend` do that, too. No
+        reference is taken: add them (`BlockPool.retain`) and lock the node before anything is
+        evicted.
 
         Parameters
         ----------
         tokens : sequence of int
             The prompt, 32-bit token ids. An int32 array is read without a conversion.
         namespace : hashable
-            Whose prefixes: nothing is shared between namespaces (tenants, adapters, models).
+            Namespaces (tenants, adapters, models) share no prefixes.
 
         Returns
         -------
         PrefixMatch
-            No blocks if nothing is cached. In a `FramePool` it ends where what comes next sees is.
+            Without blocks if nothing is cached. In a `FramePool` the match ends where the blocks
+            that the next token sees still have their frames.
 
         Raises
         ------
@@ -116,8 +118,8 @@ class RadixTree:
     def insert(self, tokens: Integers, blocks: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
 
-        What is cached already keeps the blocks it has; the tree adds a reference to each of the
-        others. The caller's own references stay the caller's.
+        Tokens that are cached already keep their blocks; the tree adds a reference to each of the
+        other blocks. The caller keeps its own references.
 
         Parameters
         ----------
@@ -142,22 +144,22 @@ class RadixTree:
         return self.extend(self._root(namespace), tokens, blocks)
 
     def extend(self, node: RadixNode, tokens: Integers, blocks: Integers) -> PrefixMatch:
-        """Cache the whole blocks of `tokens` as what follows a match, at the cost of these alone.
+        """Cache the whole blocks of `tokens` after a match, in time linear in these tokens.
 
-        What is before them counts as used when the node is unlocked.
+        The tokens before them count as used when the node is unlocked.
 
         Parameters
         ----------
         node : RadixNode
-            Where the tokens before these end: locked, or the match of nothing.
+            The end of the tokens before these: locked, or an empty match.
         tokens, blocks : sequence of int
-            As for `insert`, without those before.
+            As for `insert`, without the tokens before them.
 
         Returns
         -------
         PrefixMatch
-            The whole blocks of `tokens` as the tree has them now. They are not the caller's if
-            the same tokens were cached before.
+            The whole blocks of `tokens` as the tree has them now. They are other blocks than the
+            caller's where the same tokens were cached before.
 
         Raises
         ------
@@ -199,10 +201,10 @@ class RadixTree:
         return PrefixMatch(cached + added, leaf)
 
     def lock(self, node: RadixNode) -> None:
-        """Keep a match from being evicted, until `unlock` was called as often.
+        """Keep a match from being evicted until `unlock` is called as often.
 
-        Costs the nodes on the way up to the first that is kept already: a sequence that goes on
-        locks its new end, then unlocks the old one, in time that does not depend on its length.
+        Visits the nodes up to the first that is locked already: a growing sequence locks its new
+        end, then unlocks the old one, in time that does not depend on its length.
         """
         path = [node]
         while not path[-1].locks and path[-1].parent:
@@ -239,11 +241,12 @@ class RadixTree:
             up = up.parent
 
     def evict(self, num_blocks: int) -> int:
-        """Forget the least recently used prefixes, from their ends, until enough blocks are free.
+        """Evict the least recently used prefixes, from their ends, until enough blocks are free.
 
-        A run is forgotten after all that goes on from it, and never while it is locked. A look-up
-        or insertion uses all blocks on its way at once: they go from their end. Two ends never have
-        the same last use. Blocks that a sequence still holds are forgotten in turn, not counted.
+        A run is evicted after all runs that continue it, and never while it is locked. A lookup or
+        insertion marks all blocks on its path as used at once; they are evicted from the end. Two
+        ends never have the same last use. Blocks that a sequence still holds are evicted in turn,
+        too, but not counted.
 
         Parameters
         ----------
@@ -268,17 +271,17 @@ class RadixTree:
         return freed + self.pool.reclaim(num_blocks - freed, asked_for=True)
 
     def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
-        """Forget prefixes of one namespace as `evict` does, in time linear in the tree's ends."""
+        """Evict prefixes of one namespace as `evict` does, in time linear in the tree's leaves."""
         line = self._line + self._aside
         theirs = [entry for entry in line if entry[2].origin.namespace == namespace]
         self._arrange(theirs, [entry for entry in line if entry[2].origin.namespace != namespace])
         return self._evict(count_of(max(num_blocks, 0), "num_blocks"))
 
     def reset(self) -> int:
-        """Forget all prefixes: after new weights, say, K and V of the old ones are wrong.
+        """Forget all prefixes, for example after the weights change: their K and V are wrong.
 
-        What is locked is no longer matched or counted, and is let go when it is unlocked: sequences
-        that hold it go on, but `extend` caches nothing for them.
+        Locked prefixes are no longer matched or counted, and are dropped when they are unlocked:
+        sequences that hold them keep running, but `extend` caches nothing for them.
 
         Returns
         -------
@@ -294,7 +297,7 @@ class RadixTree:
         return freed
 
     def check_invariants(self) -> None:
-        """Raise AssertionError if something is broken; for tests, linear time."""
+        """Raise AssertionError if an invariant does not hold; for tests, in linear time."""
         seen, uses, locked = list[int](), list[int](), 0
         # Its parent comes after a node that is wholly evicted.
         line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}

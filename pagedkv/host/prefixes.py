@@ -1,4 +1,4 @@
-"""What sequences have in the prefix cache, and which prefixes are being computed. Host only."""
+"""The sequences' share of the prefix cache, and prefixes being computed. Host only."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Prefixes:
         child.node, child.shared = parent.node, parent.shared
 
     def progress(self, sequence: Sequence, computed: int) -> None:
-        """Cache so many tokens of a prompt as are computed now, and announce what comes next."""
+        """Cache the computed tokens of a prompt, and announce the prefix that comes next."""
         self._cache(sequence, computed)
         sequence.prefilling = computed < len(sequence.tokens)
         self.announce(sequence)
@@ -80,7 +80,7 @@ class Prefixes:
     def announce(self, sequence: Sequence) -> None:
         """Note which block of its prompt a running sequence computes next, if others may share it.
 
-        Only the first who does is waited for.
+        Others wait only for the first one.
         """
         self._withdraw(sequence)
         if sequence.prefilling and sequence.node is not None:
@@ -117,7 +117,7 @@ class Prefixes:
             assert block == self._next_block(sequence, sequence.node, sequence.shared), "outdated"
 
     def _cache(self, sequence: Sequence, computed: int) -> None:
-        """Cache a sequence's blocks up to so many tokens."""
+        """Cache a sequence's blocks up to `computed` tokens."""
         size, first, node = self.tree.block_size, sequence.shared, sequence.node
         whole = computed // size
         if node is None or whole == first:

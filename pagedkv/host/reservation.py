@@ -1,4 +1,4 @@
-"""Room for new tokens of several sequences, all or nothing. Host only."""
+"""Blocks for new tokens of several sequences, all or nothing. Host only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reservation:
     def take(self, needs: Sequence[int] | None = None) -> None:
         """Take the blocks, all or nothing, and let the tables grow.
 
-        Whoever undoes it after an interrupt has to hold the object before.
+        To undo it after an interrupt, hold a reference to the object.
 
         Parameters
         ----------

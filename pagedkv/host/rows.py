@@ -73,7 +73,7 @@ class Seen:
 class Rows:
     """Block tables as rows of one array, and how their sequences grow together.
 
-    It is a copy of what the tables say, and looks at them before each use: who changes them in
+    It is a copy of the tables, and compares them before each use: code that changes them in
     between need not know of it. If an exception comes out of a method, it is not to be used again.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What is computed next: plain data. Host only."""
+"""The schedule of a step: plain data. Host only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pagedkv.host.block_table import BlockTable
 
 @dataclass(eq=False)
 class Schedule:
-    """What the model computes next: prompts, chunks of them, one token each of the others.
+    """The tokens that the model computes next: prompts or chunks of them, else one per sequence.
 
-    `PagedKVCache.step` makes device calls of it.
+    `PagedKVCache.step` turns it into device calls.
 
     Attributes
     ----------
     request_ids : list
-        Whose tokens.
+        The requests, in order.
     tables : list of BlockTable
         Their blocks, with room for the tokens that are computed now, the last ones of each. They
         are the scheduler's own, to be read until the next schedule is chosen or this one is over.
@@ -32,12 +32,12 @@ class Schedule:
     copies : list of (int, int)
         Blocks to copy before anything is written: from which id, to which id.
     samples : list
-        The requests whose next token follows from this; `Scheduler.update` takes those.
+        The requests whose next token this step samples; `Scheduler.update` takes those tokens.
     preempted : list
         The requests that gave up their blocks for this. They are computed again later.
     unknown : dict of int to int
-        The tokens that a schedule in flight samples, so that only the device knows them: their
-        position in `tokens`, and in `samples_before`.
+        Tokens that a schedule in flight samples, which only the device knows: their position in
+        `tokens`, and in `samples_before`.
     samples_before : list
         The `samples` of the schedule that was in flight when this was made; empty if none was.
     state : str

@@ -1,4 +1,4 @@
-"""Requests, and what is computed of them next. Host only, plain data."""
+"""The scheduler: chooses what is computed next. Host only, plain data."""
 
 from __future__ import annotations
 
@@ -24,44 +24,45 @@ from pagedkv.limits import count_of, positive_int32
 
 
 class Scheduler:
-    """Admits, schedules and preempts requests under a budget of blocks and of tokens a step.
+    """Admits, schedules and preempts requests under a budget of blocks and of tokens per step.
 
     First come, first served. Running sequences come first, in order; then waiting ones are admitted
-    as long as the token budget lasts and their blocks fit beside a watermark. Prompts are computed
-    in chunks beside other sequences' decode tokens, as in vLLM. When blocks run out, the least
-    recently used cached prefixes go first; then the last sequence in order gives up its blocks and
-    is computed again later. The first in order is never preempted for another, so every request
-    finishes.
+    as long as the token budget lasts and their blocks leave a watermark free. Prompts are computed
+    in chunks, together with other sequences' decode tokens, as in vLLM. When blocks run out, the
+    least recently used cached prefixes go first; then the last sequence in order gives up its
+    blocks and is computed again later. The first in order is never preempted for another, so every
+    request finishes.
 
-    Blocks are cached as prompts and generation fill them. A request waits while a sequence computes
-    a prefix that both share, and then has it cached: requests that arrive together hold one copy.
+    Blocks are cached as prompts and generation fill them. A request waits while another computes a
+    prefix that both share, and then finds it cached: requests that arrive together hold one copy.
 
     A schedule is in flight until `update` or `retract` ends it; the next may be chosen meanwhile.
-    Methods may be called from any thread; one waits for the other. `pool` and `tree` are its own:
-    others read them between calls and change nothing, but for evicting from `tree`.
+    Methods may be called from any thread and run one at a time. `pool` and `tree` belong to the
+    scheduler: read them between calls, and change nothing except by evicting from `tree`.
 
     Parameters
     ----------
     pool : BlockPool
-        The blocks to spend. Nobody else is to take from it.
+        The blocks to use. Nothing else may take blocks from it.
     block_size : int
         S, tokens in a block.
     max_tokens : int
-        Most tokens computed in a step.
+        The most tokens computed in a step.
     max_running : int
-        Most sequences running at a time.
+        The most sequences running at a time.
     watermark : int, optional
-        Blocks that an admission leaves for those that run, so that they need not be preempted at
-        once; by default one for every two of them (docs/adr/0006).
+        Blocks that an admission leaves free for running sequences, so that they are not preempted
+        at once; by default one for every two of them (docs/adr/0006).
     block_bytes : int
         Bytes of a block in all layers, for `stats`.
     on_event : callable
-        As for `RadixTree`. Generated blocks are stored when somebody may look for them.
+        As for `RadixTree`. Generated blocks are cached when a later request could reuse them.
 
     Raises
     ------
     ValueError
-        If a size is not a positive integer, or the watermark is negative, or `pool` is no pool.
+        If a size is not a positive integer, or the watermark is negative, or `pool` is not a
+        `BlockPool`.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Scheduler:
         self.max_running = positive_int32(max_running, "max_running")
         self.watermark = watermark if watermark is None else count_of(watermark, "watermark")
         self.block_bytes = count_of(block_bytes, "block_bytes")
-        self.lock = threading.RLock()  # held by whoever is in a method
+        self.lock = threading.RLock()  # held during each method
         self._sequences: dict[Hashable, Sequence] = {}  # all that are waiting or running
         self._prefixes = Prefixes(pool, self.block_size, on_event)
         self.tree = self._prefixes.tree
@@ -114,9 +115,10 @@ class Scheduler:
         max_new_tokens : int
             Tokens after which the request is finished, 1 or more.
         priority : int
-            How many earlier requests it may overtake, 0 or more. Being finite, it starves nobody.
+            How many earlier requests it may overtake, 0 or more. The number is finite, so no
+            request starves.
         namespace : hashable
-            With whom it shares cached prefixes.
+            Requests of one namespace share cached prefixes.
         use_cache : bool
             Whether it reads and fills the prefix cache.
 
@@ -152,14 +154,15 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose what is computed next and take its blocks; one schedule may be in flight.
 
-        Sequences go on from what that one samples: `Schedule.unknown`. Nobody is preempted for it:
-        if blocks run out, nothing is scheduled before the one in flight has ended.
+        Sequences continue from the tokens that it samples, see `Schedule.unknown`. A schedule that
+        is chosen meanwhile preempts no request: if blocks run out, it is empty until the one in
+        flight has ended.
 
         Returns
         -------
         Schedule
             Empty if there is nothing to do, or nothing before the schedule in flight has ended.
-            Otherwise `update` has to follow when it was computed, `retract` if it was not.
+            Otherwise call `update` once it is computed, or `retract` if it is not.
 
         Raises
         ------
@@ -194,7 +197,8 @@ class Scheduler:
         Parameters
         ----------
         sampled : mapping of request id to int
-            The next token of each request in `Schedule.samples`; those that have ended may lack.
+            The next token of each request in `Schedule.samples`; requests that have ended may be
+            left out.
 
         Returns
         -------
@@ -208,8 +212,8 @@ class Scheduler:
         ValueError
             If the tokens are not those of the requests in `samples`. Nothing has changed then.
 
-        Whatever else interrupts it, a listener of cache events for example: called again with the
-        same tokens, it goes on where it was, if the schedule is still `in_flight`.
+        If anything else interrupts it, such as a listener of cache events, call it again with the
+        same tokens: it continues where it stopped, if the schedule is still `in_flight`.
         """
         in_flight, *later = self._scheduled("update")
         new = in_flight.sampled_tokens(sampled)
@@ -234,7 +238,7 @@ class Scheduler:
 
     @one_at_a_time
     def retract(self) -> None:
-        """Undo the newest schedule in flight: its blocks go back, its sequences run on.
+        """Undo the newest schedule in flight: its blocks are freed, its sequences keep running.
 
         Raises
         ------
@@ -250,8 +254,8 @@ class Scheduler:
     def finish(self, request_id: Hashable) -> None:
         """End a request at any time; what it has computed stays cached.
 
-        What is in flight of it is thrown away: it may end with a token from which the schedule in
-        flight goes on. `update` needs no token of it then.
+        Tokens of it that are in flight are discarded: a request may end with a token from which the
+        schedule in flight already continues. `update` needs no token of it then.
 
         Raises
         ------
@@ -266,8 +270,8 @@ class Scheduler:
     def abort(self, request_id: Hashable) -> None:
         """End a request at any time.
 
-        Its blocks are free but for those that others hold: at once, or, if it is scheduled, when
-        no schedule in flight computes it any more.
+        Its blocks become free, except those that other sequences hold: at once, or, if it is
+        scheduled, when no schedule in flight computes it any more.
 
         Raises
         ------
@@ -278,9 +282,9 @@ class Scheduler:
 
     @one_at_a_time
     def fork(self, request_id: Hashable, new_id: Hashable, last_token: int) -> None:
-        """Let a request go on twice, between steps: parallel sampling, beam search.
+        """Fork a request, between steps: parallel sampling, beam search.
 
-        The new one shares all blocks until it writes. If the request was preempted, both wait.
+        The new one shares all blocks until one is written. If the request is preempted, both wait.
 
         Parameters
         ----------
@@ -289,13 +293,13 @@ class Scheduler:
         new_id : hashable
             Not in use.
         last_token : int
-            The new request's last token, in place of the one sampled last.
+            The new request's last token, in place of the last sampled one.
 
         Raises
         ------
         ValueError
-            If an id or the token does not fit, the request has no token yet, or as many run as may.
-            Nothing has changed then.
+            If an id or the token does not fit, the request has no token yet, or `max_running`
+            requests run. Nothing has changed then.
         PagedKVError
             If a schedule is in flight. Nothing has changed then.
         """
@@ -327,7 +331,7 @@ class Scheduler:
     def reset_cache(self) -> int:
         """Forget all cached prefixes, between steps or not; return how many blocks became free.
 
-        What running sequences use stays theirs and is no longer found by others.
+        Running sequences keep the blocks that they use; later requests no longer find them.
         """
         return self.tree.reset()
 
@@ -390,7 +394,7 @@ class Scheduler:
         return self._sequences[request_id]
 
     def _check_new(self, request_id: Hashable) -> None:
-        check_updated(self._in_flight)  # who is finished by it is not known before
+        check_updated(self._in_flight)  # it finishes requests that are not known before
         if request_id in self._sequences:
             raise ValueError(f"expected a new request id, got {request_id!r} again")
 

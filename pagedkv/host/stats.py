@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stats:
-    """What a scheduler has done and holds.
+    """Counters and current state of a scheduler.
 
     Attributes
     ----------
@@ -15,8 +15,8 @@ class Stats:
         All blocks; those that sequences hold; those that only the prefix cache holds; the rest.
         Where layers are in groups these are frames.
     block_bytes : int
-        Bytes of a block in all layers, of a frame in those of a group; 0 if the scheduler was not
-        told.
+        Bytes of a block in all layers, or of a frame in the layers of a group; 0 if the scheduler
+        was not given it.
     waiting, running : int
         Requests.
     prompt_tokens, hit_tokens : int
@@ -52,9 +52,9 @@ def render_prometheus(stats: Stats, prefix: str = "pagedkv") -> str:
     Parameters
     ----------
     stats : Stats
-        What `Scheduler.stats` returned.
+        The result of `Scheduler.stats`.
     prefix : str
-        What the names begin with.
+        Prefix of the names.
 
     Returns
     -------
