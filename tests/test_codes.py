@@ -183,7 +183,7 @@ def test_other_gathers_refuse_codes(path):
     keys, values = coded(case, (8, 8))
     if path == "gather_head_major":
         keys, values = (mx.contiguous(pool.transpose(2, 0, 1, 3)) for pool in (keys, values))
-    with pytest.raises(UnsupportedPathError, match="does not read pools of codes"):
+    with pytest.raises(UnsupportedPathError, match="does not read pools of quantized values"):
         decode_attention(case.queries, keys, values, case.batch(), scale=1.0, path=path)
 
 
@@ -389,5 +389,5 @@ def test_queries_of_others_than_the_cache_change_nothing(bits, head_dim, dtype, 
 def test_gathers_of_numbers_refuse_codes(gather):
     case = Case([5, 33], heads=(8, 2))
     keys, _ = coded(case, (8, 8))
-    with pytest.raises(ValueError, match="got one of codes"):
+    with pytest.raises(ValueError, match="got a quantized one"):
         gather(keys, case.batch())

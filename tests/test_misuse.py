@@ -45,7 +45,7 @@ def test_a_step_whose_sequences_somebody_changed_is_refused(name, use):
                 raise KeyError
 
     actions = {"attend": lambda: attend(step), "leave": leave, "raise": leave}
-    message = "sequences that nobody changes before their step is over, but somebody did"
+    message = "sequences that do not change before their step is over, one did"
     with pytest.raises(PagedKVError, match=message):
         actions.get(use, getattr(step, use, None))()
     assert [(table.block_ids.tolist(), table.num_tokens) for table in tables] == before
@@ -84,7 +84,7 @@ def test_a_schedules_step_whose_sequences_somebody_changed_is_refused():
     new = inputs(np.random.default_rng(53), 1, 5)
     step.attend(0, *new, scale=SCALE)
     schedule.tables[0].truncate(3)
-    with pytest.raises(PagedKVError, match="but somebody did"):
+    with pytest.raises(PagedKVError, match="before their step is over, one did"):
         step.attend(0, *new, scale=SCALE)
 
 

@@ -149,11 +149,11 @@ def test_attending_again_is_of_the_same_tokens_while_they_are_there(counts):
     step.commit()
     step.attend_again(0, new[0], scale=SCALE)
     tables[0].truncate(1)
-    with pytest.raises(PagedKVError, match="but somebody did"):
+    with pytest.raises(PagedKVError, match="before their step is over, one did"):
         step.attend_again(0, new[0], scale=SCALE)
     undone = paged.extend(tables, counts)
     undone.rollback()
-    with pytest.raises(PagedKVError, match="but somebody did"):
+    with pytest.raises(PagedKVError, match="before their step is over, one did"):
         undone.attend_again(0, new[0], scale=SCALE)
 
 

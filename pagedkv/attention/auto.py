@@ -1,4 +1,4 @@
-"""What "auto" is: the table's path where somebody has measured, else what is found out here."""
+"""How "auto" chooses a path: by the table on measured devices, else by a measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pagedkv.attention.measured import Trial, find
 from pagedkv.attention.paths import DECODE_PATHS, KNOWN_GPUS, choose, refusal
 from pagedkv.attention.scores import ScoreOptions
 
-AUTOTUNE = "PAGEDKV_AUTOTUNE"  # environment variable: whether to measure what nobody has measured
+AUTOTUNE = "PAGEDKV_AUTOTUNE"  # environment variable: whether to measure on unmeasured GPUs
 KERNEL = "fused"
 OFF = 0.1  # of a token's norm: what another code of few bits may change
 GATHERS = "gather_rows", "gather_rows_grouped"  # the first that can take a call is trusted
@@ -37,7 +37,7 @@ def auto(
 ) -> tuple[str, str]:
     """Return the path behind "auto" and where that choice comes from.
 
-    On a GPU that nobody has measured, the first call of a kind is measured; see `find` for what
+    On an unmeasured GPU, the first call of a kind is measured; see `find` for what
     that costs.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What attention reads, block tables: checked on the host, put on the device."""
+"""Block tables for attention: checked on the host, then copied to the device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
-    """The block tables that are attended over, on the device; `from_tables` checks them.
+    """Block tables for attention, on the device; `from_tables` checks them.
 
-    Made once a step and shared by every layer. It keeps what attention derives from it: indices,
-    masks, and a plan for each kind of call.
+    Make it once per step and share it between layers. It caches what attention derives from it:
+    indices, masks, and a plan for each kind of call.
 
     Attributes
     ----------
@@ -37,10 +37,11 @@ class DecodeBatch:
     groups : tuple of mx.array
         As `block_tables`, the first of these, for each group of layers; empty if there is one.
     carried : dict
-        Plans that can go on with longer sequences, by kind of call, each with the `position` it was
-        made at. Batches of the same sequences share it, and nothing in it may hold a batch.
+        Plans that can be reused for longer sequences, by kind of call, each with the `position` it
+        was made at. Batches of the same sequences share it, and nothing in it may reference a
+        batch.
     position : int
-        By how many tokens each sequence is longer than where those batches began.
+        Number of tokens by which each sequence has grown since the first of those batches.
     """
 
     block_tables: mx.array
@@ -66,10 +67,10 @@ class DecodeBatch:
         Parameters
         ----------
         block_tables : sequence of sequence of int
-            One row of block ids a sequence, in the order of its tokens. Rows may differ in length;
-            ids past the last block that the context needs are checked and then left out.
+            One row of block ids per sequence, in the order of its tokens. Rows may differ in
+            length; ids past the last block that the context needs are checked and then ignored.
         context_lens : sequence of int
-            Context length in tokens, one a sequence.
+            Context length in tokens, one per sequence.
         block_size : int
             Tokens in a block.
         num_blocks : int

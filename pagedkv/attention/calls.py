@@ -21,7 +21,7 @@ from pagedkv.attention.scores import PLAIN, ScoreOptions
 def contiguous_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float
 ) -> mx.array:
-    """Attend over contiguous K/V with MLX's own kernel: the bound that paged paths are held to.
+    """Attend over contiguous K/V with MLX's own kernel: the baseline for paged attention.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def decode_attention(
     path: str = "auto",
     scores: ScoreOptions = PLAIN,
 ) -> mx.array:
-    """Attend with one query token a sequence over the blocks that its table names.
+    """Attend with one query token per sequence over the blocks in its table.
 
     Parameters
     ----------
@@ -80,12 +80,12 @@ def decode_attention(
     scale : float
         Factor on the scores, usually D ** -0.5.
     path : str
-        A key of `DECODE_PATHS`, or ``"auto"`` for what the package chooses; `explain` tells what
-        that is, and the environment variable PAGEDKV_DECODE_PATH replaces it. On a GPU that nobody
-        has measured, the first call of a kind measures what is faster, unless PAGEDKV_AUTOTUNE=0
-        in the environment.
+        A key of `DECODE_PATHS`, or ``"auto"`` for the package's choice; `explain` returns that
+        choice, and the environment variable PAGEDKV_DECODE_PATH overrides it. On an unmeasured GPU,
+        the first call of a kind measures which path is faster, unless the environment has
+        PAGEDKV_AUTOTUNE=0.
     scores : ScoreOptions
-        What else happens to the scores.
+        Options of the scores, such as a window.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def decode_attention(
     Warns
     -----
     RuntimeWarning
-        If a measurement found a kernel that fails on this GPU. It is not used then.
+        If a measurement found a kernel that fails on this GPU. That kernel is not used.
     """
     check_one_token(queries)
     plan = plan_for(queries, keys, values, batch, scale, path, scores)
@@ -150,21 +150,21 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run.
+    """The path that a call would run, and why.
 
     Attributes
     ----------
     path : str
         The key of `DECODE_PATHS`.
     because : str
-        Who chose it: the argument, the environment, the package's table and where that was
-        measured, or a measurement on this machine, with its times or what was wrong.
+        The reason: the argument, the environment, the package's table and where it was measured, or
+        a measurement on this machine, with its times or its failure.
     refused : dict of str to str
-        Why each of the other paths could not run it, if it could not.
+        Why other paths cannot run it, for those that cannot.
     launches : int or None
-        Kernels a layer, of the fused path.
+        Kernels per layer, for the fused path.
     items : int or None
-        Work items that the contexts are cut into, of the fused path.
+        Work items that the contexts are cut into, for the fused path.
     """
 
     path: str
@@ -184,10 +184,9 @@ def explain(
     path: str = "auto",
     scores: ScoreOptions = PLAIN,
 ) -> Explanation:
-    """Tell what `paged_attention` would run with these arguments, without running it.
+    """Return what `paged_attention` would run with these arguments, without running it.
 
-    On a GPU that nobody has measured that has to be found out: if no such call came before, this
-    measures as the first one would, which it then need not.
+    On an unmeasured GPU, this runs the measurement now, so the first call does not have to.
 
     Parameters
     ----------
@@ -197,7 +196,7 @@ def explain(
     Returns
     -------
     Explanation
-        The path, who chose it, and what the others lack.
+        The path, the reason for it, and why other paths cannot run the call.
 
     Raises
     ------

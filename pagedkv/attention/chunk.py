@@ -45,7 +45,7 @@ SCALARS = (
     *("length", "new_tokens", "context", "begin", "end"),
     *("first_sequence", "tiles", "tile", "first_query", "past_query"),
 )
-"""What a launch of ``gather.h`` is given."""
+"""Arguments of a launch of ``gather.h``."""
 
 
 def tile_of(window: int) -> int:
@@ -237,7 +237,7 @@ class _Work(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What gathers K and V of a batch and attends over them, in every layer.
+    """Gathers K and V of a batch and attends over them, in every layer.
 
     Attributes
     ----------

@@ -1,10 +1,10 @@
-"""K and V in few bits: how a pool keeps them, and what makes codes of numbers and numbers of codes.
+"""Quantized K and V: how a pool stores them, and their conversion.
 
-A row, the D numbers of a token in a head, is kept as a code each: how many steps a number is above
-the row's lowest. Step and lowest number are float16, one word for both beside the block's codes.
-K in 4 bits are rotated before by a Hadamard matrix (QuaRot, Ashkboos et al., 2024): a row whose
-large elements are spread over all loses less, and queries that are rotated likewise score the same.
-The kernels do the same, see ``kernels/codes.h``.
+Each number of a row, the D numbers of a token in a head, is stored as a code: the number of steps
+above the row's lowest. Step and lowest number are float16, one word for both beside the block's
+codes. K in 4 bits are rotated before by a Hadamard matrix (QuaRot, Ashkboos et al., 2024): a row
+whose large elements are spread over all loses less, and queries that are rotated likewise score the
+same. The kernels do the same, see ``kernels/codes.h``.
 
 A pool of codes is uint32, [N, S, Hkv, W] with W = D * bits / 32 + 1 words for each row. That is how
 much a block holds; in it lie the codes of all rows first, [S, Hkv, W - 1], then [Hkv, S] words of
@@ -45,7 +45,7 @@ def bits_of_each(bits: Any, name: str = "bits") -> tuple[int | None, int | None]
 
 
 def has_codes(head_dim: int) -> bool:
-    """Whether there are codes for rows of so many numbers: what a team of lanes of a GPU takes."""
+    """Whether rows of `head_dim` numbers can be quantized: what a team of lanes of a GPU takes."""
     return head_dim % 8 == 0 and head_dim <= MOST
 
 
@@ -168,7 +168,7 @@ def take(
 
 
 def put(pool: mx.array, slots: mx.array, tokens: mx.array, *, is_keys: bool) -> mx.array:
-    """Return a pool with tokens in their slots; in place if nobody else holds it.
+    """Return a pool with tokens in their slots; in place if there is no other reference to it.
 
     Parameters
     ----------

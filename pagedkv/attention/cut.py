@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the model knows of a device; `make tune` finds it out.
+    """The cost model's constants for a device; `make tune` measures them.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
 
 
 def tuning_for(gpu: str | None, backend: str) -> Tuning:
-    """Return a GPU's constants, those of its backend if nobody has measured it."""
+    """Return a GPU's constants; those of its backend for an unmeasured GPU."""
     return TUNING.get(gpu or "", TUNING[backend])
 
 

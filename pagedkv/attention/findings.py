@@ -1,4 +1,4 @@
-"""What was found about calls of a kind on this machine, kept in the user's cache folder."""
+"""Results of measurements on this machine, stored in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pagedkv.kernels.files import write_whole
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about calls of one kind.
+    """The result of a measurement for calls of one kind.
 
     Attributes
     ----------

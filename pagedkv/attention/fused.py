@@ -125,7 +125,7 @@ class Plan:
 
 
 class _Kernels(NamedTuple):
-    """What a plan launches, and the arguments that stay."""
+    """The launches of a plan, and their constant arguments."""
 
     splits: kernels.Variants
     split: dict[str, Any]
@@ -162,7 +162,7 @@ def make_plan(
     scores : ScoreOptions
         What else happens to them.
     bits : tuple of (int or None, int or None)
-        Of the codes of K and of V, None for numbers.
+        Bits of quantized K and V, None where not quantized.
     tuning : Tuning, optional
         Instead of the device's own.
 

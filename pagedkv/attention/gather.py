@@ -39,7 +39,7 @@ def gather_blocks(
     ------
     ValueError
         If the pool does not have the number of blocks and block size the tables were made for, or
-        holds codes.
+        is quantized.
     """
     layout = Layout(layout)
     check_pool("pool", pool.shape, batch, layout)
@@ -67,7 +67,7 @@ def gather_rows(pool: mx.array, batch: DecodeBatch) -> mx.array:
     ------
     ValueError
         If the pool does not have the number of blocks and block size the tables were made for, or
-        holds codes.
+        is quantized.
     """
     _, _, kv_heads, head_dim = check_pool("pool", pool.shape, batch, Layout.BLOCK_MAJOR)
     _check_numbers(pool)
@@ -128,4 +128,4 @@ def take_blocks(pool: mx.array, block_tables: mx.array, layout: Layout) -> mx.ar
 
 def _check_numbers(pool: mx.array) -> None:
     if pool.dtype == mx.uint32:
-        raise ValueError("expected a pool of numbers, got one of codes: attend over it")
+        raise ValueError("expected a pool that is not quantized, got a quantized one")

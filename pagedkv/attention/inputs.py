@@ -1,4 +1,4 @@
-"""What attention takes: dtypes, layouts of pools, numbers and shapes that fit together."""
+"""Checks of attention's arguments: dtypes, layouts of pools, numbers and shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.codes import bits_of
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-"""What pools and queries may hold."""
+"""Dtypes of pools and queries."""
 
 Shape = tuple[int, ...]
 New = tuple[mx.array, mx.array]
@@ -40,7 +40,7 @@ class Layout(Enum):
 
 
 class Call(NamedTuple):
-    """What tells apart calls that need a plan each.
+    """The kind of a call: calls of one kind share a plan.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Call(NamedTuple):
 
     @property
     def bits(self) -> tuple[int | None, int | None]:
-        """Bits of the codes of K and of V, None for numbers; ValueError if D does not fit them."""
+        """Bits of quantized K and V, None where not quantized; ValueError if D does not fit."""
         head_dim = self.queries[3]
         return (
             bits_of(self.keys, self.keys_dtype, head_dim),

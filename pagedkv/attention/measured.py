@@ -1,7 +1,7 @@
-"""What a GPU that nobody has measured finds out by itself: is a kernel right, and is it faster.
+"""Measurements on an unmeasured GPU: whether a kernel is right, and whether it is faster.
 
-A kernel on trial and a gather that is known to be right compute the caller's own call. Nothing of
-the caller's changes.
+The kernel and a gather that is known to be right both compute the caller's own call. No data of the
+caller changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Trial:
     exact : callable
         The gather's output in float32. Asked only if the two outputs differ.
     inputs : sequence of mx.array
-        What the call is given. Evaluated first, so that its time is nobody's.
+        Inputs of the call. They are evaluated first, so that their time is not measured.
     written : callable or None
         The output of the kernel where it also writes, if it does, into copies. It raises if
         something else was written than should be.

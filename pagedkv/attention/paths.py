@@ -39,20 +39,20 @@ class DecodePath:
     prepare : callable
         (batch, call, scores) -> what `attend` takes for every layer; it must not hold the batch.
     advance : callable or None
-        (prepared, batch, by) -> the same for a batch that goes on by so many tokens, or None to
-        prepare anew. Paths without it always do.
+        (prepared, batch, by) -> the same for a batch whose sequences grew by `by` tokens, or None
+        to prepare again. Paths without it always prepare again.
     writes : bool
-        Whether on a GPU it can put new tokens' K and V into the pools itself.
+        Whether on a GPU it can write new tokens' K and V into the pools itself.
     supports : callable
         (device, dtype, head_dim) -> whether it can run.
     causal : bool
         Whether it takes several query tokens a sequence, each seeing those before it.
     options : frozenset of str
-        The options of `ScoreOptions` that it knows.
+        The options of `ScoreOptions` that it supports.
     refusal : callable
         (queries, keys) -> why it cannot take these shapes, or None.
     codes : bool
-        Whether it reads pools of codes.
+        Whether it reads pools of quantized values.
     """
 
     layout: Layout
@@ -68,7 +68,7 @@ class DecodePath:
 
 
 class Blocks(NamedTuple):
-    """What a gather of blocks takes from a batch."""
+    """The part of a batch that a gather of blocks uses."""
 
     scale: float
     block_tables: mx.array  # [B, M]
@@ -230,7 +230,7 @@ DECODE_PATHS: Mapping[str, DecodePath] = MappingProxyType(
 """Every decode path by name."""
 
 
-# What "auto" is: by kind of device, up to so many tokens in the batch, which path; a path that
+# How "auto" chooses: by kind of device, the path up to a number of tokens in the batch; a path that
 # cannot take the call leaves it to the next. The order was the same for every dtype measured.
 AUTO: Mapping[str, tuple[tuple[float, str], ...]] = MappingProxyType(
     {
@@ -277,7 +277,7 @@ def refusal(name: str, call: Call) -> str | None:
     if query_len > 1 and not path.causal:
         return f"takes one query token, got {query_len}"
     if mx.uint32 in (call.keys_dtype, call.values_dtype) and not path.codes:
-        return "does not read pools of codes"
+        return "does not read pools of quantized values"
     unknown = [option for option, _ in call.options if option not in path.options]
     if unknown:
         return f"does not know {', '.join(unknown)}"
@@ -286,7 +286,7 @@ def refusal(name: str, call: Call) -> str | None:
 
 
 def choose(call: Call, tokens: int) -> str:
-    """Return the name of the path behind ``"auto"``, for so many tokens in the batch.
+    """Return the name of the path behind ``"auto"``, for `tokens` tokens in the batch.
 
     Tokens are counted as sequences times the longest context.
     """

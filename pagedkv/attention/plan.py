@@ -1,4 +1,4 @@
-"""What attention finds out about a batch, once for all calls of a kind: a path and its inputs."""
+"""Plans: a path and its inputs for a batch, made once for all calls of a kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may happen to attention scores between the product and the softmax."""
+"""Options for attention scores, applied between the product and the softmax."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class ScoreOptions:
     Attributes
     ----------
     window : int or None
-        A query sees at most so many tokens, itself the last: Mistral's sliding window.
+        Number of tokens that a query sees, the last one its own: Mistral's sliding window.
     softcap : float or None
         Scores become ``softcap * tanh(score / softcap)``, before anything else: Gemma 2's.
     sinks : mx.array or None
         A logit for each query head that joins the softmax without a value, shape [Hq]: gpt-oss's.
     alibi_slopes : mx.array or None
-        For each query head, what a score loses for every token of distance, shape [Hq] (Press et
-        al., 2022).
+        For each query head, the amount that a score loses per token of distance, shape [Hq] (Press
+        et al., 2022).
     kind : tuple
-        What tells apart options that need a plan each: values of numbers, forms of arrays.
+        Distinguishes options that need different plans: values of numbers, shapes of arrays.
 
     Raises
     ------
@@ -61,7 +61,7 @@ class ScoreOptions:
         object.__setattr__(self, "kind", tuple(kind))
 
     def check_heads(self, heads: int) -> None:
-        """Raise ValueError unless the arrays have an entry for each of so many query heads."""
+        """Raise ValueError unless the arrays have an entry for each of `heads` query heads."""
         for name in ("sinks", "alibi_slopes"):
             array = getattr(self, name)
             if array is not None and array.shape != (heads,):

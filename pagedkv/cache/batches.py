@@ -54,7 +54,8 @@ class Batches:
     def next(self) -> DecodeBatch:
         """Return the batch of what `rows` has seen last.
 
-        If all sequences have grown by as many tokens since the batch before, its plans go on.
+        If all sequences have grown by the same number of tokens, the plans of the last batch are
+        reused.
         """
         rows, lens = self.rows, self.rows.seen.lens
         if rows.changed:

@@ -32,9 +32,9 @@ class DeviceMemory(NamedTuple):
         On a Mac's GPU the working set that Metal recommends, on another GPU its memory; on a CPU
         the machine's memory, or a container's limit if that is less.
     left : int
-        What is not in use. What MLX holds in this process is, the weights of models among it, but
-        not what MLX keeps for reuse. So is what other processes hold, where the system tells: on
-        CUDA and on Linux.
+        Memory that is not in use. Memory that MLX holds in this process counts as in use, including
+        weights of models, but not what MLX caches for reuse. So does memory of other processes
+        where the system reports it: on CUDA and on Linux.
     """
 
     total: int
@@ -42,7 +42,7 @@ class DeviceMemory(NamedTuple):
 
 
 def device_memory() -> DeviceMemory:
-    """Return what the default device has now."""
+    """Return the memory of the default device now."""
     is_gpu = mx.default_device().type == mx.gpu
     total, free = _of_gpu() if is_gpu else _of_machine()
     left = total - mx.get_active_memory()
@@ -52,7 +52,7 @@ def device_memory() -> DeviceMemory:
 
 
 def check_room(num_bytes: int) -> None:
-    """Raise ValueError if so many bytes are more than the default device has left."""
+    """Raise ValueError if the default device has less than `num_bytes` left."""
     memory = device_memory()
     if num_bytes > memory.left:
         raise ValueError(

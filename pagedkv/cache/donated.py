@@ -1,4 +1,4 @@
-"""K and V on a CPU, written in place by donation: MLX's own way, while nobody else holds them."""
+"""K and V on a CPU, written in place by donation, MLX's own way if no other reference exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pagedkv.attention.scores import ScoreOptions
 
 
 class Donated:
-    """Pools that MLX writes into if nobody else holds them and nothing in flight reads them.
+    """Pools that MLX writes in place if no other reference and no work in flight uses them.
 
     It copies all of a pool otherwise. So a layer is written for the second time only after a wait
     for what is in flight, once for all layers. New K and V are computed before they are written:
@@ -79,7 +79,7 @@ class Donated:
             pools[:] = [_replaced(p, targets, b) for p, b in zip(pools, copied, strict=True)]
 
     def begin(self, layer: int, out: mx.array, num_bytes: int) -> None:
-        """Do nothing: no device runs beside the host."""
+        """Do nothing: on a CPU, no device runs asynchronously."""
 
     def start(self) -> list[mx.array]:
         """Return what to wait for."""

@@ -23,16 +23,16 @@ from pagedkv.limits import id_below
 
 @dataclass(frozen=True)
 class MemoryUsage:
-    """What the pools take, in blocks and in bytes over all layers, K and V.
+    """Memory of the pools, in blocks and in bytes of K and V in all layers.
 
-    Where layers are in groups it is counted in frames.
+    Where layers are in groups, frames are counted.
 
     Attributes
     ----------
     allocated_blocks : int
-        Blocks that the pools have room for.
+        Blocks in the pools.
     live_blocks : int
-        Blocks that somebody holds.
+        Blocks in use.
     block_bytes : int
         Bytes of one block in all layers.
     """
@@ -43,7 +43,7 @@ class MemoryUsage:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that are not in use."""
         return self.allocated_blocks - self.live_blocks
 
     @property
@@ -53,17 +53,17 @@ class MemoryUsage:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the blocks that somebody holds."""
+        """Bytes of the blocks in use."""
         return self.live_blocks * self.block_bytes
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the blocks that nobody holds."""
+        """Bytes of the blocks that are not in use."""
         return self.free_blocks * self.block_bytes
 
 
 class PagedKVCache(Pools):
-    """K and V pools of all layers, and who holds which of their blocks.
+    """K and V pools of all layers, with the bookkeeping of their blocks.
 
     Parameters
     ----------
@@ -80,21 +80,21 @@ class PagedKVCache(Pools):
     dtype : mx.Dtype
         Of queries, new K and V, and outputs: float16, bfloat16 or float32.
     windows : sequence of int or None, optional
-        For each layer, how many tokens a token sees, itself the last; None for all. Attention in
-        the layer sees as many. Layers are put in groups by it, and a group gives blocks back as
-        they leave its window. `num_blocks` is the memory of so many whole blocks, see `Pools`. By
-        default `scores` say with each call what a layer sees.
+        For each layer, how many tokens a token sees, the last one itself; None for all. Layers are
+        grouped by window, and a group frees blocks as they leave it. `num_blocks` is then the
+        memory of that many whole blocks, see `Pools`. By default, `scores` gives the window with
+        each call.
     margin : int
-        Tokens that can be taken back from a sequence at any time, whatever the windows.
+        Tokens that a sequence can drop from its end at any time, whatever the windows.
     bits : int or tuple of (int or None, int or None), optional
-        In how many bits K and V are kept, or K and V each: 8 or 4, see `pagedkv.attention.codes`;
-        None as they are. D is a multiple of 8 then, 256 at most.
+        Quantize K and V to 8 or 4 bits, or each to its own, see `pagedkv.attention.codes`; None:
+        not quantized. D must then be a multiple of 8, up to 256.
 
     Attributes
     ----------
     pool : BlockPool
-        Which blocks are held; a block is the same id in every layer. Where layers are in groups, a
-        `FramePool`.
+        Bookkeeping of the blocks; a block has the same id in every layer. Where layers are in
+        groups, it is a `FramePool`.
 
     Raises
     ------
@@ -128,7 +128,7 @@ class PagedKVCache(Pools):
         self._open: list[ReferenceType[Extension]] = []
 
     def memory_usage(self) -> MemoryUsage:
-        """Return how many blocks and bytes are allocated, live and free."""
+        """Return the blocks and bytes that are allocated, in use, and free."""
         return MemoryUsage(
             allocated_blocks=self.pool.num_frames,
             live_blocks=self.pool.num_frames - self.pool.num_free_frames,
@@ -158,8 +158,8 @@ class PagedKVCache(Pools):
         the end of the body; an exception in it rolls back: pool, tables, and the K and V of every
         sequence are as they were before.
 
-        A step of the sequences of the step before, in the same order and with as many tokens each,
-        costs the host next to nothing: only what changed is made anew.
+        A step with the sequences of the step before, in the same order and with as many tokens
+        each, costs the host little: only changes are computed.
 
         Parameters
         ----------
@@ -200,7 +200,7 @@ class PagedKVCache(Pools):
             raise
 
     def step(self, schedule: Schedule, sampled: mx.array | None = None) -> ScheduledStep:
-        """Make the step of a schedule: one forward pass over all its sequences.
+        """Return the step of a schedule: one forward pass over all its sequences.
 
         Blocks that the schedule shares and will write are copied first. `Step.attend` follows for
         every layer, then `Scheduler.update`, or `retract` if something failed. The next schedule
@@ -214,8 +214,8 @@ class PagedKVCache(Pools):
         sampled : mx.array
             The tokens that were sampled for `schedule.samples_before`, in this order, int32, or
             uint32 as `mx.argmax` returns them, shape [len(samples_before)]. They may be lazy:
-            nothing waits for them here. Needed, and looked at, only if some of the schedule's
-            tokens are `unknown`.
+            nothing waits for them here. Required, and read, only if some of the schedule's tokens
+            are `unknown`.
 
         Returns
         -------
@@ -246,7 +246,7 @@ class PagedKVCache(Pools):
         return step
 
     def batch(self, tables: Sequence[BlockTable]) -> DecodeBatch:
-        """Return what `attend` reads of sequences: all of their tokens.
+        """Return the batch with which `attend` reads all tokens of some sequences.
 
         Raises
         ------
@@ -260,7 +260,7 @@ class PagedKVCache(Pools):
         return Batches(tables, self.num_blocks).next()
 
     def _batches(self, tables: list[BlockTable]) -> Batches:
-        """Return what makes the batch of a step: what made one of the last if that goes on."""
+        """Return the `Batches` of a step: one of the last if the step continues it."""
         for place, batches in enumerate(self._going_on):
             if batches.rows.take_up(tables):
                 return self._going_on.pop(place)  # until it is up to date again
@@ -268,7 +268,7 @@ class PagedKVCache(Pools):
         return Batches(tables, self.num_blocks)
 
     def _keep(self, batches: Batches) -> None:
-        """Let a step of the same sequences go on; a prompt does not end the steps of others."""
+        """Let a step of the same sequences continue this one; a prompt does not end the others."""
         batches.rows.let_go()
         self._going_on = [*self._going_on[-1:], batches]
 
@@ -277,7 +277,7 @@ class PagedKVCache(Pools):
             raise ValueError("expected tables of this cache")
 
     def _check_not_under_way(self, tables: list[BlockTable]) -> None:
-        """Raise PagedKVError if a step that somebody holds is to extend one of the tables."""
+        """Raise PagedKVError if an open step extends one of the tables."""
         steps = [step for reference in self._open if (step := reference()) and step.is_open]
         self._open = [ref(step) for step in steps]
         busy = {id(table) for step in steps for table in step.tables}

@@ -25,15 +25,15 @@ from pagedkv.limits import id_below, integers, positive_int32
 
 
 class Pools:
-    """K and V pools of all layers, [N, S, Hkv, D] each, with Hkv and D of its layer; or of codes.
+    """K and V pools of all layers, [N, S, Hkv, D] each with Hkv and D of its layer, or quantized.
 
-    Where layers are in groups (`Groups`), one of each group shares a pool with one of each other
-    group: their blocks lie in frames of it, of which any group may have any.
+    Where layers are in groups (`Groups`), a layer of each group shares a pool with one of every
+    other group. Blocks are in frames of that pool, and any group may use any frame.
 
     The pools are allocated once, zeroed, on the default device, and written in place: on a GPU by
     kernels of ours, see `pagedkv.cache.in_place`, on a CPU by MLX, see `pagedkv.cache.donated`.
-    What is written and read through the methods here takes effect in the order of the calls,
-    however far the host runs ahead of the device.
+    Writes and reads through these methods take effect in the order of the calls, however far the
+    host runs ahead of the device.
 
     Parameters and errors are those of `PagedKVCache`.
 
@@ -75,7 +75,7 @@ class Pools:
         dims = _of_each(head_dim, self.num_layers, "head_dim")
         self._bits = bits_of_each(bits)
         if any(self._bits) and not all(map(has_codes, dims)):
-            raise ValueError(f"expected head dims of 8, 16, ... 256 for codes, got {dims}")
+            raise ValueError(f"expected head dims of 8, 16, ... 256 with bits, got {dims}")
         self._rows = list(zip(heads, dims, strict=True))
         self._layer_bytes = [
             self.block_size * kv_heads_of_layer * sum(row_bytes(dim, x, dtype) for x in self._bits)
@@ -115,24 +115,24 @@ class Pools:
 
     @property
     def keys(self) -> tuple[mx.array, ...]:
-        """K pools by layer, to be looked at: all that was written so far is in them.
+        """K pools by layer, for inspection, with everything written so far.
 
-        On a GPU this waits for it, and what is built from a pool has to be evaluated before the
-        next write: use `attend` in a model. On a CPU a pool that somebody holds is copied by the
-        next write.
+        On a GPU this waits for all writes, and arrays made from a pool must be evaluated before the
+        next write: use `attend` in a model. On a CPU, a write copies a pool that you keep a
+        reference to.
         """
         return self._by_layer(self._store.settled()[0])
 
     @property
     def values(self) -> tuple[mx.array, ...]:
-        """V pools, as `keys`."""
+        """V pools by layer, as `keys`."""
         return self._by_layer(self._store.settled()[1])
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: SlotMapping) -> None:
         """Write tokens into one layer's pools: a prompt, a chunk of it; lazily on a GPU.
 
-        Costs what the tokens cost, whatever the size of the pool. Slots from `extend` are the
-        sequences' own; of others it is not checked who holds them.
+        The cost depends on the tokens, not on the size of the pool. Slots from `extend` belong to
+        the step's sequences; the holders of other slots are not checked.
 
         Parameters
         ----------
@@ -141,7 +141,7 @@ class Pools:
         keys, values : mx.array
             Shape [B, Hkv, L, D] with Hkv and D of the layer, dtype of the pools.
         slots : SlotMapping
-            Where the B * L tokens go, a sequence's L tokens together.
+            The slots of the B * L tokens, sequence by sequence.
 
         Raises
         ------
@@ -189,7 +189,7 @@ class Pools:
         path: str = "auto",
         scores: ScoreOptions = PLAIN,
     ) -> mx.array:
-        """Attend over one layer's pools with what was written before; `Step.attend` also writes.
+        """Attend over tokens that one layer's pools already hold; `Step.attend` also writes.
 
         Parameters
         ----------
@@ -329,12 +329,12 @@ class Pools:
         self._store.copy(copies)
 
     def wait(self) -> None:
-        """Wait for all that was written and read so far.
+        """Wait for all writes and reads so far.
 
         Only needed after a failure. A step that MLX cannot compute raises when its output is
-        evaluated. On a GPU, if that cannot even be launched, so does every later step that attends
-        over the same layer, of whatever sequences. This makes an end of it: the pools hold what had
-        been computed, and go on from there. Steps whose outputs were evaluated are in it.
+        evaluated. On a GPU, if it cannot even be launched, every later step that attends over the
+        same layer raises, too. After this call the pools are usable again and hold everything that
+        was computed, including all steps whose outputs were evaluated.
 
         Raises
         ------
@@ -350,7 +350,7 @@ class Pools:
         return [*self._store.pools(slab)] if last is None else [last]
 
     def begin(self, layer: int, out: mx.array, num_bytes: int) -> None:
-        """Let the device begin with a layer's output, where the host goes on beside it.
+        """Start a layer's output on the device, where the host can run ahead.
 
         Parameters
         ----------
@@ -359,15 +359,15 @@ class Pools:
         out : mx.array
             What `Step.attend` returned for it.
         num_bytes : int
-            What layers since the last call take until they are computed, about: the host waits
-            before too much is under way.
+            Approximate memory of the layers since the last call until they are computed: the host
+            waits before too much is in flight.
         """
         self._store.begin(self._slabs[layer], out, num_bytes)
 
     def start(self) -> list[mx.array]:
-        """Have all accesses so far computed, and let the host go on; return what to wait for.
+        """Start all accesses so far; return the arrays to wait for.
 
-        On a GPU that is nothing. On a CPU, where nothing runs beside the host, it is all.
+        On a GPU there are none. On a CPU, where nothing runs asynchronously, these are all.
         """
         return self._store.start()
 

@@ -25,7 +25,7 @@ class Writing(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SlotMapping:
-    """The slots that a step writes, checked on the host and put on the device once.
+    """The slots that a step writes, checked on the host and copied to the device once.
 
     Made once a step and shared by every layer, as `DecodeBatch` is.
 

@@ -25,7 +25,7 @@ from pagedkv.host.reservation import Reservation
 from pagedkv.host.schedule import Schedule
 from pagedkv.limits import id_below
 
-_UNCHANGED = "sequences that nobody changes before their step is over, but somebody did"
+_UNCHANGED = "sequences that do not change before their step is over, one did"
 
 
 def positions_of(
@@ -135,7 +135,7 @@ class Step:
 
     @property
     def tables(self) -> list[BlockTable]:
-        """The sequences, to be read only."""
+        """The sequences, read-only."""
         return self._seen.tables
 
     @property
@@ -175,9 +175,8 @@ class Step:
     ) -> mx.array:
         """Write the new tokens' K and V into a layer's pools, and attend with the same tokens.
 
-        Each token sees those before it and itself. On a GPU the kernel that attends, or gathers,
-        also writes. A step changes what the cache knows: it is not to be traced, as by
-        `mx.compile`.
+        Each token sees itself and the tokens before it. On a GPU the kernel that attends, or
+        gathers, also writes. A step changes Python state, so it cannot be traced by `mx.compile`.
 
         Parameters
         ----------
@@ -204,7 +203,7 @@ class Step:
         RuntimeError
             As `PagedKVCache.write`.
         PagedKVError
-            If the step is over, or somebody else changed one of its sequences.
+            If the step is over, or one of its sequences was changed elsewhere.
         """
         self._check_open()
         if not self._seen.holds():
@@ -309,19 +308,19 @@ class Step:
 class ScheduledStep(Step):
     """All tokens of a schedule, for one forward pass.
 
-    Nothing of it is to be committed: `Scheduler.update` or `retract` ends the schedule.
+    There is nothing to commit: `Scheduler.update` or `retract` ends the schedule.
 
     Attributes
     ----------
     request_ids : list
-        Whose tokens, those with fewest new tokens first.
+        The requests, those with the fewest new tokens first.
     tokens : mx.array
-        The tokens to compute, int32; lazy if some are known to the device alone. Shape [B, Q] where
+        The tokens to compute, int32; lazy if only the device knows some of them. Shape [B, Q] where
         all B sequences compute Q tokens, else [T, 1]: all tokens, sequence by sequence.
     positions : ndarray
         Position of the first token of each row of `tokens`, int32.
     sample_rows : list of int
-        Which rows' next tokens follow from this step, in the order of `Schedule.samples`.
+        The rows whose next tokens this step samples, in the order of `Schedule.samples`.
     """
 
     def __init__(
@@ -359,7 +358,7 @@ class ScheduledStep(Step):
 
 
 class Extension(Step):
-    """A step that takes its blocks itself: `commit` or `rollback` ends it, or a `with` statement.
+    """A step that owns its blocks: end it by `commit` or `rollback`, or use a `with` statement.
 
     Attributes
     ----------
@@ -377,11 +376,11 @@ class Extension(Step):
 
     @property
     def is_open(self) -> bool:
-        """Whether it was neither committed nor rolled back."""
+        """Whether it is neither committed nor rolled back."""
         return self._reservation.is_open
 
     def skip(self, layer: int) -> None:
-        """Let a layer lack the new tokens: no coming token sees them there.
+        """Leave the new tokens out of a layer where no later token sees them.
 
         ValueError if there is no such layer.
         """
@@ -409,15 +408,15 @@ class Extension(Step):
         self._over = "committed"
 
     def rollback(self) -> None:
-        """Leave pool, tables, and K and V of every sequence as they were before the step.
+        """Restore pool, tables, and K and V of every sequence to before the step.
 
         Raises
         ------
         PagedKVError
-            If the step is over; if somebody else changed one of its sequences, when the step is
-            over and the sequences stay as they are now; or, on a GPU, as `PagedKVCache.wait`, if an
+            If the step is over; if one of its sequences was changed elsewhere, which ends the step
+            and leaves the sequences as they are now; or, on a GPU, as `PagedKVCache.wait`, if an
             earlier step failed when it was evaluated, or this one did and others came after it.
-            Pool and tables are as they were also then.
+            Pool and tables are restored even then.
         """
         self._check_open()
         if not self._undoing:  # again, after an interrupt
@@ -454,7 +453,7 @@ class Extension(Step):
             raise PagedKVError(f"expected a step under way, this one was {self._over}")
 
     def _check_sequences(self) -> None:
-        """Raise PagedKVError if somebody changed a sequence, and let go of all but what it has.
+        """Raise PagedKVError if a sequence was changed elsewhere, and drop all but its blocks.
 
         What of the step's blocks is still the step's to undo is not known then.
         """

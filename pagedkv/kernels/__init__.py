@@ -50,7 +50,7 @@ def source(
     body : str
         Name of an algorithm, a key of `INPUTS`.
     backend : str
-        ``"cuda"`` or ``"metal"``: whose dialect.
+        The dialect, ``"cuda"`` or ``"metal"``.
     constants : tuple of (str, int or str)
         Compile-time constants by name; a string is the name of a type.
     scalars : tuple of str
