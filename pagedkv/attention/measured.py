@@ -56,10 +56,10 @@ def find(
 ) -> Finding:
     """Return what is known about calls of a kind, measured now if nothing is.
 
-    A measurement waits for the inputs, compiles the kernel (5 s on CUDA, which whoever uses it
-    waits for in every process) and makes 23 calls, or 11 where they take longer than a second
-    together. Kinds have size classes by powers of two: a sequence that grows from 1k to 32k tokens
-    is measured 5 times, and on this machine never again.
+    A measurement waits for the inputs, compiles the kernel (5 s on CUDA, in every process that uses
+    it) and makes 23 calls, or 11 where they take longer than a second together. Kinds have size
+    classes by powers of two: a sequence that grows from 1k to 32k tokens is measured 5 times, and
+    on this machine never again.
 
     Parameters
     ----------

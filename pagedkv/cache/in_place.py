@@ -220,7 +220,7 @@ class InPlace:
         return mark
 
     def rewind(self, mark: Mark) -> None:
-        """Wait for every access; pass over a failure in a step under way that nobody ended yet.
+        """Wait for every access; ignore a failure of a step that is still open.
 
         Parameters
         ----------

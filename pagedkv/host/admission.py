@@ -74,7 +74,7 @@ class Admission:
         while self.running and not self.running[-1].running:  # what was interrupted
             self._stop_last()
         if self._waiting and len(self.running) < self._max_running:
-            # What was generated is cached when somebody may look for it.
+            # Generated tokens are cached when a later request could reuse them.
             for sequence in self.running:
                 self._prefixes.cache(sequence)
         while True:
@@ -137,7 +137,7 @@ class Admission:
                 pool.guarded = blocks
             if self._fits(needed + spare * whole):
                 self._evict(-(-needed // whole) - pool.num_free)
-                if needed <= pool.num_free_frames:  # else somebody holds what was evicted
+                if needed <= pool.num_free_frames:  # else evicted blocks have other holders
                     sequence.table.adopt(blocks, cached)
                     sequence.running = sequence.prefilling = True
         finally:

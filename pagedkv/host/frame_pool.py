@@ -198,7 +198,7 @@ class FramePool(BlockPool):
         """Whether what tokens after the first `num_tokens` see still has its frames."""
         for window, groups in self._windows:
             seen = block_ids[self._first_seen(num_tokens, window) :]
-            # Ids that nobody has are for `retain` to refuse.
+            # `retain` refuses ids of free blocks.
             if (self.frames.take(seen, axis=0, mode="clip")[:, groups] < 0).any():
                 return False
         return True
@@ -210,7 +210,7 @@ class FramePool(BlockPool):
         possible = np.ones(len(counts), bool)
         for window, groups in self._windows:
             missing = (self.frames[ids][:, groups] < 0).any(axis=1)
-            # Blocks from the first on that lack something, so many up to each.
+            # Up to each block, how many from the first on lack something.
             lacking = np.concatenate([[0], np.cumsum(missing)])
             first = np.maximum(counts * self._size + 1 - window, 0) // self._size
             possible &= lacking == lacking[first]
@@ -399,7 +399,7 @@ class FramePool(BlockPool):
         for window, _ in self._windows:
             seen = block_ids[self._first_seen(num_tokens, window) :]
             self._clock += 1
-            # Ids that nobody has are for `retain` to refuse.
+            # `retain` refuses ids of free blocks.
             np.put(self._used, seen, self._clock, mode="clip")
             np.put(self._asked_for, seen, True, mode="clip")
 

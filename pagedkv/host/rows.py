@@ -84,9 +84,9 @@ class Rows:
     Attributes
     ----------
     seen : Seen
-        What the tables held when they were looked at last.
+        The contents of the tables at the last check.
     changed : list of int
-        Rows with another id than when somebody emptied this.
+        Rows with another id since this list was last emptied.
 
     Raises
     ------

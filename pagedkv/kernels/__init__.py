@@ -6,8 +6,8 @@ them vector loads, shuffles and barriers, ``codes.h`` what makes codes of K and 
 few bits. ``tensor.h`` is for CUDA alone: ``split.h`` over codes, on its matrix units.
 
 MLX takes a kernel's inputs for constant. Those that write into a pool do it all the same, which is
-sound while whoever reads or writes the pool next takes an output of the last one who did as an
-input; `pagedkv.cache.in_place` sees to that.
+sound as long as each read or write of the pool takes an output of the previous one as an input;
+`pagedkv.cache.in_place` ensures that.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ _CHUNK = 2**20  # bytes
 
 
 def fingerprint(model: Any) -> str:
-    """Return what tells a model's weights from others: 16 hexadecimal digits.
+    """Return a fingerprint of a model's weights: 16 hexadecimal digits.
 
-    It is of each parameter's name, shape, dtype and `SAMPLES` of its numbers. Weights that differ
-    in other numbers alone have the same.
+    It covers each parameter's name, shape, dtype and `SAMPLES` of its numbers. Weights that differ
+    only in other numbers have the same fingerprint.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A layer's cache as mlx-lm knows it."""
+"""A layer's cache with mlx-lm's interface."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ The same for 256 tokens after 8,000, 59 MB: none 1.17, 2 1.05; 64 after 8,000, 4
 
 
 class Content(NamedTuple):
-    """What a cache of mlx-lm's own holds.
+    """The contents of one of mlx-lm's own caches.
 
     Attributes
     ----------
     num_tokens : int
-        Tokens that went into it.
+        Tokens that were added to it.
     arrays : list of mx.array
-        K and V of these, or of as many of the last as a window needs; empty without a token.
+        K and V of these, or of the last ones that a window needs; empty without tokens.
     """
 
     num_tokens: int
@@ -90,14 +90,14 @@ class ShapedLayer(Routed):
 
 
 class PagedLayer(ShapedLayer):
-    """What mlx-lm reads and calls of a layer's cache, over blocks of a store.
+    """A layer's cache over blocks of a store, with mlx-lm's interface.
 
     Parameters
     ----------
     sequences : Sequences
-        What it shares with the other layers.
+        The sequences that all layers share.
     layer : int
-        Which of the store's layers, from 0; the first does what concerns all.
+        Index of the store's layer, from 0; the first layer acts for all.
     """
 
     def __init__(self, sequences: Sequences, layer: int) -> None:
@@ -213,7 +213,7 @@ class PagedLayer(ShapedLayer):
         return self.narrowed(sequences.unpacked(out) if sequences.is_padded else out, own)
 
     def packs(self) -> bool:
-        """Whether all layers are paged: others would not know whose tokens are whose."""
+        """Whether all layers are paged: other layers could not separate the sequences."""
         return self.sequences.memory.is_whole
 
     def without_padding(self, counts: list[int]) -> AbstractContextManager[None]:
@@ -222,14 +222,14 @@ class PagedLayer(ShapedLayer):
 
     @property
     def lock(self) -> FairLock:
-        """The store's."""
+        """The lock of the store."""
         return self.sequences.lock
 
     @one_at_a_time
     def unpaged(self) -> KVCache | RotatingKVCache:
         """Return a copy of a single sequence's tokens in a cache of mlx-lm's own.
 
-        Where the layer gives back what leaves its window, that is a `RotatingKVCache`.
+        For a layer that frees blocks outside its window, this is a `RotatingKVCache`.
         """
         sequences, shape = self.sequences, self.shape
         sequences.end()
@@ -253,16 +253,16 @@ class PagedLayer(ShapedLayer):
         return cache
 
     def check_model(self, *models: Any) -> None:
-        """Raise ValueError unless the store is one of some models'."""
+        """Raise ValueError unless the store belongs to one of the models."""
         self.sequences.memory.check_model(*models)
 
     def fingerprint(self) -> str | None:
-        """Return what tells the model's weights from others."""
+        """Return the fingerprint of the model's weights."""
         model = self.sequences.memory.model()
         return None if model is None else fingerprint(model)
 
     def held_by(self, cache: Any) -> Content | None:
-        """Return what a cache of mlx-lm's own holds; None if the layer would lack something."""
+        """Return the contents of one of mlx-lm's caches; None if the layer would lack some."""
         window = self._kept_window
         if isinstance(cache, KVCache):
             arrays = list(cache.keys_and_values()) if cache.offset else []
@@ -293,10 +293,10 @@ class PagedLayer(ShapedLayer):
 
     @property
     def state(self) -> tuple[list[mx.array], NotInState]:
-        """What is evaluated after a pass. It is no file's content.
+        """The arrays to evaluate after a pass; not the contents for a file.
 
-        On a GPU reading it starts the pass, and nothing is left to wait for: mlx-lm evaluates it
-        between the chunks of a prompt, and builds the next while this one is computed.
+        On a GPU, reading it starts the pass and returns nothing to wait for: mlx-lm evaluates it
+        between the chunks of a prompt, and builds the next chunk while this one is computed.
         """
         if self.layer:
             return [], NotInState()
@@ -397,7 +397,7 @@ class PagedLayer(ShapedLayer):
         right_padding: Sequence[int] | None = None,
         left_padding: Sequence[int] | None = None,
     ) -> None:
-        """Take note of prompts to come that are padded on the right."""
+        """Note the lengths of prompts that are padded on the right."""
         if left_padding is not None:
             raise ValueError("expected padding on the right, got left_padding")
         if self.layer == 0 and right_padding is not None:
@@ -406,11 +406,11 @@ class PagedLayer(ShapedLayer):
             self.sequences.prepare(lengths)
 
     def finalize(self) -> None:
-        """Take note that the padded prompts are over: there is nothing to remove."""
+        """Note the end of the padded prompts: there is no padding to remove."""
         if self.layer == 0:
             self.sequences.prepare(None)
 
 
 def sequences_of(cache: Sequence[Any]) -> Sequences | None:
-    """Return what the paged layers of a prompt cache share; None if no layer of it is paged."""
+    """Return the sequences of a prompt cache's paged layers; None if no layer is paged."""
     return next((layer.sequences for layer in cache if isinstance(layer, PagedLayer)), None)

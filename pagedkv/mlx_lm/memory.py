@@ -1,4 +1,4 @@
-"""Pools and cached prefixes of a model, and what its caches take of them."""
+"""Pools and cached prefixes of a model, and the blocks that its caches use."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pools_of(
     Raises
     ------
     UnsupportedModelError
-        If K and V are not of one dtype, or do not fit codes of so many bits.
+        If K and V are not of one dtype, or cannot be quantized to these bits.
     ValueError
         If there is no room for a block.
     """
@@ -88,7 +88,7 @@ class Memory:
     Parameters
     ----------
     model : nn.Module
-        Whose K and V are kept; it is held weakly.
+        The model whose K and V are stored; a weak reference.
     shapes : list of LayerShape
         The paged layers.
     block_size : int
@@ -96,9 +96,9 @@ class Memory:
     num_blocks, num_bytes : int or None
         The budget, one of them.
     bits : tuple of (int or None, int or None)
-        In how many bits K and V are kept, None as they are.
+        Bits of K and of V; None where they are not quantized.
     is_whole : bool
-        Whether a sequence is all in the pools: else a cached prefix would lack what is not.
+        Whether all layers are paged: otherwise a cached prefix would lack the others.
 
     Attributes
     ----------
@@ -118,7 +118,7 @@ class Memory:
     Raises
     ------
     UnsupportedModelError
-        If K and V are not of one dtype, or do not fit codes of so many bits.
+        If K and V are not of one dtype, or cannot be quantized to these bits.
     ValueError
         If there is no room for a block.
     """
@@ -150,7 +150,7 @@ class Memory:
         self._last: weakref.ref[Any] | None = None  # whose pass was the last, maybe under way
 
     def settle(self) -> None:
-        """Have computed what this thread wrote and left unevaluated, as when a pass failed."""
+        """Evaluate what this thread wrote and left unevaluated, for example when a pass failed."""
         if self.is_open:
             with suppress(Exception):  # the same failure
                 mx.async_eval(self._written())  # type: ignore[no-untyped-call]
@@ -166,8 +166,8 @@ class Memory:
         Raises
         ------
         PagedKVError
-            If another thread is computing, or has left unevaluated what it computed: MLX evaluates
-            an array in the thread that made it only. Nothing has changed then.
+            If another thread is computing, or has left results unevaluated: MLX evaluates an array
+            only in the thread that made it. Nothing has changed then.
         """
         self.check_open()
         me, other = threading.current_thread(), self._thread
@@ -199,8 +199,8 @@ class Memory:
     def check_model(self, *models: Any) -> None:
         """Raise ValueError unless K and V of the store are those of one of some models.
 
-        A copy of the store's model shares it, and so does a model that contains that, or a part of
-        it. What is no `nn.Module` is taken at its word.
+        Copies of the store's model share the store, and so do models that contain it and parts of
+        it. A model that is not an `nn.Module` is not checked.
         """
         own: Any = self.model()
         for model in models:
@@ -217,7 +217,7 @@ class Memory:
         raise ValueError("expected a prompt cache of this model, got one of another model's store")
 
     def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
-        """Begin a step, see `PagedKVCache.extend`; the `givers` make room for it."""
+        """Begin a step, see `PagedKVCache.extend`; the `givers` free blocks for it."""
         self.check_open()
         searched = False
         while True:
@@ -236,7 +236,7 @@ class Memory:
                 self.collect()
 
     def collect(self) -> None:
-        """End generations that were let go of, and take back the blocks of such caches.
+        """End generations that the caller dropped, and free the blocks of dropped caches.
 
         It can be called again after an interrupt.
 
@@ -274,7 +274,7 @@ class Memory:
         return len(blocks) * self.kv.block_size
 
     def close(self) -> None:
-        """Give the pools' memory back; again after an interrupt."""
+        """Free the pools' memory; can be called again after an interrupt."""
         self.is_open = False
         self.givers.clear()
         for sequences in list(self.live):

@@ -20,11 +20,11 @@ _here = threading.local()  # `frame`: that of the last `OutputLayer.seeing` of t
 
 
 class OutputLayer:
-    """The module of a model that makes logits of hidden states.
+    """The module of a model that computes logits from hidden states.
 
-    Until `close`, or until this object is dropped, it is of a class that checks at each call
+    Until `close`, or until this object is dropped, the module has a class that checks at each call
     whether `seeing` is below it on the stack. So a pass that ends in an error or an interrupt
-    leaves nothing to undo, and other threads see no difference.
+    leaves nothing to undo, and other threads are not affected.
 
     Parameters
     ----------
@@ -54,12 +54,12 @@ class OutputLayer:
         *arguments: Any,
         **options: Any,
     ) -> Any:
-        """Return what a model returns whose output layer sees a choice of its hidden states.
+        """Return the output of a model whose output layer sees only some of the hidden states.
 
         Parameters
         ----------
         choose : callable
-            Hidden states -> those that count.
+            Hidden states -> those that the output layer sees.
         model, arguments, options
             What is called.
         """
@@ -119,10 +119,10 @@ def _is_running(wanted: FrameType) -> bool:
 
 
 def output_layer(model: Any, make_caches: Callable[[], list[Any]]) -> OutputLayer | None:
-    """Return the module that makes logits of hidden states, open.
+    """Return the opened module that computes logits from hidden states.
 
-    None if no linear layer or embedding is it, or what it makes is not all that the logits follow
-    from, as with an adapter beside it: a pass that lets it see two rows of three tells. None, too,
+    None if it is not a linear layer or an embedding, or if the logits depend on something else as
+    well, such as an adapter: a pass in which it sees two rows of three finds that out. None, too,
     if the pass fails.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What a model's layers do with their caches, found out in a pass that is never computed."""
+"""Finds out how a model's layers use their caches, in a pass that is never computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = 2  # of the pass: one alone would not tell a causal layer from one that
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a paged layer keeps.
+    """Shape, window and dtype of a paged layer.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class _PagedCache(Routed):
 
 
 def layer_shapes(model: Any, caches: Sequence[Any]) -> list[LayerShape]:
-    """Return what the layers keep that can be paged; others keep mlx-lm's own caches.
+    """Return the shapes of the layers that can be paged; others use mlx-lm's own caches.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""The one place where mlx-lm's functions are replaced, and where that is undone.
+"""Replaces functions of mlx-lm while a store is open; nothing else in the package does.
 
 Models import the attention function by name, each into its own module. While a store is open, every
-module that holds mlx-lm's own holds ours in its place, which sends the caches of a store to their
-store and all others where they went before. So it is with the few others in `_ROUTES`, and with the
-methods of `BatchGenerator` in `_METHODS`.
+module that holds mlx-lm's own function holds ours instead, which handles the caches of a store and
+passes all others to mlx-lm's. The same goes for the other functions in `_ROUTES`, and for the
+methods of mlx-lm's batches in `_METHODS`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RoutedPrompt:
     Attributes
     ----------
     looks_up : bool
-        Whether a cached prefix is to be found for its prompt when that begins.
+        Whether to look up a cached prefix when its prompt begins.
     """
 
     looks_up = False
@@ -104,19 +104,19 @@ class RoutedPrompt:
     def begun(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens that a prompt begins with and the cache holds, [] if it follows.
 
-        ValueError if neither can be told.
+        ValueError if it could be either.
         """
         raise NotImplementedError
 
     def generate(
         self, own: Callable[..., Any], prompt: mx.array, *arguments: Any, **options: Any
     ) -> Any:
-        """Return what mlx-lm's `generate_step` is to return, which is `own`."""
+        """Return the result for `generate_step`; `own` is mlx-lm's."""
         raise NotImplementedError
 
 
 class RoutedMaker:
-    """A model's `make_cache` while it has a store; a copy of the model may have it for longer."""
+    """A model's `make_cache` while it has a store; a copy of the model may keep it longer."""
 
     is_open = True
     memory: Any = None
@@ -134,11 +134,11 @@ class RoutedMaker:
         raise NotImplementedError
 
     def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
-        """Return what to raise if none may ever."""
+        """Return the error to raise if none ever can."""
         raise NotImplementedError
 
     def keep(self, cache: Sequence[Any], tokens: Sequence[int]) -> None:
-        """Cache the prefix of a sequence that ended, if `tokens` are all that it holds."""
+        """Cache a sequence that ended, if `tokens` are all of its tokens."""
         raise NotImplementedError
 
 
@@ -236,10 +236,10 @@ def insert_segments(
     *others: Any,
     **options: Any,
 ) -> Any:
-    """Insert as mlx-lm does, of a prompt that a store's cache was made for what it does not hold.
+    """Insert as mlx-lm does; of a whole prompt, only the tokens that its cache does not hold.
 
-    A prompt without a cache finds its cached prefix when it begins. A request that a store can
-    never hold is refused, with all others.
+    A prompt without a cache looks up its cached prefix when it begins. If a request can never fit,
+    all of them are refused.
     """
     for cache in caches or ():
         _check_models(cache, generator.model)
@@ -407,10 +407,10 @@ def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
 
 
 class Closing:
-    """What opens routes, and closes them at the end of a ``with``."""
+    """An object that opens routes, and closes them at the end of a ``with``."""
 
     def close(self) -> None:
-        """Give mlx-lm back as it was."""
+        """Restore mlx-lm."""
         raise NotImplementedError
 
     def __enter__(self: Self) -> Self:
@@ -426,18 +426,18 @@ class Closing:
 
 
 def open_routes(owner: object) -> Callable[[], object]:
-    """Replace them, for one more store; models that are imported later import ours.
+    """Replace the functions for one more store; models that are imported later get ours.
 
     Parameters
     ----------
     owner : object
-        For whom: when it is no more, that undoes it, too.
+        The store; when it is collected, the replacement is undone, too.
 
     Returns
     -------
     callable
-        Undoes it, and can be called again, as after an interrupt; the last store's leaves mlx-lm as
-        it was.
+        Undoes the replacement, and can be called again after an interrupt; that of the last store
+        restores mlx-lm.
     """
     opened = object()
     weakref.finalize(owner, _close_routes, opened).atexit = False
@@ -458,7 +458,7 @@ def _close_routes(opened: object) -> None:
 
 @contextmanager
 def replaced(module: ModuleType | type, **others: Any) -> Iterator[None]:
-    """Have a module or class use other objects than its own of these names, to the end."""
+    """Return a context manager in which a module or class has other objects by these names."""
     own = {name: getattr(module, name) for name in others}
     try:
         for name, other in others.items():

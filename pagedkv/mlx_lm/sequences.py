@@ -1,4 +1,4 @@
-"""The sequences of a prompt cache: what all its layers share."""
+"""The sequences of a prompt cache, which all its layers share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pagedkv.mlx_lm.memory import MARGIN, Memory
 class Sequences:
     """Sequences that a model computes together, and the forward pass that is under way.
 
-    mlx-lm knows layers alone: it reads the offset of each, hands K and V to each, trims, filters
-    and extends each. Here the first layer does what concerns all.
+    mlx-lm works layer by layer: it reads the offset of each, hands K and V to each, trims, filters
+    and extends each. Here the first layer acts for all of them.
 
     Parameters
     ----------
     memory : Memory
-        Whose blocks they hold.
+        The memory of their blocks.
     tables : list of BlockTable
-        The sequences. The list is this object's; dropped with it, they give their blocks back.
+        The sequences. This object owns the list; when both are dropped, the blocks are freed.
     is_batch : bool
-        Whether mlx-lm made a batch of them: its offset is an array then.
+        Whether mlx-lm made a batch of them: then the offset is an array.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Sequences:
 
     @property
     def lock(self) -> FairLock:
-        """The store's."""
+        """The lock of the store."""
         return self.memory.lock
 
     def num_tokens(self, layer: int) -> list[int]:
@@ -111,11 +111,11 @@ class Sequences:
         Raises
         ------
         OutOfBlocksError
-            If the store has too few blocks, cached prefixes given up. Nothing has changed then.
+            If the store has too few blocks even without cached prefixes. Nothing has changed then.
         PagedKVError
             If another thread computes with the store. Nothing has changed then.
         ValueError
-            If the sequences are more or fewer.
+            If the number of sequences differs.
         """
         self._end_stale(layer)
         if self.step is not None and self._size != (batch, count):
@@ -171,14 +171,14 @@ class Sequences:
         return rows.reshape(*self._even, heads, head_dim).swapaxes(1, 2)
 
     def unpacked(self, out: mx.array) -> mx.array:
-        """Return an output of the step as `packed` was given the queries; padding is anything."""
+        """Return an output of the step in the layout of `packed`; padding is undefined."""
         if self._even is not None:
             out = mx.flatten(out.swapaxes(1, 2), 0, 1)[:, :, None]
         _, heads, _, head_dim = out.shape
         return out[self._back].reshape(*self._size, heads, head_dim).swapaxes(1, 2)
 
     def batch_of(self, rows: Sequence[int]) -> DecodeBatch:
-        """Return what attention reads of some sequences, all of their tokens."""
+        """Return the batch with which attention reads all tokens of some sequences."""
         return self.kv.batch([self.tables[row] for row in rows])
 
     def attended(self, layer: int, count: int) -> None:
@@ -194,9 +194,9 @@ class Sequences:
                 self._offsets = offsets + count
 
     def end(self) -> None:
-        """End the pass under way, if one is: not all of its layers came, so nothing is kept.
+        """End the pass under way, if there is one: layers are missing, so nothing is kept.
 
-        It can be called again after an interrupt, and finishes what one has left undone.
+        It can be called again after an interrupt, and then completes the interrupted call.
         """
         passed = self._passed
         if self.step is not None:
@@ -215,7 +215,7 @@ class Sequences:
             self.end()
 
     def changed(self) -> None:
-        """Note that lengths or sequences are others now."""
+        """Note that lengths or sequences have changed."""
         self.end()
         self._offsets = None
 
@@ -231,7 +231,7 @@ class Sequences:
             self.changed()
 
     def prepare(self, lengths: Sequence[int] | None) -> None:
-        """Take note of how long the prompts are that come padded on the right; None for the end."""
+        """Note the lengths of prompts that are padded on the right; None at their end."""
         self.changed()
         self.lengths, self._passed = (None if lengths is None else list(lengths)), 0
 
@@ -275,7 +275,7 @@ class Sequences:
 
     @one_at_a_time
     def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
-        """Return some of the sequences once more: nothing is copied."""
+        """Return a fork of some of the sequences: nothing is copied."""
         self.end()
         tables = [self.tables[row].fork() for row in rows]
         fork = Sequences(self.memory, tables, is_batch=is_batch)
