@@ -32,7 +32,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help help-all bench prove publish docs serve table adr compare noise detect week quality bisect doctor tune record screenshot
+.PHONY: help help-all bench prove publish docs serve table adr compare noise quality bisect doctor tune record screenshot
 .PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
 .PHONY: example requests trace format lock clean
 
@@ -56,8 +56,6 @@ help-all: help
 	@echo "make trace       replay a request trace, plot block usage"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
-	@echo "make detect      compare HEAD with slowed copies of it: what this machine finds"
-	@echo "make week        the same for published regressions: 11 simulated nights"
 	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make nightly, nightly-mlx    what the benchmark machine does for main and for MLX's newest"
@@ -120,7 +118,7 @@ OUTPUT ?=
 ROUNDS ?=
 # Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
 compare: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.compare pull-request --base $(BASE) --grid $(or $(GRID),short) $(OPTIONS) \
+	$(AWAKE) $(BIN)/python -m tracking.compare --base $(BASE) --grid $(or $(GRID),short) $(OPTIONS) \
 	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
@@ -130,10 +128,6 @@ BENCHMARKS ?=
 noise: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.noise $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
 	$(if $(PAUSE),--pause $(PAUSE)) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
-
-detect week: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.compare $@ $(OPTIONS) $(if $(TIMES),--times $(TIMES)) \
-	$(if $(ROUNDS),--rounds $(ROUNDS))
 
 # The model computes a million tokens: minutes on a GPU, days on a CPU.
 quality: $(READY)

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
 from browser import SERIES, OverheadPage, browse, look
+from slowed import slowed
 
 from benchmarks.common import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
 from tracking.changes import measure
-from tracking.detection import DETECTION, slowed
 from tracking.lock import acquire
 from tracking.noise import Threshold
 from tracking.project import asv, derive_config, discover, machine_name, record_machine
@@ -183,7 +183,7 @@ def prove_list(html_dir, machine):
 
 def prove_comparison(machine):
     """Compare a commit with a slowed copy and with an identical one."""
-    where = {"machine": machine, "backend": "cpu", "benchmarks": DETECTION, "grid": "short"}
+    where = {"machine": machine, "backend": "cpu", "benchmarks": ATTENTION, "grid": "short"}
     base, again, slower = slowed(0), commit_of(f"{slowed(0)}^{{tree}}", "again"), slowed(100)
     # CI machines are noisy.
     noise = SimpleNamespace(threshold=lambda series: Threshold(1.4, "guess"))

@@ -1,17 +1,13 @@
 """Comparing commits: what counts as changed, the table, the factors; no benchmark runs here."""
 
-import csv
 import math
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 from asv.util import UserError
 from markdown_it import MarkdownIt
 
-from tracking import changes, compare, detection, noise, repository, tables, triage
+from tracking import changes, compare, noise, repository, tables, triage
 from tracking.results import Value
 
 GUESSED = noise.Noise()  # 1.05 for a ratio, 1.5 for a time, 1.01 for what is counted
@@ -206,88 +202,8 @@ def test_a_base_that_is_not_there():
         repository.resolve("no-such-branch")
 
 
-def test_a_slowed_commit_is_on_no_branch_and_runs():
-    commit = detection.slowed(20)
-    show = ["git", "-C", str(repository.ROOT), "show", f"{commit}:pagedkv/__init__.py"]
-    source = subprocess.run(show, check=True, capture_output=True, text=True).stdout
-    assert source.endswith("decode_attention = _slower(decode_attention)\n")
-    assert "20 / 100" in source
-    compile(source, "__init__.py", "exec")
-    assert not repository.git("branch", "--contains", commit)
-    changed = repository.git("diff", "--name-only", "HEAD", commit)
-    assert changed == "pagedkv/__init__.py"
-
-
-def test_what_is_added_slows_a_call_down_by_so_much(monkeypatch):
-    now = [0.0]
-
-    def perf_counter():
-        now[0] += 0.001
-        return now[0]
-
-    def call():
-        now[0] += 1.0
-        return "out"
-
-    monkeypatch.setitem(sys.modules, "time", SimpleNamespace(perf_counter=perf_counter))
-    monkeypatch.setattr("mlx.core.eval", lambda out: None)
-    space = {"decode_attention": call}
-    exec(detection.SLOWER.format(percent=10), space)
-    assert space["decode_attention"]() == "out"
-    assert now[0] == pytest.approx(1.1, abs=0.01)
-
-
-def test_detection_counts_what_was_called_slower(monkeypatch, tmp_path):
-    monkeypatch.setattr(detection, "RESULTS", tmp_path)
-    monkeypatch.setattr(detection, "slowed", lambda percent: f"slowed-{percent}")
-    monkeypatch.setattr(detection, "commit_of", lambda tree, message: tree)
-    monkeypatch.setattr(detection, "recorded_noise", lambda machine: QUIET)
-    asked = []
-
-    def measure(before, after, **options):
-        assert before == "slowed-0"
-        asked.append(options["rounds"])
-        slower = "20" in after
-        return [change(1.0, 1.2 if slower else 1.0), change(1.0, 1.0)]
-
-    monkeypatch.setattr(detection, "measure", measure)
-    usual = [
-        ["0%", "2", "1.04", "6", "0", "0"],
-        ["5%", "2", "1.04", "2", "0", "0"],
-        ["10%", "2", "1.04", "2", "0", "0"],
-        ["20%", "2", "1.04", "2", "1", "0"],
-    ]
-    for _ in range(2):  # what the same rounds found before is replaced
-        assert detection.detect(3, None, machine="box", backend="cpu") == 0
-        with (tmp_path / "box/detection.csv").open() as file:
-            assert list(csv.reader(file)) == [detection.DETECTION_HEADER, *usual]
-    assert set(asked) == {2}
-    assert detection.detect(1, 4, machine="box", backend="cpu") == 0
-    with (tmp_path / "box/detection.csv").open() as file:
-        rows = list(csv.reader(file))
-    assert rows[1:5] == usual
-    assert [row[1] for row in rows[5:]] == ["4"] * 4
-
-
-def test_a_failure_detects_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(detection, "RESULTS", tmp_path)
-    monkeypatch.setattr(detection, "slowed", lambda percent: "slowed")
-    monkeypatch.setattr(detection, "commit_of", lambda tree, message: tree)
-    monkeypatch.setattr(detection, "recorded_noise", lambda machine: QUIET)
-    for failed in (change(1.0, None), change(None, 1.0)):
-        monkeypatch.setattr(detection, "measure", lambda *args, cell=failed, **kw: [cell])
-        with pytest.raises(UserError, match="a benchmark failed"):
-            detection.detect(1, None, machine="box", backend="cpu")
-
-
-def test_detection_needs_the_noise(monkeypatch, tmp_path):
-    monkeypatch.setattr(detection, "recorded_noise", lambda machine: GUESSED)
-    with pytest.raises(UserError, match="run `make noise`"):
-        detection.detect(1, None, machine="box", backend="cpu")
-
-
 def test_a_crash_is_not_called_slower(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compare", "pull-request", "--machine", "box"])
+    monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
     monkeypatch.setattr(compare, "acquire", lambda: 1 / 0)
     assert compare.main() == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
@@ -361,7 +277,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
     def full():
         raise OSError(28, "No space left on device", "results/box")
 
-    monkeypatch.setattr("sys.argv", ["compare", "detect", "--machine", "box"])
+    monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
     monkeypatch.setattr(compare, "acquire", full)
     assert compare.main() == 2
     assert capsys.readouterr().err == "[Errno 28] No space left on device: 'results/box'\n"

@@ -11,7 +11,7 @@ import sys
 import pytest
 from asv.util import UserError
 
-from tracking import compare, history, lock, nightly, repository, safeguards
+from tracking import history, lock, nightly, repository, safeguards
 from tracking.repository import ROOT
 
 MODULES = ("__init__", "files", "lock", "repository", "safeguards", "unattended", "valid")
@@ -179,7 +179,7 @@ def test_what_is_not_committed_is_not_recorded(asv, project):
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx"), (compare, "detect")],
+    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx")],
 )
 def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
     monkeypatch.setattr(repository, "ROOT", project)

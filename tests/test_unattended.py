@@ -10,7 +10,7 @@ import pytest
 from asv.util import UserError
 from test_bundle import script as bundle
 
-from tracking import detection, history, repository, results_branch
+from tracking import history, repository, results_branch
 from tracking.repository import ROOT
 
 TESTS = Path(__file__).parent
@@ -106,7 +106,7 @@ def test_commits_that_are_made_in_a_hook_are_the_projects(hook, project, monkeyp
     git(project, "commit", "--quiet", "-m", "a package")
     for name, value in hook.items():
         monkeypatch.setenv(name, value)
-    made = detection.slowed(10)
+    made = repository.commit_of("HEAD^{tree}", "made")
     assert repository.git("log", "-1", "--format=%an", made) == "compare"
     assert repository.git("ls-tree", "--name-only", made).split() == ["ours", "pagedkv"]
 

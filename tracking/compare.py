@@ -1,7 +1,4 @@
-"""Compare two commits: for a pull request, or with a slowed copy, at once or over simulated nights.
-
-Each comparison is `asv continuous` into a results folder of its own.
-"""
+"""Compare HEAD with the commit where it left another branch: `make compare`."""
 
 import argparse
 import sys
@@ -12,14 +9,12 @@ from asv.util import UserError
 
 from tracking import triage
 from tracking.changes import measure, verdict
-from tracking.detection import detect
 from tracking.grid import GRIDS
 from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import begin, machine_options
 from tracking.repository import git, resolve
 from tracking.tables import as_markdown, code
-from tracking.week import week
 
 COMPARED = (
     "overhead.",
@@ -105,22 +100,15 @@ def pull_request(base, rounds, *, machine, backend, grid, output):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.compare", description=__doc__)
-    parser.add_argument("what", choices=["pull-request", "detect", "week"])
     parser.add_argument("--base", default="main", help="what HEAD is compared with")
     parser.add_argument("--grid", choices=GRIDS, default="short")
-    parser.add_argument("--times", type=int, help="comparisons of identical commits")
     parser.add_argument("--rounds", type=int, help="processes a cell (default: as noise has it)")
     parser.add_argument("--output", help="write the Markdown table here, too")
     machine_options(parser)
     args = parser.parse_args()
     try:
         acquire()
-        # The others record what this machine is like.
-        where = begin(args, records=args.what != "pull-request")
-        if args.what == "detect":
-            return detect(args.times or 20, args.rounds, **where)
-        if args.what == "week":
-            return week(**where)
+        where = begin(args, records=False)
         return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
