@@ -116,8 +116,6 @@ def test_the_launchd_job_is_a_property_list():
     job = plistlib.loads(re.search(r"```xml\n(.*?)```", text, re.DOTALL)[1].encode())
     assert job["StartCalendarInterval"] == {"Hour": 2, "Minute": 17}
     assert "&& make -k nightly" in job["ProgramArguments"][-1]
-    daemon = ROOT / ".github/scripts/pagedkv.runner.plist"
-    assert plistlib.loads(daemon.read_bytes())["KeepAlive"] is True
 
 
 @pytest.mark.parametrize(
