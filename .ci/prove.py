@@ -20,7 +20,6 @@ from slowed import slowed
 from benchmarks.common import DTYPE, HEAD_DIM
 from pagedkv import DECODE_PATHS
 from tracking.changes import measure
-from tracking.lock import acquire
 from tracking.noise import Threshold
 from tracking.project import asv, derive_config, discover, machine_name, record_machine
 from tracking.repository import check_history, commit_label, commit_of, git
@@ -195,7 +194,6 @@ def prove_comparison(machine):
 
 def main():
     """Run everything in order."""
-    acquire()
     check_history()
     machine = machine_name("cpu")
     record_machine(machine)

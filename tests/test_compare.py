@@ -204,7 +204,7 @@ def test_a_base_that_is_not_there():
 
 def test_a_crash_is_not_called_slower(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
-    monkeypatch.setattr(compare, "acquire", lambda: 1 / 0)
+    monkeypatch.setattr(compare, "begin", lambda args, records: 1 / 0)
     assert compare.main() == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -274,10 +274,10 @@ def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
 
 
 def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
-    def full():
+    def full(args, records):
         raise OSError(28, "No space left on device", "results/box")
 
     monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
-    monkeypatch.setattr(compare, "acquire", full)
+    monkeypatch.setattr(compare, "begin", full)
     assert compare.main() == 2
     assert capsys.readouterr().err == "[Errno 28] No space left on device: 'results/box'\n"

@@ -21,8 +21,11 @@ def test_environments_have_the_names_that_asv_gives_them():
 
 
 def test_asv_that_is_killed_is_an_error(monkeypatch):
-    killed = subprocess.CompletedProcess([], -9)
-    monkeypatch.setattr(project.subprocess, "run", lambda *args, **kw: killed)
+    kill = "import os; os.kill(os.getpid(), 9)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        project.subprocess, "Popen", lambda *_, **__: popen([sys.executable, "-c", kill])
+    )
     with pytest.raises(UserError, match="asv run was ended by signal 9"):
         project.asv("run")
 

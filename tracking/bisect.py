@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from asv.util import UserError
 
 from tracking.changes import Change, NothingMeasuredError, measure
-from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import begin, machine_options
 from tracking.repository import ROOT, git, resolve
@@ -130,7 +129,6 @@ def main():
     machine_options(parser)
     args = parser.parse_args()
     try:
-        acquire()
         where = begin(args, records=False)
         noise = recorded_noise(where["machine"])
         commits = candidates(resolve(args.good), resolve(args.bad))

@@ -10,7 +10,6 @@ from asv.util import UserError
 from tracking import triage
 from tracking.changes import measure, verdict
 from tracking.grid import GRIDS
-from tracking.lock import acquire
 from tracking.noise import recorded_noise
 from tracking.project import begin, machine_options
 from tracking.repository import git, resolve
@@ -107,7 +106,6 @@ def main():
     machine_options(parser)
     args = parser.parse_args()
     try:
-        acquire()
         where = begin(args, records=False)
         return pull_request(args.base, args.rounds, grid=args.grid, output=args.output, **where)
     except (UserError, OSError) as error:

@@ -10,7 +10,6 @@ from asv.util import UserError
 from benchmarks.kinds import WHY
 from tracking import valid
 from tracking.grid import GRIDS, asked, device_of, selection
-from tracking.lock import acquire
 from tracking.project import (
     asv,
     config_for,
@@ -129,7 +128,6 @@ def main():
         machine = args.machine or machine_name(args.backend)
         if args.command == "prepare":
             return prepare(machine, args.backend)
-        acquire()
         return run(args.grid, machine, args.backend, rounds, args.head)
     except (UserError, OSError) as error:
         sys.exit(str(error))

@@ -12,7 +12,6 @@ from tracking import history, requirements, triage
 from tracking.changes import changes
 from tracking.compare import COMPARED
 from tracking.grid import GRIDS, device_of, selection
-from tracking.lock import acquire
 from tracking.noise import record, recorded_noise, rows_of_results
 from tracking.project import (
     asv,
@@ -148,7 +147,6 @@ def main():
             return 0
         if args.command == "push-results":
             return push_results(args.remote)
-        acquire()
         machine = begin(args)["machine"]
         if args.command == "newest-mlx":
             return with_newest_mlx(machine, args.backend)

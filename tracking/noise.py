@@ -23,7 +23,6 @@ from asv.util import UserError
 
 from tracking.files import write_text
 from tracking.grid import selection, series_name
-from tracking.lock import acquire
 from tracking.project import (
     asv,
     backend_settings,
@@ -341,7 +340,6 @@ def main():
     machine_options(parser)
     args = parser.parse_args()
     try:
-        acquire()
         return noise(args.times, args.pause, tuple(args.benchmarks), **begin(args))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from tracking.repository import ROOT, check_history, check_suite
 def asv(*args, config="asv.conf.json"):
     """Run an asv command in the project's root and return its exit status.
 
-    Its standard input is that of this process: for who measures, the lock (`tracking.lock`).
+    If this process is interrupted or terminated, asv and its benchmark end first.
 
     Raises
     ------
@@ -27,7 +28,13 @@ def asv(*args, config="asv.conf.json"):
         If a signal ended it: nothing is known of what it had to do.
     """
     command = [sys.executable, "-m", "asv", args[0], "--config", config, *args[1:]]
-    status = subprocess.run(command, cwd=ROOT).returncode
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # once more is harmless: `tracking.safeguards`
+            raise
     if status < 0:
         raise UserError(f"asv {args[0]} was ended by signal {-status}")
     return status

@@ -70,7 +70,12 @@ def check_history():
     if git("rev-parse", "--is-shallow-repository") == "true":
         raise UserError("this clone is shallow, its history is cut off: `git fetch --unshallow`")
     if not git("branch", "--list", "main"):
-        raise UserError("there is no branch main here: run `git branch main origin/main`")
+        name = "%(if)%(symref)%(then)%(symref:short)%(else)%(refname:short)%(end)"
+        where = ("refs/remotes/*/main", "refs/remotes/*/HEAD")
+        there = git("for-each-ref", "--sort=-refname", f"--format={name}", *where).split()
+        raise UserError(
+            f"there is no branch main here: run `git branch main {[*there, 'HEAD'][0]}`"
+        )
     if git("status", "--porcelain", "--", "pagedkv", "pyproject.toml"):
         print("note: uncommitted changes in pagedkv/ are not measured, asv builds commits")
 
