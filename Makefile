@@ -114,12 +114,13 @@ tune: $(READY)
 	$(AWAKE) $(BIN)/python -m tools.tune
 
 BASE ?= main
+BENCH ?=
 OUTPUT ?=
 ROUNDS ?=
 # Exit 0: nothing worsened, 1: something did, 2: something failed to run (make itself says 2 for both).
 compare: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.compare --base $(BASE) --grid $(or $(GRID),short) $(OPTIONS) \
-	$(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
+	$(if $(BENCH),--bench '$(BENCH)') $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 TIMES ?=
 PAUSE ?=
@@ -133,12 +134,6 @@ noise: $(READY)
 quality: $(READY)
 	@$(BIN)/python examples/smollm.py
 	$(AWAKE) $(BIN)/python -m tools.quality $(OPTIONS)
-
-# GOOD and BAD are commits, GOOD the earlier; seven commits between take three comparisons.
-bisect: $(READY)
-	@test -n "$(SERIES)" -a -n "$(GOOD)" -a -n "$(BAD)" || \
-	{ echo "say which: make bisect SERIES='overhead.Auto.ratio_vs_contiguous(1, 1024, 32)' GOOD=hash BAD=hash"; exit 1; }
-	$(AWAKE) $(BIN)/python -m tracking.bisect $(OPTIONS) $(if $(ROUNDS),--rounds $(ROUNDS)) "$(SERIES)" $(GOOD) $(BAD)
 
 WAIT ?= 0
 doctor: $(READY)

@@ -1,37 +1,39 @@
-"""Comparing commits: what counts as changed, the table, the factors; no benchmark runs here."""
+"""Comparing commits: what counts as changed, the verdict, the table; no benchmark runs here."""
 
+import json
 import math
+import os
 import re
 
+import numpy as np
 import pytest
-from asv.util import UserError
+from asv_runner.statistics import compute_stats
+from hypothesis import given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tracking import changes, compare, noise, repository, tables, triage
+from tracking import changes, compare, tables
+from tracking.changes import Change, verdict
+from tracking.noise import Noise
 from tracking.results import Value
 
-GUESSED = noise.Noise()  # 1.05 for a ratio, 1.5 for a time, 1.01 for what is counted
-# Twelve runs of two cells that differ by 1% at most: 1.04.
-QUIET = noise.Noise(
-    [
-        (f"overhead.Auto.ratio_vs_contiguous({cell})", "code", 1 + run % 2 / 100)
-        for run in range(12)
-        for cell in (1, 4)
-    ]
-)
+GUESSED = Noise()  # 1.05 for a ratio, 1.5 for a time, 1.01 for what is counted
 RATIO, TIME = "overhead.Auto.ratio_x(1)", "decode.Auto.time_x(1)"
 COUNT = "step.Instructions.track_instructions(1)"
 
 
-def change(before, after, *, name=RATIO, significant=True, samples=25, better="smaller"):
+def change(before, after, *, name=RATIO, significant=True, better="smaller"):
     def value(x):
         return Value(x, x * 0.99, x * 1.01) if x else Value(x)
 
-    return changes.Change(name, value(before), value(after), significant, samples, better)
+    return Change(name, value(before), value(after), significant, better)
+
+
+SAME, WORSE, BETTER = change(1.0, 1.0), change(1.0, 1.25), change(1.0, 0.8)
 
 
 @pytest.mark.parametrize(
-    ("cell", "verdict"),
+    ("cell", "word"),
     [
         (change(1.0, 1.06), "worsened"),
         (change(1.0, 1.04), "unchanged"),
@@ -42,8 +44,9 @@ def change(before, after, *, name=RATIO, significant=True, samples=25, better="s
         (change(1.0, 1.4, name=TIME), "unchanged"),
         (change(1.0, 1.6, name=TIME), "worsened"),
         (change(1000, 1030, name=COUNT, significant=False), "worsened"),
-        (change(1000, 980, name=COUNT), "improved"),
         (change(1000, 1005, name=COUNT), "unchanged"),
+        (change(0.0, 5.0), "worsened"),
+        (change(0.0, 0.0), "unchanged"),
         (change(None, 1.0), "repaired"),
         (change(1.0, None), "failed"),
         (change(None, math.nan), "failed"),
@@ -51,53 +54,110 @@ def change(before, after, *, name=RATIO, significant=True, samples=25, better="s
         (change(math.nan, 1.0), "n/a"),  # new
     ],
 )
-def test_verdicts(cell, verdict):
-    assert cell.verdict(GUESSED) == verdict
+def test_what_has_changed(cell, word):
+    assert cell.verdict(GUESSED) == word
 
 
-def two_modes(share, samples=20):
-    """The Value of a benchmark that takes 1 or, in a share of its samples, 2."""
-    slow = round(share * samples)
-    times = sorted(
-        [1 + i / 1000 for i in range(samples - slow)] + [2 + i / 1000 for i in range(slow)]
-    )
-    middle = (times[samples // 2 - 1] + times[samples // 2]) / 2
-    stats = {"q_25": times[samples // 4], "q_75": times[-samples // 4]}
-    return Value(middle, middle * 0.99, middle * 1.01, stats=stats, samples=times)
+def measured_as(samples):
+    """The Value that asv makes of samples."""
+    middle, stats = compute_stats([*samples], 1)
+    stats["repeat"] = len(samples)
+    return Value(middle, stats["ci_99_a"], stats["ci_99_b"], stats=stats, samples=[*samples])
+
+
+def compared(monkeypatch, before, after):
+    """The Change of a cell with samples at two commits."""
+    cells = {"old": {RATIO: measured_as(before)}, "new": {RATIO: measured_as(after)}}
+    monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
+    [found] = changes.changes("results", "box", "old", "new", "env", {})
+    return found
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "verdict"),
-    [
-        (0.4, 0.6, "unchanged"),  # the median doubles
-        (0.6, 0.4, "unchanged"),
-        (0.1, 0.9, "worsened"),
-        (0.9, 0.1, "improved"),
-        (0.0, 1.0, "worsened"),
-    ],
+    ("slower", "worsened"), [(1.0, [0, 0]), (1.1, [95, 100]), (1 / 1.1, [0, 0])]
 )
-def test_a_median_that_jumps_between_two_modes_is_no_change(before, after, verdict):
-    cell = changes.Change(RATIO, two_modes(before), two_modes(after), True, 20)
-    assert cell.verdict(GUESSED) == verdict
+def test_a_slowdown_of_a_tenth_is_found_and_identical_code_is_not(slower, worsened, monkeypatch):
+    """With noise of 2% between runs and of 4% between the 20 samples of one, 100 times."""
+    rng, called = np.random.default_rng(0), 0
+    for _ in range(100):
+        runs = ((RATIO, "code", math.exp(x)) for x in rng.normal(0, 0.01, 12))
+        before, after = np.exp(rng.normal(0, 0.01, 2))[:, None] * np.exp(rng.normal(0, 0.04, 20))
+        found = compared(monkeypatch, before, after * slower)
+        called += found.verdict(Noise(runs)) == "worsened"
+    assert worsened[0] <= called <= worsened[1]
+
+
+@pytest.mark.parametrize(("before", "after", "word"), [(8, 12, "unchanged"), (2, 18, "worsened")])
+def test_a_median_that_jumps_between_two_modes_is_no_change(before, after, word, monkeypatch):
+    """Of 20 samples so many take 2 instead of 1."""
+    one, two = ([1 + i / 1000 for i in range(20 - n)] + [2.0] * n for n in (before, after))
+    assert compared(monkeypatch, one, two).verdict(GUESSED) == word
 
 
 def test_the_interval_of_a_ratio_takes_the_ends_farthest_apart():
-    ratio = changes.Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True, 25).ratio
+    ratio = Change(RATIO, Value(2.0, 1.0, 4.0), Value(3.0, 2.0, 5.0), True).ratio
     assert (ratio.value, ratio.low, ratio.high) == (1.5, 0.5, 5.0)
 
 
+def test_cells_are_of_one_environment_and_know_what_is_better(versions):
+    """A commit measured with two versions of MLX is two sets of cells."""
+    folder, machine, commit, environments = versions
+    name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
+    for environment, factor in zip(environments, (1, 10), strict=True):
+        listed = {"overhead.Auto.ratio_vs_contiguous": {"better": "larger"}}
+        found = changes.changes(folder, machine, commit, commit, environment, listed)
+        of_name = {change.name: change for change in found}[name]
+        assert (of_name.better, of_name.ratio.value) == ("larger", 1)
+        assert 10 * of_name.before.value > factor
+
+
 @pytest.mark.parametrize(
-    "name", ["a.b('x|y')", "a.b('`')", "a.b('``x|`')", "a.b('x||')", "a.b('x\ny')", "`", "|"]
+    ("cells", "said"),
+    [
+        ([SAME, SAME], "unchanged: 2 cells; thresholds of 2 cells are a guess"),
+        ([WORSE, SAME], "worsened: 1 cell by 25.0% of 2; how sure is not known"),
+        ([BETTER, SAME], "improved: 1 cell by 25.0% of 2"),
+        ([WORSE, change(1.0, 1.11), SAME], "worsened: 2 cells by 17.8% (11.0% to 25.0%) of 3"),
+        ([WORSE, BETTER], "mixed: worsened 1 cell by 25.0%, improved 1 cell by 25.0% of 2"),
+        ([change(1.0, 1.25, better="larger")], "improved: 1 cell by 25.0% of 1"),
+        ([change(0.0, 1.0), WORSE], "worsened: 2 cells by ∞ (25.0% to ∞) of 2"),
+        ([change(1.0, None), SAME], "1 failed; unchanged: 1 cells"),
+        ([change(1000, 1030, name=COUNT)], "worsened: 1 cell by 3.0% of 1; certain, what is"),
+        ([change(None, 1.0)], "unchanged: 0 cells; nothing was compared"),
+        ([], "unchanged: 0 cells; nothing was compared"),
+    ],
 )
-def test_a_name_is_one_cell(name):
+def test_one_line_says_what_changed(cells, said):
+    assert verdict(cells, GUESSED).startswith(said)
+
+
+def test_how_sure_it_is():
+    quiet = Noise((RATIO, "code", value) for value in [1.0, 1.01] * 5 + [1.15])
+    sure = [verdict([change(1.0, after)], quiet).partition("; ")[2] for after in (1.25, 1.1, 1.0)]
+    assert sure == [
+        "0 of 55 changes of identical code were as large",
+        "10 of 55 changes of identical code were as large",
+        "changes of up to 4.1% are within the noise",
+    ]
+
+
+@given(st.lists(st.tuples(*[st.floats(0.1, 10) | st.just(0.0)] * 2), max_size=6))
+def test_turned_around_it_says_the_opposite(pairs):
+    there, back = ([change(*pair[::step]) for pair in pairs] for step in (1, -1))
+    opposite = {"worsened": "improved", "improved": "worsened"}
+    word, other = (verdict(cells, GUESSED).partition(":")[0] for cells in (there, back))
+    assert other == opposite.get(word, word)
+
+
+@pytest.mark.parametrize("name", ["a.b('x|y')", "a.b('``x|`')", "a.b('x||')", "a.b('x\ny')", "|"])
+def test_a_name_is_one_cell_of_the_table(name):
     """Names of parameters come from a pull request."""
     cells = [change(1.0, 2.0, name=name)]
     text = compare.markdown(cells, GUESSED, before="aaa", after="bbb", about="")
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     shown = [token.children for token in tokens if token.type == "inline"][-6:]
     [code] = shown[-1]
-    assert code.type == "code_inline"
-    assert code.content == name.replace("\n", " ")
+    assert (code.type, code.content) == ("code_inline", name.replace("\n", " "))
     assert "".join(part.content for part in shown[0]) == "worsened"
 
 
@@ -111,173 +171,140 @@ def test_bars_do_not_part_a_cell(text):
 
 
 def test_the_table_shows_what_changed_and_counts_the_rest():
-    cells = [
-        change(1.0, 1.2),
-        change(1.0, 1.0),
-        change(0.001, None, name=TIME),
-        change(1.3, 1.0),
-        change(math.nan, 1.0),
-        change(None, 2.0),
-    ]
+    cells = [change(1.0, 1.2), SAME, change(0.001, None, name=TIME), change(1.3, 1.0)]
+    cells += [change(math.nan, 1.0), change(None, 2.0)]
     text = compare.markdown(cells, GUESSED, before="aaa", after="bbb", about="Machine box.")
+    assert text.startswith("**1 failed; mixed: ")
     assert "1 failed, 1 worsened, 1 improved, 1 repaired, 1 unchanged, 1 n/a" in text
     rows = [line for line in text.splitlines() if "`" in line]
-    assert text.startswith("**1 failed; mixed: ")
-    assert [row.split(" | ")[0] for row in rows] == [
-        f"| {verdict}" for verdict in ("failed", "worsened", "improved", "repaired")
-    ]
+    said = ["failed", "worsened", "improved", "repaired"]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {word}" for word in said]
     assert "1.00 ms | failed" in rows[0]
     assert "1.20 [1.18, 1.22] | ±5.0%, a guess" in rows[1]
 
 
+LISTED = {
+    name: {"name": name, "param_names": ["batch", "context", "block_size"], "params": params}
+    for name, params in (
+        ("overhead.Auto.ratio_x", [["1", "4"], ["1024", "32768"], ["32"]]),
+        ("memory.A.track_a", []),
+    )
+}
+
+
+def test_what_is_chosen():
+    auto = "overhead.Auto.ratio_x"
+    assert [*changes.chosen(LISTED, compare.COMPARED, "short", "cpu")] == [auto]
+    picked = changes.chosen(LISTED, (), "short", "cpu", r"Auto.*\(4, 3|memory")
+    assert picked["memory.A.track_a"] == ["--bench", r"^(memory\.A\.track_a)$"]
+    assert re.search(picked[auto][1], f"{auto}(4, 32768, 32)")
+    assert not re.search(picked[auto][1], f"{auto}(1, 32768, 32)")
+
+
 @pytest.fixture
-def measured(monkeypatch):
-    """What `asv continuous` would have found, and what was asked of it."""
-    asked = []
+def comparison(monkeypatch, tmp_path):
+    """Compares two commits of a project at `tmp_path`; asv returns or raises what is given."""
+    ran = []
 
-    def measure(before, after, **options):
-        asked.append((before, after, options))
-        return measure.found
+    def asv(*args, config):
+        ran.append(args[0])
+        if isinstance(asv.status, BaseException):
+            raise asv.status
+        return asv.status
 
-    measure.found = [change(1.0, 1.0)]
-    measure.asked = asked
-    monkeypatch.setattr(compare, "measure", measure)
-    return measure
+    def derive(name, **settings):
+        (tmp_path / name).touch()
+        return name
+
+    asv.ran = ran
+    monkeypatch.setattr(changes, "asv", asv)
+    monkeypatch.setattr(changes, "derive_config", derive)
+    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    monkeypatch.setattr(changes, "environment_name", lambda config: "env")
+    monkeypatch.setattr(changes, "discover", lambda machine, config: LISTED)
+    monkeypatch.setattr(changes, "_cells", lambda *args: {RATIO: 1})
+    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, 1.2)])
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare, "begin", lambda *a, **kw: {"machine": "box", "backend": "cpu"})
+    monkeypatch.setattr(compare, "resolve", lambda name: name * 40)
+    monkeypatch.setattr(
+        compare, "git", lambda what, *args: "b" * 40 if what == "merge-base" else "a title"
+    )
+    yield asv
+    assert [*tmp_path.iterdir(), *(tmp_path / ".asv").iterdir()] == [tmp_path / ".asv"]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["compare", "--commit", "a", "--rounds", "4", *args])
+    return compare.main()
 
 
 @pytest.mark.parametrize(
-    ("cells", "status"),
+    ("status", "after", "exits", "said"),
     [
-        ([change(1.0, 1.0)], 0),
-        ([change(1.2, 1.0)], 0),
-        ([change(None, 1.0)], 0),
-        ([change(1.0, 1.2)], 1),
-        ([change(1.0, 1.2), change(1.0, None)], 2),
+        (0, 1.0, 0, "nothing worsened"),
+        (1, 1.2, 1, "something worsened"),
+        (2, None, 2, "something failed to run"),
+        (2, 1.0, 2, "a benchmark failed in one of 4 rounds"),  # and ran in another
     ],
 )
-def test_slower_is_not_broken(cells, status, measured, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "git", lambda *args: "a" * 40 if args[0] != "log" else "a title")
+def test_slower_is_not_broken(status, after, exits, said, comparison, monkeypatch, capsys):
+    comparison.status = status
+    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, after)])
+    assert run(monkeypatch) == exits
+    assert said in "".join(capsys.readouterr())
+
+
+def test_an_interrupted_comparison_shows_the_verdict_so_far(comparison, monkeypatch, capsys):
+    comparison.status = KeyboardInterrupt()
+    assert run(monkeypatch) == 2
+    out = capsys.readouterr().out
+    assert "**worsened: 1 cell by 20.0% of 1" in out
+    assert "Interrupted: this is of the rounds that were through." in out
+    monkeypatch.setattr(changes, "_cells", lambda *args: {})
+    assert run(monkeypatch) == 2
+    assert "asv measured nothing at bbbbbbbb (interrupted)" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_not_there_is_said_before_anything_is_built(
+    comparison, monkeypatch, capsys
+):
+    assert run(monkeypatch, "--bench", "nosuch") == 2
+    expected = "expected a benchmark's name or a part of it, got 'nosuch'\n"
+    assert capsys.readouterr().err == expected
+    assert comparison.ran == []
+
+
+def test_how_long_it_takes(versions, tmp_path):
+    results, machine, *_ = versions
+    names = ["overhead.Auto.ratio_vs_contiguous", "never.Measured.track_it"]
+    for number, file in enumerate(sorted((results / machine).glob("*-*.json"))):
+        data = json.loads(file.read_text())
+        at = data["result_columns"].index("duration")
+        data["results"][names[0]][at] = 60.0 * (number + 1)
+        file.write_text(json.dumps(data))
+        os.utime(file, (number, number))
+    said = compare.duration(machine, names, 4, results)
+    assert said.startswith("2 benchmarks, about 16 minutes")  # the newest has two
+    assert "not recorded on box" in compare.duration("box", names, 4, results)
+
+
+def test_what_cannot_be_compared(comparison, monkeypatch, capsys):
     monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
-    monkeypatch.setattr(compare.triage, "between", lambda before, after: ["b" * 40])
-    measured.found = cells
-    output = tmp_path / "table.md"
-    where = {"machine": "box", "backend": "cpu", "grid": "short"}
-    assert compare.pull_request("main", 3, **where, output=output) == status
-    assert output.read_text() in capsys.readouterr().out
-    [(before, after, options)] = measured.asked
-    assert (before, after) == ("a" * 40, "b" * 40)
-    assert options["benchmarks"] == compare.COMPARED
-    assert options["rounds"] == 3
+    comparison.status = 0
+    (changes.ROOT / ".asv").mkdir()
+    assert run(monkeypatch) == 2
+    assert "a is part of main, there is nothing to compare" in capsys.readouterr().err
 
 
-def test_what_was_accepted_is_said_and_not_called_slower(measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "git", lambda *args: "a" * 40 if args[0] != "log" else "a title")
-    monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
-    monkeypatch.setattr(compare.triage, "between", lambda before, after: ["c" * 40, "b" * 40])
-    entry = triage.Accepted("c" * 8, "overhead.*", "correct now", "https://x/1")
-    monkeypatch.setattr(compare.triage, "read", lambda: [entry])
-    where = {"machine": "box", "backend": "cpu", "grid": "short", "output": tmp_path / "table.md"}
-    for slower, status in ((RATIO, 0), ("decode.Auto.ratio_y(1)", 1)):
-        measured.found = [change(1.0, 1.2, name=slower), change(1.0, 1.0)]
-        assert compare.pull_request("main", 1, **where) == status
-    measured.found = [change(1.0, 1.2)]
-    compare.pull_request("main", 1, **where)
-    text = where["output"].read_text()
-    assert text.startswith("**unchanged")
-    said = f"`{RATIO}` worsened, 1.20 [1.18, 1.22], and was accepted: correct now, https://x/1"
-    assert said in text
-    measured.found = [change(1.0, None)]  # broken is not slower
-    assert compare.pull_request("main", 1, **where) == 2
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ZeroDivisionError(), "Traceback"), (OSError(28, "No space left"), "No space left")],
+)
+def test_a_crash_is_not_called_slower(error, said, monkeypatch, capsys):
+    def begin(args, records):
+        raise error
 
-
-def test_nothing_to_compare(monkeypatch):
-    monkeypatch.setattr(compare, "git", lambda *args: "b" * 40)
-    monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
-    with pytest.raises(UserError, match="nothing to compare"):
-        compare.pull_request("main", 1, machine="box", backend="cpu", grid="short", output=None)
-
-
-def test_a_base_that_is_not_there():
-    with pytest.raises(UserError, match="expected a commit, got 'no-such-branch'"):
-        repository.resolve("no-such-branch")
-
-
-def test_a_crash_is_not_called_slower(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
-    monkeypatch.setattr(compare, "begin", lambda args, records: 1 / 0)
-    assert compare.main() == 2
-    assert "ZeroDivisionError" in capsys.readouterr().err
-
-
-def test_failed_and_missing_cells_are_told_apart(tmp_path, monkeypatch):
-    none = Value(math.nan)
-    stats = {"ci_99_a": 0.9, "ci_99_b": 1.1, "repeat": 10}
-    samples = [1.0 + i / 1000 for i in range(10)]
-    higher = [x + 0.2 for x in samples]
-    good = Value(1.0, 0.9, 1.1, stats=stats, samples=samples)
-    cells = {
-        "old": {"a": good, "b": good, "c": none, "d": good},
-        "new": {
-            "a": Value(1.2, 1.1, 1.3, stats=stats, samples=higher),
-            "b": Value(None),
-            "c": none,
-        },
-    }
-    monkeypatch.setattr(changes, "_cells", lambda results, machine, commit, env: cells[commit])
-    found = {c.name: c for c in changes.changes(tmp_path, "box", "old", "new", "env", {})}
-    assert sorted(found) == ["a", "b", "d"]  # n/a at both is no cell
-    assert found["a"].significant
-    assert found["b"].verdict(GUESSED) == "failed"
-    assert found["d"].verdict(GUESSED) == "failed"
-
-
-def test_a_change_knows_which_direction_is_better(versions):
-    folder, machine, commit, environments = versions
-    name = "memory.Bandwidth.track_bandwidth"
-    for better in ("smaller", "larger"):
-        listed = {name: {"better": better}}
-        found = changes.changes(folder, machine, commit, commit, environments[0], listed)
-        [one] = [c for c in found if c.name.startswith(name)]
-        assert one.better == better
-        assert {c.better for c in found if c is not one} == {"smaller"}
-
-
-def test_environments_are_not_mixed(versions):
-    """A commit measured with two versions of MLX is two sets of cells."""
-    folder, machine, commit, environments = versions
-    cells = [changes._cells(folder, machine, commit, name) for name in environments]
-    name = "overhead.Auto.ratio_vs_contiguous(1, 1024, 32)"
-    ours, theirs = (found[name].value for found in cells)
-    assert theirs == pytest.approx(10 * ours)
-    assert (
-        not changes.changes(folder, machine, commit, commit, environments[0], {})[0].ratio.value > 1
-    )
-
-
-@pytest.mark.parametrize("status", [0, 1, 2])
-def test_a_failure_in_one_round_is_not_forgotten(status, monkeypatch, tmp_path):
-    """A cell that failed and then ran has a number in asv's results; its exit status tells."""
-    monkeypatch.setattr(changes, "ROOT", tmp_path)
-    monkeypatch.setattr(changes, "derive_config", lambda *args, **kw: "config")
-    (tmp_path / "config").touch()
-    monkeypatch.setattr(changes, "environment_name", lambda config: "env")
-    monkeypatch.setattr(changes, "discover", lambda *args: {})
-    monkeypatch.setattr(changes, "asv", lambda *args, **kw: status)
-    monkeypatch.setattr(changes, "_cells", lambda *args: {"a": 1})
-    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, 1.0)])
-    where = {"machine": "box", "backend": "cpu", "benchmarks": (), "grid": "short", "rounds": 4}
-    if status == 2:
-        with pytest.raises(UserError, match="a benchmark failed in one of 4 rounds"):
-            changes.measure("a", "b", **where)
-    else:
-        assert len(changes.measure("a", "b", **where)) == 1
-
-
-def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
-    def full(args, records):
-        raise OSError(28, "No space left on device", "results/box")
-
-    monkeypatch.setattr("sys.argv", ["compare", "--machine", "box"])
-    monkeypatch.setattr(compare, "begin", full)
-    assert compare.main() == 2
-    assert capsys.readouterr().err == "[Errno 28] No space left on device: 'results/box'\n"
+    monkeypatch.setattr(compare, "begin", begin)
+    assert run(monkeypatch) == 2
+    assert said in capsys.readouterr().err

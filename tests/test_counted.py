@@ -75,7 +75,7 @@ def test_three_percent_more_of_the_scheduler_is_certain(monkeypatch):
     name = "scheduler.Instructions.track_instructions(16, 0)"
 
     def verdict(a, b):
-        return Change(name, Value(a), Value(b), True, 1).verdict(Noise())
+        return Change(name, Value(a), Value(b), True).verdict(Noise())
 
     assert (verdict(before, after), verdict(after, before)) == ("worsened", "improved")
     assert verdict(before, before) == "unchanged"

@@ -78,7 +78,7 @@ def test_a_failed_benchmark_does_not_end_the_night(status, goes_on, night, monke
 def test_what_looks_worse_is_measured_again(night, monkeypatch, capsys):
     def change(name, after, better="smaller"):
         before, now = Value(1.0, 0.99, 1.01), Value(after, after, after) if after else Value(None)
-        return Change(f"{name}(1)", before, now, True, 9, better)
+        return Change(f"{name}(1)", before, now, True, better)
 
     rounds = iter(
         [

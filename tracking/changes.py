@@ -7,12 +7,14 @@ series (`tracking.noise`), and each of the two medians lies outside of the other
 import math
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from asv._stats import is_different
 from asv.util import UserError
 
-from tracking.grid import device_of, selection, series_name
+from tracking.grid import asked, device_of, selection, series_name
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
 from tracking.results import MISSING, Value, measured, over
@@ -21,9 +23,8 @@ from tracking.results import MISSING, Value, measured, over
 def apart(one, other):
     """Whether each of two Values lies outside of the other's middle half, if that is known.
 
-    A gate against samples of two modes, fast and slow: their median jumps from mode to mode when
-    the mix of the two shifts by little, and with enough samples that is significant. The other
-    mode is within the middle half then; a real change leaves it behind.
+    The median of samples of two modes, fast and slow, jumps when their mix shifts by little. The
+    other mode is within the middle half then; a real change leaves it behind.
     """
 
     def outside(value, stats):
@@ -40,8 +41,12 @@ class Change:
     before: Value
     after: Value
     significant: bool
-    samples: int  # of the commit that has fewer
     better: str = "smaller"  # or "larger", as the suite says of the benchmark
+
+    @property
+    def known(self):
+        """Whether there is a number at both commits."""
+        return self.before.known and self.after.known
 
     @property
     def ratio(self):
@@ -64,19 +69,18 @@ class Change:
     def verdict(self, noise):
         """Return "worsened", "improved", "unchanged", "failed", "repaired" or "n/a".
 
-        What ran or failed before and is n/a now counts as failed. `noise` is the machine's, from
-        `tracking.noise.recorded_noise`.
+        What ran or failed before and is n/a now counts as failed.
         """
         if not self.after.known:
             lacked = self.before.value is not None and not self.before.known
             return "n/a" if lacked and self.after.value is not None else "failed"
         if not self.before.known:
             return "repaired" if self.before.value is None else "n/a"
-        threshold, ratio = noise.threshold(self.name), self.ratio.value
+        threshold = noise.threshold(self.name)
         exact = threshold.source == "exact"
         if not exact and not (self.significant and apart(self.before, self.after)):
             return "unchanged"
-        if 1 / threshold.factor <= ratio <= threshold.factor:
+        if 1 / threshold.factor <= self.ratio.value <= threshold.factor:
             return "unchanged"
         return "worsened" if self.worse > 1 else "improved"
 
@@ -106,171 +110,137 @@ def changes(results, machine, before, after, environment, benchmarks):
         # As asv has it: one sample without statistics is compared by its value alone.
         few = not (a.stats and b.stats) or 1 in (a.stats.get("repeat"), b.stats.get("repeat"))
         significant = few or is_different(a.samples, b.samples, a.stats, b.stats)
-        samples = min(len(a.samples or ()), len(b.samples or ()))
         better = benchmarks.get(name.split("(")[0], {}).get("better", "smaller")
-        compared.append(Change(name, a, b, significant, samples, better))
+        compared.append(Change(name, a, b, significant, better))
     return compared
 
 
-class NothingMeasuredError(UserError):
-    """asv has no result of a commit: it cannot be built, or the series is not known there."""
+def chosen(listed, benchmarks, grid, device, pattern=""):
+    """Return {name of a benchmark: asv's options} of prefixes of names, in a grid.
 
-
-def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="short", series=None):
-    """Run `asv continuous` on two commits into an empty folder and return the changes.
-
-    Of `benchmarks`, prefixes of their names, in a grid; or of one `series`, by its name.
+    With a `pattern`, a regular expression, those whose cells it finds, and of each these cells.
 
     Raises
     ------
-    NothingMeasuredError
-        If asv could not measure one of them at all.
     UserError
-        If a cell failed in some rounds only.
+        If it finds none.
     """
-    folder = ROOT / ".asv/compare"
-    shutil.rmtree(folder, ignore_errors=True)
-    settings = {**backend_settings(backend), "results_dir": str(folder)}
-    config = derive_config("compare", **settings)
+    if not pattern:
+        compared = {name: one for name, one in listed.items() if name.startswith(benchmarks)}
+        found = {name: selection(one, grid, device) for name, one in compared.items()}
+        return {name: options for name, options in found.items() if options}
+    found = {}
+    for name, benchmark in listed.items():
+        cells = [series_name(name, cell) for cell in asked(benchmark, "full")]
+        if hits := [re.escape(cell) for cell in cells if re.search(pattern, cell)]:
+            found[name] = ["--bench", f"^({'|'.join(hits)})$"]
+    if not found:
+        raise UserError(f"expected a benchmark's name or a part of it, got {pattern!r}")
+    return found
+
+
+class StoppedError(UserError):
+    """A comparison that was interrupted: `compared` has what both commits have by then."""
+
+    def __init__(self, compared):
+        super().__init__("interrupted")
+        self.compared = compared
+
+
+def measure(
+    before, after, *, machine, backend, rounds, benchmarks=(), grid="short", pattern="", about=len
+):
+    """Run `asv continuous` on two commits and return the changes of what is `chosen`.
+
+    Parameters
+    ----------
+    about : callable
+        Gets the names of the benchmarks before a commit is built.
+
+    Raises
+    ------
+    StoppedError
+        With the changes so far; asv saves after each round of a commit.
+    UserError
+        If asv measured nothing at one of them, or a cell failed in some rounds only.
+    """
+    (ROOT / ".asv").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="compare-", dir=ROOT / ".asv"))
+    config = derive_config(folder.name, **backend_settings(backend), results_dir=str(folder))
+    options = ["--machine", machine, "--attribute", f"rounds={rounds}", "--record-samples"]
+    options += ["--interleave-rounds", "--show-stderr"]
     try:
-        environment = environment_name(config)
-        options = ["--machine", machine, "--attribute", f"rounds={rounds}", "--record-samples"]
-        options += ["--interleave-rounds", "--show-stderr"]
-        listed = discover(machine, config)
-        for name, benchmark in listed.items():
-            if name.startswith(benchmarks):
-                options += selection(benchmark, grid, device_of(backend))
-        if series:
-            options += ["--bench", f"^{re.escape(series)}$"]
-        status = asv("continuous", *options, before, after, config=config)
+        environment, listed = environment_name(config), discover(machine, config)
+        found = chosen(listed, benchmarks, grid, device_of(backend), pattern)
+        about(found)
+        options += [option for selected in found.values() for option in selected]
+        try:
+            status = asv("continuous", *options, before, after, config=config)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        for commit in (before, after):
+            if not _cells(folder, machine, commit, environment):
+                raise UserError(f"asv measured nothing at {commit[:8]} ({status}), see above")
+        compared = changes(folder, machine, before, after, environment, listed)
     finally:
         (ROOT / config).unlink()
-    for commit in (before, after):
-        if not _cells(folder, machine, commit, environment):
-            raise NothingMeasuredError(
-                f"asv measured nothing at {commit[:8]} (exit status {status}), see above"
-            )
-    compared = changes(folder, machine, before, after, environment, listed)
+        shutil.rmtree(folder)
+    if status == "interrupted":
+        raise StoppedError(compared)
     if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
         raise UserError(f"a benchmark failed in one of {rounds} rounds, see above")
     return compared
 
 
-@dataclass(frozen=True)
-class Moved:
-    """The cells of a comparison that worsened, or that improved: by how much, and how many.
-
-    `mean` is the geometric mean of the factors, `least` and `most` are their range; 1.1 is worse or
-    better by 10%, and infinity is from or to 0.
-    """
-
-    cells: int
-    mean: float
-    least: float
-    most: float
-
-    def __str__(self):
-        least, mean, most = (
-            f"{100 * (x - 1):.1f}%" if math.isfinite(x) else "∞"
-            for x in (self.least, self.mean, self.most)
-        )
-        if self.cells == 1:
-            return f"1 cell by {mean}"
-        return f"{self.cells} cells by {mean} ({least} to {most})"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a comparison says; its text is one line.
-
-    Attributes
-    ----------
-    word : str
-        "improved", "worsened", "mixed" or "unchanged".
-    worsened, improved : Moved or None
-    compared : int
-        Cells with a number at both commits.
-    failed : int
-        Cells that had a number or should have one, and have none.
-    sure : str
-        How sure that is: how many changes between runs of identical code were as large as that of
-        the cell that is farthest beyond its threshold.
-    """
-
-    word: str
-    worsened: Moved | None
-    improved: Moved | None
-    compared: int
-    failed: int
-    sure: str
-
-    def __str__(self):
-        sides = (("worsened", self.worsened), ("improved", self.improved))
-        said = [
-            f"{word} {side}" if self.word == "mixed" else str(side) for word, side in sides if side
-        ]
-        cells = f"{', '.join(said)} of {self.compared}" if said else f"{self.compared} cells"
-        failed = f"{self.failed} failed; " if self.failed else ""
-        return f"{failed}{self.word}: {cells}; {self.sure}"
-
-
-def _moved(factors):
-    if not factors:
-        return None
-    mean = math.exp(sum(map(math.log, factors)) / len(factors))
-    return Moved(len(factors), mean, min(factors), max(factors))
-
-
 def verdict(compared, noise):
-    """Return the one Verdict of a comparison.
+    """Return what a comparison says in one line: what, by how much, in how many cells, how sure."""
+    verdicts = [(change.verdict(noise), change) for change in compared]
+    worsened = [change for said, change in verdicts if said == "worsened"]
+    improved = [change for said, change in verdicts if said == "improved"]
+    known = [change for change in compared if change.known]
+    if worsened and improved:
+        line = f"mixed: worsened {_moved(worsened)}, improved {_moved(improved)} of {len(known)}"
+    elif worsened or improved:
+        word = "worsened" if worsened else "improved"
+        line = f"{word}: {_moved(worsened or improved)} of {len(known)}"
+    else:
+        line = f"unchanged: {len(known)} cells"
+    if failed := sum(said == "failed" for said, _ in verdicts):
+        line = f"{failed} failed; {line}"
+    return f"{line}; {_sure(worsened + improved, known, noise)}"
 
-    Parameters
-    ----------
-    compared : list of Change
-        From `changes` or `measure`.
-    noise : tracking.noise.Noise
-        The machine's, from `tracking.noise.recorded_noise`.
-    """
-    by_word = {}
-    for change in compared:
-        by_word.setdefault(change.verdict(noise), []).append(change)
-    worsened, improved = by_word.get("worsened", []), by_word.get("improved", [])
-    words = {
-        (True, True): "mixed",
-        (True, False): "worsened",
-        (False, True): "improved",
-        (False, False): "unchanged",
-    }
-    return Verdict(
-        words[bool(worsened), bool(improved)],
-        _moved([change.size for change in worsened]),
-        _moved([change.size for change in improved]),
-        sum(change.before.known and change.after.known for change in compared),
-        len(by_word.get("failed", [])),
-        _sure([*worsened, *improved], compared, noise),
+
+def _moved(changed):
+    """Return by how much cells changed: the geometric mean of the factors, and their range."""
+    sizes = [change.size for change in changed]
+    mean = math.exp(sum(map(math.log, sizes)) / len(sizes))
+    least, mean, most = (
+        f"{100 * (size - 1):.1f}%" if math.isfinite(size) else "∞"
+        for size in (min(sizes), mean, max(sizes))
     )
+    if len(sizes) == 1:
+        return f"1 cell by {mean}"
+    return f"{len(sizes)} cells by {mean} ({least} to {most})"
 
 
-def _sure(changed, compared, noise):
+def _sure(changed, known, noise):
     """Return in words how sure it is that cells changed, or that none did."""
+
+    def threshold(change):
+        return noise.threshold(change.name)
+
+    if not known:
+        return "nothing was compared"
     if not changed:
-        known = [noise.threshold(c.name) for c in compared if c.before.known and c.after.known]
-        guessed = sum(threshold.source == "guess" for threshold in known)
-        if guessed:
+        if guessed := sum(threshold(change).source == "guess" for change in known):
             return f"thresholds of {guessed} cells are a guess"
-        if not known:
-            return "nothing was compared"
-        worst = max(threshold.factor for threshold in known)
+        worst = max(threshold(change).factor for change in known)
         return f"changes of up to {100 * (worst - 1):.1f}% are within the noise"
-
-    def beyond(change):
-        return math.log(change.size) / math.log(noise.threshold(change.name).factor)
-
-    surest = max(changed, key=beyond)
-    threshold = noise.threshold(surest.name)
-    if any(noise.threshold(change.name).source == "exact" for change in changed):
+    if any(threshold(change).source == "exact" for change in changed):
         return "certain, what is counted has no noise"
-    if threshold.source == "guess":
+    surest = max(changed, key=lambda one: math.log(one.size) / math.log(threshold(one).factor))
+    if threshold(surest).source == "guess":
         return "how sure is not known, the noise is not recorded"
-    as_large = sum(change >= surest.size for change in threshold.changes)
-    return f"{as_large} of {len(threshold.changes)} changes of identical code were as large"
+    others = threshold(surest).changes
+    as_large = sum(change >= surest.size for change in others)
+    return f"{as_large} of {len(others)} changes of identical code were as large"
