@@ -1,4 +1,4 @@
-"""What the benchmark machine does for main: measure what is new, keep results on a branch."""
+"""What the benchmark machine does for main: `make nightly`, and results on a branch."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ import tempfile
 
 from asv.util import UserError
 
-from tracking import history, requirements, triage
+from tracking import history, requirements
 from tracking.changes import changes
 from tracking.compare import COMPARED
 from tracking.grid import GRIDS, device_of, selection
@@ -31,79 +31,59 @@ from tracking.results_branch import fetch_results, push_results
 AGAIN = 4  # rounds of what looks like a regression
 
 
-def new_commits(measured):
-    """Return the commits since the last measured one, oldest first; none if none is measured."""
-    if not measured:
-        return []
-    since = git("rev-list", "--reverse", f"{measured[-1]}..HEAD").split()
-    return [commit for commit in since if commit not in measured]
-
-
 def nightly(machine, backend, grid):
     """Measure what is new on main and the phases, then once more what looks like a regression."""
-    environment = environment_name(config_for(backend))
+    config = config_for(backend)
+    environment = environment_name(config)
     head, before = git("rev-parse", "HEAD"), measured_commits(machine, environment=environment)
+    listed = discover(machine, config)
+    asked = {name: selection(one, grid, device_of(backend)) for name, one in listed.items()}
+    since = git("rev-list", "--reverse", f"{before[-1]}..HEAD").split() if before else []
     status = 0
-    if new := new_commits(before):
-        status = run_commits(new, machine, backend, grid)
+    if new := [commit for commit in since if commit not in before]:
+        options = [option for selected in asked.values() for option in selected]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write("\n".join(new))  # the oldest first: what a night cut short leaves is later
+            file.flush()
+            status = run(machine, config, *options, f"HASHFILE:{file.name}")
     if status in (0, 2):
         status = max(status, history.run(grid, machine, backend, rounds=2))
-    if any(commit != head for commit in before) and status in (0, 2):
-        status = max(status, again(machine, backend, environment, head, grid))
+    if status in (0, 2) and (older := [commit for commit in before if commit != head]):
+        status = max(status, again(machine, config, environment, older[-1], head, listed, asked))
     return status
 
 
-def run_commits(commits, machine, backend, grid):
-    """Run a grid at commits, the oldest first: what a night cut short leaves is later."""
-    config = config_for(backend)
-    options = ["--machine", machine, "--show-stderr"]
-    for benchmark in discover(machine, config).values():
-        options += selection(benchmark, grid, device_of(backend))
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(commits))
-        file.flush()
-        return asv("run", *options, f"HASHFILE:{file.name}", config=config)
+def run(machine, config, *options):
+    """Run asv on the machine."""
+    return asv("run", "--machine", machine, "--show-stderr", *options, config=config)
 
 
-def again(machine, backend, environment, head, grid):
+def again(machine, config, environment, previous, head, listed, asked):
     """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
 
     What the two had before are runs of their code, for the noise.
     """
-    measured = measured_commits(machine, environment=environment)
-    previous = [commit for commit in measured if commit != head][-1]
     noise = recorded_noise(machine)
-    config = config_for(backend)
-    listed = discover(machine, config)
-    asked = {name: selection(one, grid, device_of(backend)) for name, one in listed.items()}
 
     def worse():
-        found = {}
         for change in changes(RESULTS, machine, previous, head, environment, listed):
-            patterns = asked.get(change.name.split("(")[0], [])[1:]
-            if any(re.search(pattern, change.name) for pattern in patterns):
-                verdict = change.verdict(noise)
-                if verdict in ("worsened", "failed"):
-                    found[change] = verdict
-        return found
+            patterns, verdict = asked.get(change.name.split("(")[0], []), change.verdict(noise)
+            in_grid = any(re.search(pattern, change.name) for pattern in patterns[1:])
+            if in_grid and verdict in ("worsened", "failed"):
+                yield verdict, change
 
-    suspects = worse()
-    if not suspects:
+    names = sorted({change.name.split("(")[0] for _, change in worse()})
+    if not names:
         print("no regressions")
         return 0
-    names = sorted({change.name.split("(")[0] for change in suspects})
-    options = ["--machine", machine, "--attribute", f"rounds={AGAIN}", "--show-stderr"]
-    for name in names:
-        options += asked[name]
     runs = rows_of_results(machine, (previous, head), environment, names)
-    status = max(asv("run", *options, f"{commit}^!", config=config) for commit in (previous, head))
+    options = [option for name in names for option in asked[name]]
+    options += ["--attribute", f"rounds={AGAIN}"]
+    status = max(run(machine, config, *options, f"{commit}^!") for commit in (previous, head))
     record(machine, runs)
-    entries, commits = triage.read(), triage.between(previous, head)
-    for change, verdict in worse().items():
-        known = change.before.known and change.after.known
-        entry = known and triage.acceptance(entries, change.name, machine, commits)
-        said = f"accepted ({entry.reason}, {entry.link})" if entry else verdict
-        print(f"{said}: {change.name} {change.ratio.show(interval=True) if known else ''}")
+    for verdict, change in worse():
+        by = change.ratio.show(interval=True) if change.known else ""
+        print(f"{verdict}: {change.name} {by}")
     return status
 
 
@@ -125,11 +105,9 @@ def with_newest_mlx(machine, backend):
     requirements.unlock()  # no lock can know it
     newest = {**matrix, "req": {**matrix["req"], "mlx": [version]}}
     config = derive_config("newest", **backend_settings(backend), matrix=newest)
-    options = ["--machine", machine, "--show-stderr"]
-    for name, benchmark in discover(machine, config).items():
-        if name.startswith(COMPARED):
-            options += selection(benchmark, "short")
-    return asv("run", *options, "HEAD^!", config=config)
+    listed = discover(machine, config)
+    compared = [selection(listed[name], "short") for name in listed if name.startswith(COMPARED)]
+    return run(machine, config, *[option for selected in compared for option in selected], "HEAD^!")
 
 
 def main():
@@ -143,8 +121,7 @@ def main():
     args = parser.parse_args()
     try:
         if args.command == "fetch-results":
-            fetch_results(args.remote)
-            return 0
+            return fetch_results(args.remote)
         if args.command == "push-results":
             return push_results(args.remote)
         machine = begin(args)["machine"]
