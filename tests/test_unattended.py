@@ -243,21 +243,19 @@ def test_publishing_tags_and_asks_nobody(project, remote, habits, monkeypatch):
 
 
 def test_results_are_pushed_and_fetched_as_they_are(project, remote, habits):
-    noise = project / "results/box/noise.csv"
-    noise.parent.mkdir(parents=True)
-    text = "time,commit,code,environment,rounds,samples,series,value\n"
-    noise.write_text(text)
     identity = ["-c", "user.name=t", "-c", "user.email=t"]
     repository.git(*identity, "tag", "-m", "theirs", "noted", root=project)
+    file = project / "results/box/machine.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"machine": "box", "version": 1}')
     results_branch.push_results(root=project)
     refs = repository.git("for-each-ref", "--format=%(refname)", root=remote)
     assert refs == "refs/heads/results"
-    assert repository.git("cat-file", "blob", "results:results/box/noise.csv", root=remote) == (
-        text.strip()
-    )
-    noise.unlink()
+    stored = repository.git("cat-file", "blob", "results:results/box/machine.json", root=remote)
+    assert stored == file.read_text()
+    file.unlink()
     results_branch.fetch_results(root=project)
-    assert noise.read_bytes() == text.encode()
+    assert file.read_text() == stored
 
 
 def test_what_is_not_committed_is_seen(project, habits, monkeypatch):
