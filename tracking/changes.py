@@ -4,9 +4,9 @@ A cell has changed if its samples differ significantly, its median by more than 
 series (`tracking.noise`), and each of the two medians lies outside of the other's middle half.
 """
 
+import contextlib
 import math
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,19 @@ def chosen(listed, benchmarks, grid, device, pattern=""):
     return found
 
 
+@contextlib.contextmanager
+def scratch(name, backend):
+    """Give an empty folder for results and asv's config for it, both gone afterwards."""
+    (ROOT / ".asv").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=ROOT / ".asv") as folder:
+        settings = {**backend_settings(backend), "results_dir": folder}
+        config = derive_config(Path(folder).name, **settings)
+        try:
+            yield Path(folder), config
+        finally:
+            (ROOT / config).unlink()
+
+
 class StoppedError(UserError):
     """A comparison that was interrupted: `compared` has what both commits have by then."""
 
@@ -164,12 +177,9 @@ def measure(
     UserError
         If asv measured nothing at one of them, or a cell failed in some rounds only.
     """
-    (ROOT / ".asv").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="compare-", dir=ROOT / ".asv"))
-    config = derive_config(folder.name, **backend_settings(backend), results_dir=str(folder))
     options = ["--machine", machine, "--attribute", f"rounds={rounds}", "--record-samples"]
     options += ["--interleave-rounds", "--show-stderr"]
-    try:
+    with scratch("compare", backend) as (folder, config):
         environment, listed = environment_name(config), discover(machine, config)
         found = chosen(listed, benchmarks, grid, device_of(backend), pattern)
         about(found)
@@ -182,9 +192,6 @@ def measure(
             if not _cells(folder, machine, commit, environment):
                 raise UserError(f"asv measured nothing at {commit[:8]} ({status}), see above")
         compared = changes(folder, machine, before, after, environment, listed)
-    finally:
-        (ROOT / config).unlink()
-        shutil.rmtree(folder)
     if status == "interrupted":
         raise StoppedError(compared)
     if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
