@@ -1,8 +1,7 @@
 """The levels of a series of nights: where it stepped from one to the next, if at all.
 
 asv fits steps without knowing the noise of a series: in a simulation with normal noise of 1%, after
-20 nights of identical code, it saw a step of 10% on the next night in 7 of 60 cases. Here a step is
-what the series' own threshold (`tracking.noise`) calls a change.
+20 nights of identical code, it saw a step of 10% on the next night in 7 of 60 cases.
 """
 
 import math
@@ -14,22 +13,11 @@ LEAST_SHARE = 0.5
 
 
 def levels(values, threshold):
-    """Split a series into levels.
+    """Split values above zero, one by night, into [(first night, one after the last, median)].
 
-    Parameters
-    ----------
-    values : list of float
-        One by night (or commit), above zero, the oldest first.
-    threshold : tracking.noise.Threshold
-        The series'.
-
-    Returns
-    -------
-    list of (int, int, float)
-        First night, the one after the last, and the median between. Neighbours differ by more than
-        the threshold, less the more nights there are on both sides, and the middle halves of their
-        nights do not overlap: a night now and then in another mode makes no level. A night alone
-        has to differ by more than identical code ever did.
+    Neighbours differ by more than the series' threshold, less the more nights there are on both
+    sides, and the middle halves of their nights do not overlap: a night now and then in another
+    mode makes no level. A night alone has to differ by more than identical code ever did.
     """
     return _split(np.log(values), 0, threshold) if len(values) else []
 
@@ -37,10 +25,8 @@ def levels(values, threshold):
 def _split(nights, start, threshold):
     for cut in _candidates(nights, threshold):
         if _apart(nights[:cut], nights[cut:], threshold):
-            return [
-                *_split(nights[:cut], start, threshold),
-                *_split(nights[cut:], start + cut, threshold),
-            ]
+            before, after = nights[:cut], nights[cut:]
+            return _split(before, start, threshold) + _split(after, start + cut, threshold)
     return [(start, start + len(nights), float(np.exp(np.median(nights))))]
 
 
@@ -54,8 +40,7 @@ def _needed(before, after, threshold):
 def _candidates(nights, threshold):
     """Return the cuts whose two means are far enough apart, the farthest first."""
     before = np.arange(1, len(nights))
-    sums = np.cumsum(nights)
-    after = len(nights) - before
+    after, sums = len(nights) - before, np.cumsum(nights)
     steps = np.abs((sums[-1] - sums[:-1]) / after - sums[:-1] / before)
     beyond = steps / _needed(before, after, threshold)
     order = np.argsort(-beyond, kind="stable")

@@ -1,10 +1,9 @@
-"""asv plugin: what a run does not ask for keeps the reason why it has no number.
+"""asv plugin: a cell that a run does not ask for keeps the reason why it has no number.
 
-asv keeps the numbers of cells that a run leaves out (`--bench` may choose some) and drops what is
-stored beside a NaN; the reasons of `benchmarks/kinds.py` are stored there.
+asv keeps the numbers of such cells, and drops what is stored beside a NaN: the reasons of
+`benchmarks/kinds.py`.
 """
 
-import inspect
 from functools import wraps
 
 from asv.results import Results
@@ -12,22 +11,17 @@ from asv.results import Results
 
 def keep_reasons(add_result):
     """Return `Results.add_result` as it is, but for the reasons of cells that were left out."""
-    parameters = inspect.signature(add_result)
 
     @wraps(add_result)
-    def added(self, *args, **kwargs):
-        asked = parameters.bind(self, *args, **kwargs).arguments
-        benchmark, selected = asked["benchmark"], asked.get("selected_idx")
-        name, before = benchmark["name"], None
+    def added(self, benchmark, *args, selected_idx=None, **options):
+        name, before = benchmark["name"], []
         same = self.benchmark_version.get(name) == benchmark["version"]
-        if selected is not None and same and name in self.get_all_result_keys():
+        if selected_idx is not None and same and name in self.get_all_result_keys():
             before = self.get_result_stats(name, benchmark["params"])
-        add_result(self, *args, **kwargs)
-        if before is None:
-            return
+        add_result(self, benchmark, *args, selected_idx=selected_idx, **options)
         stats = list(self.get_result_stats(name, benchmark["params"]))
         for cell, old in enumerate(before):
-            if cell not in selected and stats[cell] is None:
+            if cell not in selected_idx and stats[cell] is None:
                 stats[cell] = old
         if any(stats):
             self._stats[name] = stats
