@@ -147,9 +147,6 @@ report: $(READY)
 nightly: $(READY)
 	$(AWAKE) $(BIN)/python -m tracking.nightly run --grid $(or $(GRID),short) $(OPTIONS)
 
-nightly-mlx: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.nightly newest-mlx $(OPTIONS)
-
 REMOTE ?= origin
 fetch-results push-results: $(READY)
 	@$(BIN)/python -m tracking.nightly $@ --remote $(REMOTE)

@@ -37,7 +37,7 @@ def night(monkeypatch):
         return night.status
 
     def night():
-        return nightly.nightly("box", "cpu", "short")
+        return nightly.nightly(machine="box", backend="cpu", grid="short")
 
     night.ran, night.status, night.worse, night.kept = [], 0, [[]], []
     monkeypatch.setattr(nightly, "git", git)
@@ -104,15 +104,12 @@ def test_what_looks_worse_is_measured_again_at_both_commits(night, capsys):
     assert night.kept == [(1, ("box", ("one", "head"), "env", names))]
 
 
-def test_the_newest_mlx_is_an_axis_of_its_own(night, monkeypatch, capsys):
-    made = []
-    monkeypatch.setenv("ASV_UNLOCKED", "")  # it sets that
-    monkeypatch.setattr(nightly, "derive_config", lambda name, **s: made.append(s) or "config")
-    pinned = nightly.asv_settings()["matrix"]["req"]["mlx"][0]
-    monkeypatch.setattr(nightly, "newest_mlx", lambda: pinned)
-    assert nightly.with_newest_mlx("box", "cpu") == 0
-    assert (made, night.ran) == ([], [])
-    monkeypatch.setattr(nightly, "newest_mlx", lambda: "99.0")
-    assert nightly.with_newest_mlx("box", "cpu") == 0
-    assert made[0]["matrix"]["req"] == {"mlx": ["99.0"], "pip+asv_runner": ["0.3.2"]}
-    assert night.ran == ["HEAD^!"]
+@pytest.mark.parametrize("command", ["fetch-results", "push-results"])
+def test_an_exchange_that_works_is_no_error(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        nightly, command.replace("-", "_"), lambda remote: asked.append(remote) or "c"
+    )
+    monkeypatch.setattr("sys.argv", ["nightly", command, "--remote", "."])
+    assert not nightly.main()
+    assert asked == ["."]

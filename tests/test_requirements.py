@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tracking import nightly, requirements
+from tracking import requirements
 from tracking.project import asv_settings
 from tracking.repository import ROOT
 
@@ -142,15 +142,6 @@ def test_asv_installs_only_what_is_locked(held, tmp_path, monkeypatch):
     assert (done.returncode == 0) is not held
     assert ("THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr) is held
     assert (tmp_path / "bad/tool.py").exists() is not held
-
-
-def test_the_newest_mlx_is_in_no_lock(monkeypatch):
-    monkeypatch.setenv(requirements.UNLOCKED, "")
-    monkeypatch.setattr(nightly, "newest_mlx", lambda: "99.0")
-    monkeypatch.setattr(nightly, "derive_config", lambda name, **settings: "config")
-    monkeypatch.setattr(nightly, "discover", lambda *args: {})
-    monkeypatch.setattr(nightly, "asv", lambda *args, **kw: int(not os.environ["ASV_UNLOCKED"]))
-    assert nightly.with_newest_mlx("box", "cpu") == 0
 
 
 @pytest.mark.parametrize(("lock", "bound"), [([], True), (["LOCK="], False)])

@@ -162,7 +162,7 @@ def test_what_is_not_committed_is_not_recorded(asv, project):
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [(history, "run"), (nightly, "run"), (nightly, "newest-mlx")],
+    [(history, "run"), (nightly, "run")],
 )
 def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
     monkeypatch.setattr(repository, "ROOT", project)

@@ -2,28 +2,16 @@
 
 import argparse
 import re
-import subprocess
 import sys
 import tempfile
 
 from asv.util import UserError
 
-from tracking import history, requirements
+from tracking import history
 from tracking.changes import changes
-from tracking.compare import COMPARED
 from tracking.grid import GRIDS, device_of, selection
 from tracking.noise import record, recorded_noise, rows_of_results
-from tracking.project import (
-    asv,
-    asv_settings,
-    backend_settings,
-    begin,
-    config_for,
-    derive_config,
-    discover,
-    environment_name,
-    machine_options,
-)
+from tracking.project import asv, begin, config_for, discover, environment_name, machine_options
 from tracking.repository import git
 from tracking.results import RESULTS, measured_commits
 from tracking.results_branch import fetch_results, push_results
@@ -31,7 +19,7 @@ from tracking.results_branch import fetch_results, push_results
 AGAIN = 4  # rounds of what looks like a regression
 
 
-def nightly(machine, backend, grid):
+def nightly(*, machine, backend, grid):
     """Measure what is new on main and the phases, then once more what looks like a regression."""
     config = config_for(backend)
     environment = environment_name(config)
@@ -87,47 +75,19 @@ def again(machine, config, environment, previous, head, listed, asked):
     return status
 
 
-def newest_mlx():
-    """Return the newest released version of MLX."""
-    pip = [sys.executable, "-m", "pip", "index", "versions", "mlx"]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"pip does not know MLX's versions: {done.stderr.strip()}")
-    return re.match(r"mlx \((\S+)\)", done.stdout)[1]
-
-
-def with_newest_mlx(machine, backend):
-    """Measure HEAD with the newest MLX, as an axis of its own beside the pinned version."""
-    version, matrix = newest_mlx(), asv_settings()["matrix"]
-    if version in matrix["req"]["mlx"]:
-        print(f"MLX {version} is the newest and the one that is measured anyway")
-        return 0
-    requirements.unlock()  # no lock can know it
-    newest = {**matrix, "req": {**matrix["req"], "mlx": [version]}}
-    config = derive_config("newest", **backend_settings(backend), matrix=newest)
-    listed = discover(machine, config)
-    compared = [selection(listed[name], "short") for name in listed if name.startswith(COMPARED)]
-    return run(machine, config, *[option for selected in compared for option in selected], "HEAD^!")
-
-
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.nightly", description=__doc__)
-    commands = ["run", "newest-mlx", "fetch-results", "push-results"]
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=["run", "fetch-results", "push-results"])
     parser.add_argument("--grid", choices=GRIDS, default="short")
     parser.add_argument("--remote", default="origin", help="where the branch results is")
     machine_options(parser)
     args = parser.parse_args()
     try:
-        if args.command == "fetch-results":
-            return fetch_results(args.remote)
-        if args.command == "push-results":
-            return push_results(args.remote)
-        machine = begin(args)["machine"]
-        if args.command == "newest-mlx":
-            return with_newest_mlx(machine, args.backend)
-        return nightly(machine, args.backend, args.grid)
+        if args.command == "run":
+            return nightly(grid=args.grid, **begin(args))
+        exchange = {"fetch-results": fetch_results, "push-results": push_results}[args.command]
+        exchange(args.remote)
     except (UserError, OSError) as error:
         sys.exit(str(error))
 

@@ -12,11 +12,6 @@ LOCK = ROOT / "requirements.lock"
 UNLOCKED = "ASV_UNLOCKED"  # in the environment: what is fetched is in no lock
 
 
-def unlock():
-    """Let asv install what is in no lock, from now on."""
-    os.environ[UNLOCKED] = "1"
-
-
 def setup():
     """Bind pip in all that asv starts, when asv loads this plugin."""
     if not os.environ.get(UNLOCKED):
