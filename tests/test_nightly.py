@@ -39,7 +39,7 @@ def night(monkeypatch):
     def night():
         return nightly.nightly(machine="box", backend="cpu", grid="short")
 
-    night.ran, night.status, night.worse, night.kept = [], 0, [[]], []
+    night.ran, night.status, night.worse = [], 0, [[]]
     monkeypatch.setattr(nightly, "git", git)
     monkeypatch.setattr(nightly, "asv", asv)
     monkeypatch.setattr(nightly, "environment_name", lambda config: "env")
@@ -48,8 +48,6 @@ def night(monkeypatch):
     monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: night.measured)
     monkeypatch.setattr(nightly.history, "run", lambda *args, **kw: night.ran.append("phases") or 0)
     monkeypatch.setattr(nightly, "changes", lambda *args: night.worse[0] and night.worse.pop(0))
-    monkeypatch.setattr(nightly, "rows_of_results", lambda *args: [(len(night.ran), args)])
-    monkeypatch.setattr(nightly, "record", lambda machine, rows: night.kept.extend(rows))
     return night
 
 
@@ -99,9 +97,6 @@ def test_what_looks_worse_is_measured_again_at_both_commits(night, capsys):
     patterns = [r"^decode\.A\.time_a\((1,\ 1024,\ 32)\)$", r"^host\.B\.ratio_b\((1,\ 1024,\ 32)\)$"]
     assert night.asked == [*patterns, f"rounds={nightly.AGAIN}"]
     assert capsys.readouterr().out == "failed: decode.A.time_a(1, 1024, 32) \n"
-    # What the two had before they were measured again.
-    names = ["decode.A.time_a", "host.B.ratio_b"]
-    assert night.kept == [(1, ("box", ("one", "head"), "env", names))]
 
 
 @pytest.mark.parametrize("command", ["fetch-results", "push-results"])

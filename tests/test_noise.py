@@ -163,19 +163,6 @@ def test_recorded_results_of_identical_code_are_runs(folder, monkeypatch):
     assert noise.recorded_noise(machine, results).runs(series) == 0  # once each
 
 
-def test_what_is_to_be_measured_again_is_kept(folder):
-    results, machine, (environment, _) = folder
-    commit = noise.measured(machine, results)[0].commit
-    name = "overhead.Auto.ratio_vs_contiguous"
-    rows = noise.rows_of_results(machine, (commit, "f" * 40), environment, [name], results)
-    assert {row["series"].split("(")[0] for row in rows} == {name}
-    assert {row["environment"] for row in rows} == {environment}
-    assert noise.recorded_noise(machine, results).runs(rows[0]["series"]) == 0
-    noise.record(machine, rows, results)
-    assert noise.recorded_noise(machine, results).runs(rows[0]["series"]) == 2  # and the result
-    assert noise.rows_of_results(machine, ["f" * 40], environment, [name], results) == []
-
-
 def test_codes_tell_commits_of_the_same_package_and_suite(tmp_path, monkeypatch):
     def git(*args, text=None):
         command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *args]

@@ -41,7 +41,7 @@ NO_REASON = {key: value for key, value in ENTRY.items() if key != "reason"}
     "entry", [ENTRY | {"who": "me"}, ENTRY | {"link": "javascript:alert(1)"}, NO_REASON]
 )
 def test_what_is_no_entry_is_said(entry, tmp_path):
-    with pytest.raises(UserError, match=r"accepted\.json: expected commit, .* in entry 2, got"):
+    with pytest.raises(UserError, match=r"accepted\.json: entry 2: .*(argument|expected a link)"):
         read(tmp_path, [ENTRY, entry])
 
 

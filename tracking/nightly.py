@@ -10,7 +10,7 @@ from asv.util import UserError
 from tracking import history
 from tracking.changes import changes
 from tracking.grid import GRIDS, device_of, selection
-from tracking.noise import record, recorded_noise, rows_of_results
+from tracking.noise import recorded_noise
 from tracking.project import asv, begin, config_for, discover, environment_name, machine_options
 from tracking.repository import git
 from tracking.results import RESULTS, measured_commits
@@ -47,10 +47,7 @@ def run(machine, config, *options):
 
 
 def again(machine, config, environment, previous, head, listed, asked):
-    """Measure once more, at both commits, what looks worse at HEAD; print what stays so.
-
-    What the two had before are runs of their code, for the noise.
-    """
+    """Measure once more, at both commits, what looks worse at HEAD; print what stays so."""
     noise = recorded_noise(machine)
 
     def worse():
@@ -64,11 +61,9 @@ def again(machine, config, environment, previous, head, listed, asked):
     if not names:
         print("no regressions")
         return 0
-    runs = rows_of_results(machine, (previous, head), environment, names)
     options = [option for name in names for option in asked[name]]
     options += ["--attribute", f"rounds={AGAIN}"]
     status = max(run(machine, config, *options, f"{commit}^!") for commit in (previous, head))
-    record(machine, runs)
     for verdict, change in worse():
         by = change.ratio.show(interval=True) if change.known else ""
         print(f"{verdict}: {change.name} {by}")

@@ -96,14 +96,9 @@ class Threshold:
 
 
 class Noise:
-    """The thresholds of a machine's series.
+    """The thresholds of a machine's series, and the `rounds` that give a ratio enough samples.
 
-    Parameters
-    ----------
-    runs : iterable of (str, object, float)
-        Series, what ran (equal for identical code), and value, the oldest first.
-    rounds : int
-        Rounds that give each ratio `SAMPLES` samples.
+    `runs` are (series, what ran, value), the oldest first; what ran is equal for identical code.
     """
 
     def __init__(self, runs=(), rounds=NIGHT):
@@ -153,13 +148,7 @@ class Noise:
 
 
 def read(file):
-    """Return the rows of a noise.csv as dictionaries, none without a file.
-
-    Raises
-    ------
-    UserError
-        If it is broken, with its name and what is wrong.
-    """
+    """Return the rows of a noise.csv as dictionaries, none without a file."""
     if not file.exists():
         return []
     rows = []
@@ -214,18 +203,6 @@ def record(machine, rows, results=RESULTS):
     """Add rows to a machine's noise.csv."""
     file = Path(results, machine, "noise.csv")
     write(file, [*read(file), *rows])
-
-
-def rows_of_results(machine, commits, environment, benchmarks, results=RESULTS):
-    """Return what results say of some benchmarks as rows of noise.csv, to keep if they go."""
-    same = codes(commits)
-    return [
-        row
-        for one in measured(machine, results)
-        if one.environment == environment and one.commit in same
-        for row in rows_of(one, same[one.commit], NIGHT)
-        if row["series"].split("(")[0] in benchmarks
-    ]
 
 
 def recorded_noise(machine, results=RESULTS):

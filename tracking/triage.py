@@ -9,30 +9,17 @@ from asv.util import UserError, load_json
 from tracking.repository import ROOT, git
 
 FILE = ROOT / "accepted.json"
-REQUIRED = {"commit", "series", "reason", "link"}
 LINK = re.compile(r"https?://\S+|docs/[\w/-]+\.md")
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A regression that was accepted.
+    """A regression by a commit, of series by a pattern, on one machine or on any."""
 
-    Attributes
-    ----------
-    commit : str
-        What caused it, the beginning of its hash.
-    series : str
-        Names of series, `*` standing for anything.
-    reason, link : str
-        Why, and where that was discussed: an address, or a document of this repository.
-    machine : str or None
-        The only one that it is about.
-    """
-
-    commit: str
-    series: str
+    commit: str  # the beginning of its hash
+    series: str  # `*` stands for anything
     reason: str
-    link: str
+    link: str  # where that was discussed: an address, or a document of this repository
     machine: str | None = None
 
     def covers(self, series, machine, commits):
@@ -42,14 +29,15 @@ class Accepted:
 
 
 def read(file=FILE):
-    """Return what was accepted; an entry that is not complete is a UserError with its number."""
+    """Return what was accepted."""
     found = []
     for number, entry in enumerate(load_json(str(file), js_comments=True), start=1):
-        complete = REQUIRED <= entry.keys() <= {*REQUIRED, "machine"}
-        if not complete or not LINK.fullmatch(entry["link"]):
-            expected = f"{', '.join(sorted(REQUIRED))} (a document or an address), or also machine"
-            raise UserError(f"{file.name}: expected {expected} in entry {number}, got {entry}")
-        found.append(Accepted(**entry))
+        try:
+            found.append(Accepted(**entry))
+        except TypeError as error:
+            raise UserError(f"{file.name}: entry {number}: {error}") from error
+        if not LINK.fullmatch(entry["link"]):
+            raise UserError(f"{file.name}: entry {number}: expected a link, got {entry['link']!r}")
     return found
 
 
