@@ -69,37 +69,20 @@ def test_a_table_stays_one():
 @pytest.mark.parametrize(
     "text",
     [
-        *("@somebody", "&#64;somebody", "&commat;somebody", "&#x40;org/team", "\\@somebody"),
-        *("#12", "&num;12", "owner/name#3", "GH-4", "TICKET-5", "a" * 40, "deadbee", "o/p@deadbee"),
+        *("@somebody", "&#64;somebody", "#12", "owner/name#3", "deadbee", "https://a.b", "a@b.c"),
+        *("<img src=x>", "<!-- x", "[x](y)", "[x]\n\n[x]:\n  y", "``` \n@x\n```", "    @x", "# @x"),
         *(
-            "https://a.b",
-            "www.a.b",
-            "ftp://a.b",
-            "mailto:a@b.c",
-            "a@b.c",
-            "xmpp:a@b.c",
-            "h&#x74;tp://a",
+            "`` @x `",
+            "a` @x `b",
+            "\\`@x`",
+            "| ` | @x | ` |",
+            "| a |\n| - |\n| @x \\| `y |",
+            "*`*@x",
         ),
-        *("<https://a.b>", "<a@b.c>", "<made-up+scheme:x>", "<img src=x>", "<!-- x", "&lt;b&gt;"),
-        *("[x](y)", "![x](y)", "[x][y]\n\n[x]: y", "[x]\n\n[x]:\n  y", "[^1]\n\n[^1]: note"),
-        *(
-            "``` \n@x\n```",
-            "~~~\n@x",
-            "    @x",
-            "\t@x",
-            "> @x",
-            "- [ ] @x",
-            "1. @x",
-            "# @x",
-            "@x\n===",
-        ),
-        *("` @x", "`` @x `", "a` @x `b", "\\`@x`", "`@x\\`", "**@x**", "| ` | @x | ` |", "$`@x`$"),
-        *("| a |\n| - |\n| @x \\| `y |", "\\| @x", "x | @x\n-|-\n` | @x", "*`*@x", "`*`*@x"),
     ],
 )
 def test_it_is_only_code(text):
-    said = harmless(text)
-    assert_only_code(said)
+    assert_only_code(harmless(text))
     assert_only_code(harmless(f"| a |\n| --: |\n| {text} |"))
 
 
@@ -121,13 +104,6 @@ def test_it_fits_after_all_was_replaced(char):
     assert text.endswith(pull_request.CUT)
     rows = text.removesuffix(pull_request.CUT).splitlines()
     assert set(rows) == {harmless(line).strip()}  # none is cut in the middle
-
-
-def test_what_is_cut_first_breaks():
-    """The order matters: what a cut leaves would grow beyond what GitHub takes."""
-    text = "x\n" * (pull_request.MOST // 2)
-    assert len(text.replace("x", "`x`")) > 65_536
-    assert len(harmless(text)) < 65_536
 
 
 class GitHub(BaseHTTPRequestHandler):
