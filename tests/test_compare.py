@@ -195,10 +195,9 @@ LISTED = {
 def test_what_is_chosen():
     auto = "overhead.Auto.ratio_x"
     assert [*changes.chosen(LISTED, compare.COMPARED, "short", "cpu")] == [auto]
-    picked = changes.chosen(LISTED, (), "short", "cpu", r"Auto.*\(4, 3|memory")
-    assert picked["memory.A.track_a"] == ["--bench", r"^(memory\.A\.track_a)$"]
-    assert re.search(picked[auto][1], f"{auto}(4, 32768, 32)")
-    assert not re.search(picked[auto][1], f"{auto}(1, 32768, 32)")
+    pattern = r"Auto.*\(4, 3"
+    picked = changes.chosen(LISTED, (), "short", "cpu", pattern)
+    assert picked == {auto: ["--bench", pattern]}
 
 
 @pytest.fixture

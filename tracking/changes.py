@@ -14,7 +14,7 @@ from pathlib import Path
 from asv._stats import is_different
 from asv.util import UserError
 
-from tracking.grid import asked, device_of, selection, series_name
+from tracking.grid import cells, device_of, selection, series_name
 from tracking.project import asv, backend_settings, derive_config, discover, environment_name
 from tracking.repository import ROOT
 from tracking.results import MISSING, Value, measured, over
@@ -116,24 +116,22 @@ def changes(results, machine, before, after, environment, benchmarks):
 
 
 def chosen(listed, benchmarks, grid, device, pattern=""):
-    """Return {name of a benchmark: asv's options} of prefixes of names, in a grid.
-
-    With a `pattern`, a regular expression, those whose cells it finds, and of each these cells.
+    """Return {name of a benchmark: asv's options}: of prefixes of names in a grid, or by a pattern.
 
     Raises
     ------
     UserError
-        If it finds none.
+        If the pattern, a regular expression, finds no cell.
     """
     if not pattern:
         compared = {name: one for name, one in listed.items() if name.startswith(benchmarks)}
         found = {name: selection(one, grid, device) for name, one in compared.items()}
         return {name: options for name, options in found.items() if options}
-    found = {}
-    for name, benchmark in listed.items():
-        cells = [series_name(name, cell) for cell in asked(benchmark, "full")]
-        if hits := [re.escape(cell) for cell in cells if re.search(pattern, cell)]:
-            found[name] = ["--bench", f"^({'|'.join(hits)})$"]
+    found = {
+        name: ["--bench", pattern]
+        for name, one in listed.items()
+        if any(re.search(pattern, series_name(name, cell)) for cell in cells(one))
+    }
     if not found:
         raise UserError(f"expected a benchmark's name or a part of it, got {pattern!r}")
     return found
