@@ -187,7 +187,7 @@ def test_an_existing_environment_has_the_commit_that_it_is_recorded_as(asv, proj
         make_dirty(project, f"pagedkv/{name}")
         status, said = asv("run", "--machine", "box", *HERE)
         assert status == 1
-        assert f"is not that of HEAD: {name} differs" in said
+        assert f"is not that of HEAD: pagedkv/{name} differs" in said
     assert measured(project) is None
 
 

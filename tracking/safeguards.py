@@ -6,7 +6,6 @@ commit that it is recorded of, and files of results are valid and written whole.
 
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
@@ -142,22 +141,18 @@ def check_installed(environment, commit):
         origin = environment.run(["-c", WHERE], display_error=False, **where)
     except ProcessError:
         raise UserError(f"there is no pagedkv in {environment.name}") from None
-    folder, expected = Path(origin.strip()).parent, {}
-    for entry in git("ls-tree", "-r", "-z", commit, "--", "pagedkv").split("\0")[:-1]:
-        about, path = entry.split("\t")
-        expected[path.removeprefix("pagedkv/")] = about.split()[2]
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    found = {str(path.relative_to(folder)): _blob(path.read_bytes()) for path in files}
-    if differ := sorted(name for name, _ in found.items() ^ expected.items()):
+    folder = Path(origin.strip()).parent
+    with tempfile.TemporaryDirectory() as scratch:
+        there = {"GIT_INDEX_FILE": f"{scratch}/index", "GIT_WORK_TREE": str(folder.parent)}
+        git("read-tree", commit, env=there)
+        status = ["status", "--porcelain", "-z", "--untracked-files=all", "--ignored"]
+        package = ("--", "pagedkv", ":(exclude,glob)**/__pycache__/**")
+        differ = git(*status, *package, env=there).split("\0")[0]
+    if differ:
         raise UserError(
             f"the pagedkv in {environment.name}, {folder}, is not that of {commit}: "
-            f"{shown(differ[0])} differs"
+            f"{shown(differ.split()[-1])} differs"
         )
-
-
-def _blob(content):
-    """Return what git calls a file's content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def write_json(results, path, data, api_version=None, compact=False):
