@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -61,9 +60,10 @@ def duration(machine, names, runs, results=RESULTS):
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         with contextlib.suppress(valid.BrokenFileError):  # said elsewhere
             data = valid.load(file)
-            at = data["result_columns"].index("duration")
-            seconds |= {name: row[at] for name, row in data["results"].items() if len(row) > at}
-    known = [seconds[name] for name in names if name in seconds]
+            for name, row in data["results"].items():
+                took = dict(zip(data["result_columns"], row, strict=False)).get("duration")
+                seconds[name] = took or seconds.get(name)
+    known = [seconds[name] for name in names if seconds.get(name)]
     if not known:
         return f"{len(names)} benchmarks; how long they take is not recorded on {machine}"
     minutes = sum(known) / len(known) * len(names) * runs / 60
@@ -113,7 +113,6 @@ def main():
     parser.add_argument("--output", help="write the Markdown table here, too")
     machine_options(parser)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         where = begin(args, records=False)
         what = {"grid": args.grid, "pattern": args.bench, "rounds": args.rounds}
