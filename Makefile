@@ -32,8 +32,8 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 # A Mac asleep measures nothing.
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
-.PHONY: help help-all bench prove publish docs serve table adr compare noise quality bisect doctor tune record screenshot
-.PHONY: report nightly nightly-mlx fetch-results push-results test lint workflows types unit soak
+.PHONY: help help-all bench prove publish docs serve table adr compare noise quality doctor tune record screenshot
+.PHONY: report nightly fetch-results push-results test lint workflows types unit soak
 .PHONY: example requests trace format lock clean
 
 help:
@@ -51,14 +51,13 @@ help-all: help
 	@echo
 	@echo "Options of all that measure: BACKEND=cuda13 (or cuda12), MACHINE=name, GRID=short or full."
 	@echo "make table       FORMAT=csv or markdown, COMMIT=hash, COLUMNS=adr"
-	@echo "make compare     BASE=main OUTPUT=table.md ROUNDS=2"
+	@echo "make compare     BASE=main BENCH='overhead.Auto.*1024' OUTPUT=table.md ROUNDS=2"
 	@echo "make requests    serve twelve requests with the small model in a tight budget of blocks"
 	@echo "make trace       replay a request trace, plot block usage"
 	@echo "make doctor      is this machine fit to measure; WAIT=seconds for idle and cool"
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
-	@echo "make bisect      the commit that made a series worse; SERIES='name(cell)' GOOD=hash BAD=hash"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
-	@echo "make nightly, nightly-mlx    what the benchmark machine does for main and for MLX's newest"
+	@echo "make nightly     what the benchmark machine does for main"
 	@echo "make fetch-results, push-results    the branch of results; REMOTE=origin"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
