@@ -41,7 +41,7 @@ help:
 	@echo "make bench       measure the package's history and HEAD, about 10 minutes; GRID=full: hours"
 	@echo "make table       what users get on this machine, by cell"
 	@echo "make publish     build the page and the documentation from what was measured"
-	@echo "make serve       look at the published page"
+	@echo "make serve       look at the published page; PORT=8080"
 	@echo "make compare     is HEAD slower than BASE=main"
 	@echo "make report      all that a Mac can tell in 30 minutes, as a folder for a pull request"
 	@echo "make test        lint, types and tests"
@@ -61,7 +61,7 @@ help-all: help
 	@echo "make fetch-results, push-results    the branch of results; REMOTE=origin"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
-	@echo "make screenshot  take the README's picture of the page; SHOWN=machine, BATCH=1"
+	@echo "make screenshot  take the README's picture of the page"
 	@echo "make tune        the fused kernels' constants and dispatch for this machine's GPU"
 	@echo "make quality     what K and V in 8 and 4 bits cost the small model in quality; a GPU's work"
 	@echo "make prove       a small make bench into a scratch directory, checked in a browser"
@@ -75,10 +75,8 @@ help-all: help
 bench: $(READY) website/node_modules
 	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(or $(GRID),quick) $(OPTIONS); status=$$?; \
 	test $$status = 0 -o $$status = 2 || exit $$status; \
-	$(MAKE) --no-print-directory publish && \
 	$(BIN)/python -m tracking.documents headline $(OPTIONS) && \
-	echo "page: file://$(CURDIR)/.asv/html/overhead.html (asv's own pages need a server: make serve)" && \
-	exit $$status
+	$(MAKE) --no-print-directory publish && exit $$status
 
 # What CI does after the tests: the page used in a browser; asv on two commits, published and looked at.
 prove: $(READY) $(BROWSER) website/node_modules
@@ -89,14 +87,19 @@ publish: $(READY) website/node_modules
 	$(BIN)/python -m tracking.history prepare $(OPTIONS)
 	$(BIN)/asv publish
 	@$(MAKE) --no-print-directory docs
+	@echo "page: file://$(CURDIR)/.asv/html/overhead.html (asv's own pages need a server: make serve)"
 
 DOCS := .asv/html/docs
 docs: $(READY)
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d .asv/doctrees . $(DOCS)
 	@cp $(DOCS)/README.html $(DOCS)/index.html
 
+PORT ?= 8080
 serve: $(READY)
-	$(BIN)/asv preview
+	@test -f .asv/html/overhead.html || { echo "nothing is published yet: make publish"; exit 1; }
+	@echo "page: http://127.0.0.1:$(PORT)/overhead.html (asv's own: http://127.0.0.1:$(PORT)/)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory .asv/html $(PORT) || \
+	{ echo "is port $(PORT) taken? make serve PORT=8081"; exit 1; }
 
 FORMAT ?= text
 COMMIT ?=
@@ -155,16 +158,13 @@ record:
 	echo "say whose results: make record MACHINE=name, a folder in results/:" */; exit 1; }
 	git add --force "results/$(MACHINE)"
 
-# Which machine and batch the picture shows.
-SHOWN ?= h100
-BATCH ?= 1
 screenshot: $(BROWSER) publish
-	$(BIN)/python .ci/browser.py docs/images/overhead.png --machine $(SHOWN) --batch $(BATCH)
+	$(BIN)/python .ci/browser.py .asv/html docs/images/overhead.png
 
-# Without npm the page loads its scripts from the network; publishing says so.
+# Without npm overhead.html is whole, and asv's own pages load their scripts from the network.
 website/node_modules: website/package-lock.json
 	@cd website && npm ci --ignore-scripts --no-audit --no-fund && touch node_modules || \
-	echo "npm did not work: the page will load its scripts from the network"
+	echo "npm did not work: overhead.html is whole, but asv's own pages need the network"
 
 INSTALL_FAILED := requirements.lock has no wheel of something for this platform, or the index has another \
 	file in its place (see above). make LOCK= ... installs what pyproject.toml allows, by no hash.

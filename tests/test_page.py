@@ -12,18 +12,14 @@ import pytest
 
 pytest.importorskip("playwright")
 
-from tracking.repository import ROOT, commit_label
-from tracking.results import RESULTS, STEP, load, measured, measured_commits
-from tracking.tables import ADR, USERS
-from website.charts import PATHS
+from tracking.repository import ROOT
+from tracking.results import RESULTS, STEP, default_machine, machines, measured, measured_commits
 from website.overhead import gather, page
 
 sys.path.insert(0, str(ROOT / ".ci"))
 from browser import OverheadPage, browse
 
-MACHINES = sorted({file.parent.name for file in RESULTS.glob("*/*-*.json")})
 CPU = "linux-2core-xeon"
-CHOSEN = {"machine": CPU, "batch": 4, "block": 32}
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +29,13 @@ def recorded():
 
 @pytest.fixture(scope="module")
 def site(recorded, tmp_path_factory):
-    cells = [
-        {"name": f"{STEP}(1, 1024, 32)", "machine": CPU, "factor": 1.5},
-        {"name": f"{STEP}(4, 1024, 32)", "machine": "h100", "factor": 1.25},
-        {"name": f"{STEP}(4, 4096, 32)", "machine": "linux-2core", "factor": 1.2},
-    ]
-    for cell in cells:
-        name, _, values = cell["name"].partition("(")
-        sizes = dict(zip(("batch", "context", "block_size"), values[:-1].split(", "), strict=True))
-        cell |= {"benchmark": name, "params": sizes}
     before, after = measured_commits(CPU)[-2:]
-    cause = {"from": before, "to": after, "after": commit_label(before)}
-    cause |= {"commit": commit_label(after), "subject": "Slow it down", "cells": cells}
-    accepted = cause | {"cells": cells[:1], "accepted": {"reason": "worth it", "link": "docs/a.md"}}
-    causes = [cause | {"accepted": None}, accepted]
-    data = recorded | {"regressions": causes, "repository": "https://x"}
+    cell = {"name": f"{STEP}(1, 1024, 32)", "machine": CPU, "factor": 1.5, "accepted": None}
+    cell |= {"from": before, "to": after, "commit": after[:8], "subject": "Slow it down"}
+    accepted = cell | {"factor": 1.4, "accepted": {"reason": "worth it", "link": "docs/a.md"}}
+    found = [cell, accepted, cell | {"machine": "h100", "factor": 1.25}]
     folder = tmp_path_factory.mktemp("site")
+    data = recorded | {"regressions": found, "repository": "https://x"}
     (folder / "overhead.html").write_text(page(data))
     with browse(folder) as (tab, address):
         yield OverheadPage(tab), address, folder
@@ -67,399 +54,268 @@ def at(site):
     return open
 
 
-def test_it_opens_on_the_machine_that_measured_last(at):
-    last = {
-        machine: max(one.started_at for one in measured(machine))
-        for machine in MACHINES
-        if not (RESULTS / machine / "retired.txt").exists()
-    }
-    overhead = at()
-    assert overhead.chosen()["machine"] == max(last, key=last.get)
-    assert overhead.options("machine")[-1] == "linux-2core"
-    assert not overhead.visible("#notice")
-
-
-@pytest.mark.parametrize(
-    "name", ["machine", "commit", "against", "batch", "block", "path", "span", "columns", "changes"]
-)
-def test_every_choice_is_in_the_address_and_can_be_gone_back_from(at, name):
-    overhead = at(machine="h200", commit="0b9e8013", block=32)
-    before = overhead.chosen()
-    other = [value for value in overhead.options(name) if value != before[name]][-1]
-    overhead.page.evaluate(
-        "([name, value]) => { const menu = document.getElementById(name); menu.value = value;"
-        " menu.dispatchEvent(new Event('change')); }",
-        [name, other],
+def chosen(overhead):
+    """What every menu shows, by the menu's name."""
+    return overhead.page.eval_on_selector_all(
+        "select", "all => Object.fromEntries(all.map(one => [one.id, one.value]))"
     )
-    overhead.await_shown({name: other})
-    after = overhead.chosen()
-    assert after[name] == other
-    address = overhead.page.url
-    assert parse_qs(urlsplit(address).fragment)[name] == [other]
-    overhead.page.go_back()
-    overhead.await_shown({name: before[name]})
-    assert overhead.chosen() == before
-    overhead.page.go_forward()
-    overhead.await_shown({name: other})
+
+
+def test_it_opens_with_the_machine_of_make_table_and_the_chart_of_steps_above_the_fold(at):
+    overhead = at()
+    assert chosen(overhead)["machine"] == default_machine(RESULTS)[0]
+    assert overhead.text("#title").startswith("Decode step by phase")
+    assert not overhead.page.is_visible("#notice")
+    assert "most headline numbers at its newest commit" in overhead.text("dl")
+    box = overhead.page.locator("#phases svg").bounding_box()
+    assert box["y"] + box["height"] <= 800
+    tops = {card.bounding_box()["y"] for card in overhead.page.locator("#cards button").all()}
+    assert len(tops) == 1
+
+
+@pytest.mark.parametrize("name", ["machine", "commit", "against", "batch", "block"])
+def test_every_choice_is_in_the_address_and_can_be_gone_back_from(at, name):
+    overhead = at(machine="h200", commit="0b9e8013")
+    before = chosen(overhead)
+    options = overhead.page.eval_on_selector_all(f"#{name} option", "all => all.map(o => o.value)")
+    other = [value for value in options if value != before[name]][-1:] or options
+    overhead.page.select_option(f"#{name}", other[0])
+    overhead.await_shown({name: other[0]})
+    after, address = chosen(overhead), overhead.page.url
+    assert parse_qs(urlsplit(address).fragment)[name] == other
+    if other[0] != before[name]:
+        overhead.page.go_back()
+        overhead.page.wait_for_function(
+            "([name, value]) => document.getElementById(name).value === value",
+            arg=[name, before[name]],
+        )
     overhead.page.goto("about:blank")
     overhead.page.goto(address)
-    overhead.await_shown({name: other})
-    assert overhead.chosen() == after
+    overhead.await_shown({name: other[0]})
+    assert chosen(overhead) == after
 
 
-def test_an_address_changed_in_an_open_tab_is_followed(at):
-    overhead = at(**CHOSEN)
-    overhead.page.evaluate("location.hash = 'machine=h200&batch=1'")
-    overhead.await_shown({"machine": "h200", "batch": 1})
-    assert overhead.chosen()["batch"] == "1"
+def test_a_card_chooses_what_is_shown(at):
+    overhead = at(machine="h100")
+    overhead.page.click("#tokens-card")
+    overhead.await_shown({"measure": "tokens"})
+    assert "measure=tokens" in overhead.page.url
+    assert overhead.text("#title").startswith("Tokens per second by phase")
+    assert overhead.page.get_attribute("#tokens-card", "aria-pressed") == "true"
+
+
+def test_a_card_without_a_number_shows_the_newest_there_is_greyed(at):
+    overhead = at(machine="h100", commit="4afb951c", batch=1)
+    classes = overhead.page.get_attribute("#tokens-card", "class")
+    assert "old" in classes
+    assert "9 · groups, 2026-" in overhead.text("#tokens-card")
+    assert "not measured\nno run requested it" in overhead.text("#first-card")
+    assert not overhead.page.get_attribute("#step-card", "class")
+    assert "10 · bits, 2026-" in overhead.text("#step-card")
 
 
 def test_what_is_not_there_is_said_and_not_replaced_in_silence(at):
     overhead = at()
-    shown = overhead.chosen()["machine"]
+    shown = chosen(overhead)["machine"]
     overhead.page.evaluate("location.hash = 'machine=nosuch&batch=77'")
     overhead.page.wait_for_selector("#notice:visible")
     said = overhead.text("#notice")
-    assert f"There is no machine nosuch here: shown is {shown}." in said
-    assert "There is no batch 77 here" in said
-    overhead.choose("batch", "4")
-    assert not overhead.visible("#notice")
-    commit = next(x for x in measured_commits(CPU) if x not in measured_commits("h200"))[:8]
-    overhead.choose("machine", CPU)
-    overhead.choose("commit", commit)
-    overhead.choose("machine", "h200")
-    now = overhead.chosen()["commit"]
-    assert now != commit
-    assert overhead.text("#notice") == f"There is no commit {commit} here: shown is {now}."
+    assert f"No machine nosuch here; showing {shown}." in said
+    assert "No batch 77 here" in said
+    overhead.page.select_option("#batch", "4")
+    overhead.await_shown({"batch": 4})
+    assert not overhead.page.is_visible("#notice")
 
 
-def test_it_is_used_with_the_keyboard(at):
-    overhead = at(**CHOSEN)
-    keys = overhead.page.keyboard
-    overhead.page.focus("#machine")
-    for _ in range(3):
-        keys.press("Tab")
-    assert overhead.page.evaluate("document.activeElement.id") == "batch"
-    keys.press("ArrowUp")
-    overhead.await_shown({"batch": "1"})
-    assert overhead.page.evaluate("document.activeElement.id") == "batch"
-    overhead.page.focus("#table th:nth-child(2) button")
-    keys.press("Enter")
-    keys.press("Enter")
-    sorted_by = overhead.page.locator("#table th[aria-sort]")
-    assert sorted_by.get_attribute("aria-sort") == "descending"
-    contexts = [int(row[1]) for row in overhead.table("table")[1:]]
-    assert contexts == sorted(contexts, reverse=True)
-
-
-def test_the_cards_are_about_what_is_chosen(at):
-    def range_at(commit, batch):
-        cells = load(CPU, commit)[STEP].items()
-        known = [x.value for cell, x in cells if cell[0] == batch and x.known]
-        return "\u2013".join(f"{end:.2f}" for end in (min(known), max(known)))
-
-    commits = [c for c in measured_commits(CPU) if load(CPU, c).get(STEP)]
-    oldest, newest = commits[0], commits[-1]
-    for batch in ("1", "4"):
-        said = at(**CHOSEN | {"batch": batch, "commit": newest[:8]}).text("#step-card").splitlines()
-        assert said[1] == range_at(newest, batch)
-        assert said[3] == f"{range_at(oldest, batch)} at 0 · gather → {range_at(newest, batch)} now"
-
-
-def test_the_worst_cell_selects_itself(at):
-    overhead = at(machine="h100", commit="b5592642", batch=1)
-    worst = re.search(
-        r"worst cell (.*): batch (\d+), (\d+) tokens", overhead.text("#attention-card")
-    )
-    number, batch, _ = worst.groups()
-    assert batch != "1"
-    overhead.page.click("#attention-card button")
-    overhead.await_shown({"batch": batch})
-    assert overhead.text("#attention-now td.picked").startswith(number)
-    assert overhead.page.evaluate("document.activeElement.textContent") == number
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_nothing_empty_is_shown(at, machine):
-    """No frame without a line, no line without two points, no header without a row."""
-    for commit in measured_commits(machine)[::3]:
-        overhead = at(machine=machine, commit=commit[:8])
-        for batch in overhead.options("batch"):
-            overhead.choose("batch", batch)
+@pytest.mark.parametrize("machine", machines(RESULTS))
+def test_nothing_empty_is_shown_and_nothing_sticks_out_on_a_phone(at, machine):
+    """No frame without a line of two points, no header without a row."""
+    at().page.set_viewport_size({"width": 390, "height": 800})
+    for commit in measured_commits(machine)[::4]:
+        for measure in ("first", "tokens", "memory", "step", "bound", "attention"):
+            overhead = at(machine=machine, commit=commit[:8], measure=measure)
+            overhead.page.set_viewport_size({"width": 390, "height": 800})
             empty = overhead.page.evaluate(
                 """() => {
-  const visible = part => part.checkVisibility();
-  const charts = [...document.querySelectorAll(".chart")].filter(visible);
-  const tables = [...document.querySelectorAll("table")].filter(visible);
-  const lines = chart => chart.querySelectorAll(".mark-line.role-mark path").length;
-  const legend = chart => chart.querySelectorAll(".role-legend-label text").length;
-  const points = chart => chart.querySelectorAll(".mark-symbol.role-mark path").length;
+  const visible = name =>
+    [...document.querySelectorAll(name)].filter(part => part.checkVisibility());
+  const count = (chart, name) => chart.querySelectorAll(name).length;
   return [
-    ...charts.filter(one => !lines(one) || lines(one) !== legend(one)
-                            || points(one) < 2 * lines(one)),
-    ...tables.filter(one => one.rows.length < (one.className === "facts" ? 1 : 2)),
+    ...visible(".chart").filter(one => !count(one, ".mark-line.role-mark path")
+      || count(one, ".mark-symbol.role-mark path") < 2),
+    ...visible("table").filter(one => one.rows.length < 2),
   ].map(one => one.id);
 }"""
             )
             assert empty == []
+            assert overhead.page.evaluate("document.documentElement.scrollWidth") <= 390
+            assert not re.search(r"\de[+-]\d|NaN|Infinity|undefined", overhead.text("body"))
 
 
-def test_what_was_not_measured_says_why(at):
-    overhead = at(machine="h200", batch=4)
-    assert "Not measured on this machine: no run asked for it." in overhead.text("#bound")
-    overhead = at(machine="h200", batch=4, commit="fae881ef")
-    assert "not measured, no run asked for it. It was at 6 · fused." in overhead.text("#attention")
-    overhead.page.click("#attention-now-title button")
-    overhead.await_shown({"commit": "0b9e8013"})
-    assert overhead.table("attention-now")[0][0] == "batch"
-
-
-def test_the_table_leads_with_what_users_get_and_has_the_adrs_columns(at):
-    overhead = at(machine="h100", commit="b5592642")
-    titles = ["batch", "context", "block"]
-    first, *measured = (column.title for column in USERS)
-    assert overhead.table("table")[0] == [*titles, *measured]
-    assert f"Not measured at 8 · mlx-lm (b5592642): {first}." in overhead.text("#table-title")
-    overhead = at(machine="linux-2core", commit="ac3438f7", columns="adr")
-    header, *rows = overhead.table("table")
-    assert header == [*titles, *(column.title for column in ADR)]
-    assert rows[0][:5] == ["1", "1024", "16", "0.0", "15.52"]
-    with overhead.page.expect_download() as download:
-        overhead.page.click("#csv")
-    with open(download.value.path()) as file:
-        assert file.read() == "".join(",".join(row) + "\n" for row in [header, *rows])
-    overhead = at(machine=CPU)
-    assert "tokens a second over mlx-lm's" not in overhead.table("table")[0]
-    assert "Not measured at" in overhead.text("#table-title")
-
-
-def test_the_newest_commit_comes_first_and_stays_named(at):
-    overhead = at(**CHOSEN)
-    rows = overhead.table("step-phases-table")
-    assert rows[1][0].startswith("7 · step (")
-    assert rows[-1][0].startswith("0 · gather (")
-    overhead.page.set_viewport_size({"width": 390, "height": 800})
-    overhead = at(machine="h100", batch=1)
-    left, cue = overhead.page.evaluate(
-        """() => {
-  const table = document.getElementById("step-phases-table"), box = table.parentElement;
-  box.scrollLeft = 200;
-  return [table.rows[1].cells[0].getBoundingClientRect().left - box.getBoundingClientRect().left,
-          box.classList.contains("more") && box.tabIndex === 0];
-}"""
-    )
-    assert left == 0
-    assert cue
-
-
-@pytest.mark.parametrize("machine", ["h100", "h200", CPU, "linux-2core"])
-def test_nothing_sticks_out_on_a_phone(at, machine):
-    overhead = at()
-    overhead.page.set_viewport_size({"width": 390, "height": 800})
-    overhead = at(machine=machine)
-    assert overhead.page.evaluate("document.documentElement.scrollWidth") <= 390
-    if machine == "h100":
-        right = overhead.page.evaluate(
-            "document.getElementById('tokens-facts').getBoundingClientRect().right"
-        )
-        assert right <= 390
-
-
-def test_letters_can_be_read_and_numbers_have_no_powers_of_ten(at):
-    for choices in ({"machine": "h100"}, {"machine": "h200", "commit": "0b9e8013"}, CHOSEN):
-        overhead = at(**choices)
-        small = overhead.page.evaluate(
-            """() => [...document.querySelectorAll("body *")].filter(one =>
+def test_letters_can_be_read_and_menus_are_not_cut(at):
+    overhead = at(machine="h100")
+    small = overhead.page.evaluate(
+        """() => [...document.querySelectorAll("body *")].filter(one =>
   one.checkVisibility() && [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim())
   && !["SCRIPT", "STYLE"].includes(one.tagName) && parseFloat(getComputedStyle(one).fontSize) < 12)
   .map(one => one.outerHTML)"""
-        )
-        assert small == []
-        assert not re.search(r"\de[+-]\d", overhead.text("body"))
-
-
-def test_a_path_has_its_colour_in_every_chart(at):
-    overhead = at(machine=CPU, commit="7ac99062", batch=4)
-    found = overhead.page.evaluate(
-        """() => ["contexts", "bandwidths"].flatMap(id => {
-  const legend = document.querySelector(`#${id} .role-legend`);
-  const texts = [...legend.querySelectorAll(".role-legend-label text")].map(t => t.textContent);
-  const marks = [...legend.querySelectorAll(".role-legend-symbol path")];
-  return texts.map((text, i) => [text, marks[i].getAttribute("fill") === "transparent"
-    ? marks[i].getAttribute("stroke") : marks[i].getAttribute("fill")]);
-})"""
     )
-    assert len(found) > 8
-    assert all(PATHS[path] == colour for path, colour in found)
+    assert small == []
+    cut = overhead.page.eval_on_selector_all(
+        "select", "all => all.filter(s => s.scrollWidth > s.clientWidth).map(s => s.id)"
+    )
+    assert cut == []
 
 
 def test_dark_and_print(at):
-    overhead = at(**CHOSEN)
-    colour = "getComputedStyle(document.querySelector('#step-phases svg text')).fill"
-    ground = "getComputedStyle(document.body).backgroundColor"
-    light = overhead.page.evaluate(f"[{colour}, {ground}]")
-    overhead.page.emulate_media(color_scheme="dark")
-    dark = overhead.page.evaluate(f"[{colour}, {ground}]")
+    overhead = at(machine=CPU)
+    colours = "[getComputedStyle(document.querySelector('#phases svg text')).fill,"
+    colours += "getComputedStyle(document.body).backgroundColor]"
+    light = overhead.page.evaluate(colours)
     try:
-        assert light == ["rgb(28, 36, 48)", "rgb(255, 255, 255)"]
-        assert dark == ["rgb(228, 232, 238)", "rgb(20, 24, 30)"]
+        overhead.page.emulate_media(color_scheme="dark")
+        assert overhead.page.evaluate(colours) == ["rgb(228, 232, 238)", "rgb(20, 24, 30)"]
         overhead.page.emulate_media(color_scheme="dark", media="print")
-        assert overhead.page.evaluate(f"[{colour}, {ground}]") == light
-        assert not overhead.visible("#choices")
-        assert not overhead.visible("#csv")
-        assert f"{CPU}, 7 · step" in overhead.text("#printed")
-        assert "batch 4, blocks of 32 tokens" in overhead.text("#printed")
+        assert overhead.page.evaluate(colours) == light
+        assert not overhead.page.is_visible("#choices")
     finally:
         overhead.page.emulate_media(color_scheme="light", media="screen")
 
 
+def test_a_measurement_has_its_date_commit_path_and_noise(at):
+    overhead = at(machine="h200", measure="first")
+    assert "mlx-lm against itself gave 0." in overhead.text("#proof")
+    assert "which one ran was not recorded" in overhead.text("#proof")
+    header, newest, *_ = overhead.table("phases-table")
+    assert (header[0], header[-1], newest[-1][:5]) == ("commit", "measured", "2026-")
+    hash_ = next(c for c in measured_commits("h200")[::-1])
+    link = overhead.page.get_attribute("#phases-table tr:nth-child(2) th a", "href")
+    assert link == f"https://x/commit/{hash_}"
+    assert "Last run: 2026-" in overhead.text("#about")
+    assert "checked to run the path it names" in at(machine="h200", measure="attention").text(
+        "#proof"
+    )
+    tip = overhead.page.get_attribute("#phases-table abbr", "title")
+    assert tip == "±5.0%, a guess: no runs of identical code are recorded on this machine"
+
+
+def test_times_are_there_on_demand(at):
+    overhead = at(machine=CPU, commit="7ac99062")
+    assert not overhead.page.is_visible("#absolute-table")
+    overhead.page.click("#absolute summary")
+    header, *rows = overhead.table("absolute-table")
+    assert header[:2] == ["batch, tokens", "auto"]
+    assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] [\d.]+ GB/s", rows[0][1])
+    assert "asv stores the ratio alone" in at(machine="h100").page.text_content("#absolute-note")
+
+
 def test_numbers_lead_to_one_series_of_asv(at):
-    overhead = at(machine="h200", commit="0b9e8013", batch=4)
-    link = urlsplit(overhead.links("attention-now")[0]).fragment
-    name, _, state = link.partition("?")
+    overhead = at(machine="h200", measure="attention", batch=4)
+    href = overhead.page.get_attribute("#phases-table td a", "href")
+    name, _, state = urlsplit(href).fragment.partition("?")
     assert name == "overhead.Auto.ratio_vs_contiguous"
-    asked = {"machine": ["h200"], "mlx": ["0.32.4"], "python": ["3.12"], "p-batch": ["1"]}
-    asked |= {"p-context": ["1024"], "p-block_size": ["32"]}
+    asked = {"machine": ["h200"], "mlx": ["0.32.4"], "p-batch": ["4"], "p-block_size": ["32"]}
     assert asked.items() <= parse_qs(state).items()
-
-
-def test_asvs_list_is_asked_for_all_that_a_machine_is(at):
-    """It shows the machine that differs least from what it was asked for, whatever its name."""
-    overhead = at(machine="h200", commit="0b9e8013")
     link = overhead.page.get_attribute("a:text-is('List')", "href")
-    page, _, state = urlsplit(link).fragment.partition("?")
-    assert page == "/summarylist"
-    params = measured("h200")[-1].params
-    assert parse_qs(state) == {name: [value] for name, value in params.items()}
+    _, _, state = urlsplit(link).fragment.partition("?")
+    assert parse_qs(state) == {key: [value] for key, value in measured("h200")[-1].params.items()}
 
 
 def test_regressions_are_of_the_machine_and_lead_to_the_diff(at):
     overhead = at(machine=CPU)
-    overhead.page.click("#regressions summary >> nth=0")
+    before, after = measured_commits(CPU)[-2:]
     text = overhead.text("#regressions")
     assert "Slow it down. 1 cell, worst 1.50" in text
+    assert "Accepted: worth it" in text
     assert "1.25" not in text
-    before, after = measured_commits(CPU)[-2:]
-    assert f"git diff {before[:8]} {after[:8]} -- pagedkv" in text
+    overhead.page.click("#regressions summary >> nth=0")
+    assert f"git diff {before[:8]} {after[:8]} -- pagedkv" in overhead.text("#regressions")
     links = overhead.page.eval_on_selector_all("#regressions a", "all => all.map(a => a.href)")
     assert links[0] == f"https://x/compare/{before}...{after}"
-    assert text.endswith("Accepted: worth it")
-    assert links[2].endswith("/docs/docs/a.html")
-    assert parse_qs(urlsplit(links[1]).fragment.partition("?")[2])["p-context"] == ["1024"]
-    overhead.page.click("#regressions button >> nth=0")
+    assert any(link.endswith("/docs/docs/a.html") for link in links)
+    overhead.page.click("#regressions details a >> nth=1")
     overhead.await_shown({"commit": after[:8], "against": before[:8]})
     assert "1.25" in at(machine="h100").text("#regressions")
-    assert at(machine="h200").text("#regressions").startswith("None on h200 in series")
-    assert "which is retired: an older record" in at(machine="linux-2core").text("#regressions")
+    assert at(machine="h200").text("#regressions").startswith("None on h200 among series")
+    assert "is retired, so none are reported: an older record" in at(machine="linux-2core").text(
+        "#regressions"
+    )
 
 
-def cell_values():
-    interval = [1.0, 0.98, 1.02]
-    return [
-        [interval, [0.5, 0.49, 0.51]],  # half the time
-        [interval, [1.3, 1.28, 1.32]],
-        [interval, [1.03, 1.025, 1.04]],  # apart, and by less than the threshold
-        [interval, [1.3, 1.0, 1.6]],  # far, and not apart
-        [interval, [1.5]],
-        [interval, "failed"],
-    ]
-
-
-def compared(recorded, site, values):
+def made_up(recorded, site, values, **of_second):
     """A page of one series of steps at two commits, with the two compared."""
     overhead, address, folder = site
     contexts = [1024 * 2**i for i in range(len(values))]
     step = {"name": STEP, "measure": "step", "path": "auto", "values": values}
     step["thresholds"] = [[1.05, "±5.0%, a guess"]] * len(values)
-    step |= {"params": ["batch", "context", "block_size"], "cells": [[1, c, 32] for c in contexts]}
+    step |= {"params": ["batch", "context", "block_size"], "host": [[False] * 2] * len(values)}
+    step |= {"cells": [[1, c, 32] for c in contexts], "asked": [["1", c, "32"] for c in contexts]}
     one = json.loads(json.dumps(recorded["series"][0]))
-    one |= {"benchmarks": [step], "commits": one["commits"][:2]}
-    data = recorded | {"series": [one], "colours": {str(c): "#123456" for c in contexts}}
-    (folder / "compared.html").write_text(page(data))
-    first, second = (commit["hash"][:8] for commit in one["commits"])
-    overhead.open(f"{address}/compared.html", commit=second, against=first, changes="all")
+    one |= {"measures": [step], "facts": [], "commits": one["commits"][:2]}
+    one["commits"][1]["with"] |= of_second
+    (folder / "made.html").write_text(page(recorded | {"series": [one]}))
+    overhead.open(f"{address}/made.html")
     return overhead
 
 
-def rows_compared(overhead):
-    return {row[0].split(", ")[1]: row[3::2] for row in overhead.table("compare-table")[1:]}
-
-
-def test_two_commits_are_compared(recorded, site):
-    overhead = compared(recorded, site, cell_values())
-    assert rows_compared(overhead) == {
-        "1024 tokens": ["\u221250%", "improved"],
-        "2048 tokens": ["+30%", "worsened"],
-        "4096 tokens": ["+3%", "unchanged"],
-        "8192 tokens": ["+30%", "unchanged"],
-        "16384 tokens": ["+50%", "not judged"],
-    }
-    assert overhead.text("#compare-title").endswith(
-        "Mixed: 1 number improved by \u221250%, 1 worsened by +30%, 2 unchanged, "
-        "1 without an interval."
+def test_two_commits_are_compared_and_so_is_what_measured_them(recorded, site):
+    one = [1.0, 0.98, 1.02]
+    values = [
+        [one, [0.5, 0.49, 0.51]],  # half the time
+        [one, [1.3, 1.28, 1.32]],
+        [one, [1.03, 1.025, 1.04]],  # apart, and by less than the threshold
+        [one, [1.3, 1.0, 1.6]],  # far, and not apart
+        [one, [1.5]],
+        [one, "failed"],
+    ]
+    overhead = made_up(recorded, site, values, driver="570.1")
+    words = overhead.page.eval_on_selector_all(
+        "#compare td[title]:nth-child(4)", "all => all.map(one => [one.innerText, one.title])"
     )
-    assert {row[4] for row in overhead.table("compare-table")[1:]} == {"±5%?"}
-    overhead.choose("changes", "changed")
-    assert len(overhead.table("compare-table")) == 3
+    assert [(text.split(" [")[0][2:], word) for text, word in words] == [
+        ("0.50", "improved"),
+        ("1.30", "worsened"),
+        ("1.50", "not judged"),
+        ("1.30", "unchanged"),
+        ("1.03", "unchanged"),
+    ]
+    said = overhead.text("#compare-title")
+    assert said.endswith("1 improved, 1 worsened, 2 unchanged, 1 not judged.")
+    assert overhead.text("#compare-with") == "The environments differ: driver not recorded → 570.1."
+    assert overhead.table("phases-table")[1][1][2:6] == "1.05"
 
 
-def test_a_comparison_with_nothing_has_a_verdict(recorded, site):
-    nothing, two = [0, 0, 0], [2, 2, 2]
-    overhead = compared(recorded, site, [[nothing, nothing], [nothing, two], [two, nothing]])
-    assert rows_compared(overhead) == {
-        "1024 tokens": ["+0%", "unchanged"],
-        "2048 tokens": ["+∞%", "worsened"],
-        "4096 tokens": ["\u2212100%", "improved"],
-    }
-    assert overhead.text("#compare-title").endswith(
-        "Mixed: 1 number improved by \u2212100%, 1 worsened by +∞%, 1 unchanged."
-    )
+@pytest.mark.parametrize(
+    ("values", "words", "colour"),
+    [
+        ([[0.5, 0.49, 0.51]], "half mlx-lm's time", "good"),
+        ([[0.41, 0.4, 0.42], [0.6, 0.59, 0.61]], "41\u201360% of mlx-lm's time", "good"),
+        ([[1.3, 1.2, 1.4]], "1.30 times mlx-lm's time", "bad"),
+        ([[0.9, 0.8, 0.95], [1.3, 1.2, 1.4]], "0.90\u20131.30 times mlx-lm's time", ""),
+        ([[1.0, 0.9, 1.1]], "equal to mlx-lm's time", ""),
+        ([[0.97, 0.9, 1.1]], "97% of mlx-lm's time", ""),
+    ],
+)
+def test_a_card_says_it_in_words_and_colour(values, words, colour, recorded, site):
+    overhead = made_up(recorded, site, [[[1.0, 1.0, 1.0], value] for value in values])
+    assert overhead.text("#step-card b") == words
+    assert (overhead.page.get_attribute("#step-card b", "class") or "") == colour
 
 
-def test_a_cell_of_nothing_is_in_no_chart_of_factors(recorded, site):
+def test_nothing_and_an_interval_that_reaches_it_leave_a_chart_its_scale(recorded, site):
     """A logarithm has no place for 0."""
-    one = json.loads(json.dumps(next(s for s in recorded["series"] if s["machine"] == CPU)))
-    for benchmark in one["benchmarks"]:
-        if benchmark["measure"] in ("step", "time"):
-            benchmark["values"] = [
-                [[0, 0, 0] if isinstance(v, list) else v for v in row]
-                for row in benchmark["values"]
-            ]
-    overhead, address, folder = site
-    (folder / "nothing.html").write_text(page(recorded | {"series": [one]}))
-    overhead.open(f"{address}/nothing.html", machine=CPU)
-    assert "0.00" in overhead.text("#step-now")
-    assert overhead.points("attention-phases") > 0
-    assert not overhead.visible("#step-phases")
-    assert not overhead.visible("#bandwidths")
+
+    def axis(overhead):
+        return overhead.page.locator("#phases .role-axis").all_text_contents()
+
+    before = [[2.0, 1.9, 2.1], [1.0, 0.9, 1.1]]
+    whole = axis(made_up(recorded, site, [before, before]))
+    reaching = [[2.0, -3.0, 2.1], [1.0, -3.0, 1.1]]
+    overhead = made_up(recorded, site, [before, reaching, [[0, 0, 0], [2, 2, 2]]])
+    assert "[-3.00, " in overhead.text("#phases-table")
+    assert axis(overhead) == whole
+    assert "∞" in overhead.text("#compare")
     assert not re.search("NaN|Infinity", overhead.text("body"))
-
-
-def test_an_interval_that_reaches_nothing_leaves_a_chart_its_scale(recorded, site):
-    """A few noisy samples, whose mean less its error is below 0."""
-    one = json.loads(json.dumps(next(s for s in recorded["series"] if s["machine"] == CPU)))
-    overhead, address, folder = site
-    overhead.open(f"{address}/overhead.html", machine=CPU)
-    before = overhead.text("#attention-phases")
-    for benchmark in one["benchmarks"]:
-        if benchmark["measure"] == "attention":
-            for row in benchmark["values"]:
-                row[:] = [[v[0], -3.0, v[0] * 1.1] if isinstance(v, list) else v for v in row]
-    (folder / "reaching.html").write_text(page(recorded | {"series": [one]}))
-    overhead.open(f"{address}/reaching.html", machine=CPU)
-    assert "[-3.00, " in overhead.text("#attention-now")
-    assert overhead.points("attention-phases") > 0
-    assert overhead.text("#attention-phases") == before
-
-
-def test_words_that_a_stranger_does_not_know_are_explained(at):
-    overhead = at(**CHOSEN)
-    address = overhead.page.url
-    overhead.page.click("#to-words")
-    assert overhead.page.url == address
-    said = overhead.page.eval_on_selector_all("dt", "all => all.map(one => one.innerText)")
-    assert {"cell", "worst cell", "frag %", "phase", "lacks", "too slow"} <= set(said)
-    assert "auto: what the package chooses" in overhead.text("#path option")
 
 
 def test_a_page_without_results_says_so(recorded, site):

@@ -1,7 +1,9 @@
-"""What the page shows of a machine, from its results."""
+"""The data of the page, from results."""
 
+import importlib
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -29,17 +31,15 @@ def value(x):
     return Value(x, x - 0.1, x + 0.1)
 
 
-def test_paths_have_the_names_of_decode_paths():
-    names = ["Batch16", "Bound", "BoundBatch16", "Auto", "GatherBlockMajor", "Fused", "Contiguous"]
-    paths = ["auto"] * 4 + ["gather_block_major", "fused", "contiguous"]
-    assert [series.path_of(name) for name in names] == paths
+def measures(*tables, noise=None):
+    return series.benchmarks_of(tables, noise or Noise())[0]
 
 
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
         (Value(2.0, 1.9, 2.1), [2.0, 1.9, 2.1]),
-        (Value(1 / 3), [0.333333]),
+        (Value(1 / 3), [0.33333]),
         (Value(2.0, -math.inf, math.inf), [2.0]),
         (Value(None), "failed"),
         (Value(math.nan, why="too slow"), "too slow"),
@@ -57,38 +57,39 @@ def test_missing_failed_and_known_are_told_apart():
         {ATTENTION: {CELL: value(2.0), BIG: MISSING}},
         {
             ATTENTION: {CELL: Value(None), BIG: MISSING},
-            ROWS: {CELL: Value(math.nan, why="too slow")},
+            ROWS: {CELL: Value(math.nan, why="too slow"), BIG: Value(math.nan)},
         },
     ]
-    [one] = series.benchmarks_of(tables, Noise())  # no cell of ROWS has a number, nor has BIG
+    one, rows = measures(*tables)
     assert (one["name"], one["measure"], one["path"]) == (ATTENTION, "attention", "auto")
     assert one["params"] == ["batch", "context", "block_size"]
     assert one["cells"] == [[1, 1024, 32]]
     assert one["values"] == [[[2.0, 1.9, 2.1], "failed"]]
+    assert (rows["cells"], rows["values"]) == ([[1, 1024, 32]], [[None, "too slow"]])
 
 
 def test_a_ratio_has_the_threshold_of_its_series():
     noise = Noise((f"{STEP}(1, 1024, 32)", "code", 1 + 0.001 * (i % 3)) for i in range(12))
-    [one] = series.benchmarks_of([{STEP: {CELL: value(1.0), BIG: value(2.0)}}], noise)
+    [one] = measures({STEP: {CELL: value(1.0), BIG: value(2.0)}}, noise=noise)
     quiet, big = (noise.threshold(f"{STEP}({', '.join(cell)})") for cell in (CELL, BIG))
     assert one["thresholds"] == [[quiet.factor, quiet.show()], [big.factor, big.show()]]
     assert quiet.source == "series"
 
 
-def test_broken_noise_is_said_and_thresholds_are_guesses(tmp_path, monkeypatch, recorded):
+def test_broken_noise_is_said_and_thresholds_are_guesses(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(series.log, "warning", said.append)
     shutil.copytree(RESULTS / "h200", tmp_path / "h200")
     (tmp_path / "h200/noise.csv").write_text("broken\n")
     [one] = overhead.gather(tmp_path)["series"]
-    [step] = [b for b in one["benchmarks"] if b["name"] == STEP]
+    [step] = [b for b in one["measures"] if b["name"] == STEP]
     assert step["thresholds"][0] == [1.05, "±5.0%, a guess"]
     assert "h200/noise.csv" in said[0]
 
 
-@pytest.mark.parametrize(("measure", "name"), list(zip(series.RATIOS, NAMES, strict=True)))
-def test_the_headlines_of_the_terminal_are_measures_of_the_page(measure, name):
-    assert series.measure_of(name) == (measure, "auto")
+def test_the_headlines_of_the_terminal_are_measures_of_the_page():
+    names = ["first", "tokens", "step", "bound", "attention"]
+    assert [series.measure_of(name) for name in NAMES] == [(name, "auto") for name in names]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,13 @@ def test_the_headlines_of_the_terminal_are_measures_of_the_page(measure, name):
     [
         ("step.Batch16.ratio_step_vs_contiguous", ("step", "auto")),
         ("step.Waiting.ratio_step_vs_contiguous", None),
-        ("step.WaitingBatch16.ratio_step_vs_contiguous", None),
         ("step.BoundBatch16.ratio_step_vs_bound", ("bound", "auto")),
+        ("overhead.Batch16.ratio_vs_contiguous", ("attention", "auto")),
         (ROWS, ("attention", "gather_rows")),
         ("decode.Contiguous.time_decode", ("time", "contiguous")),
-        ("decode.GatherOnlyHeadMajor.time_gather", ("phase 0", "")),
-        ("generate.Forks.track_memory", ("facts", "auto")),
+        ("decode.GatherOnlyHeadMajor.time_gather", None),
+        ("prompt.Memory.track_peak", ("memory", "auto")),
+        ("trace.Batched.track_peak_memory", ("memory", "auto")),
         ("scheduler.Decode.time_step", None),
     ],
 )
@@ -109,138 +111,77 @@ def test_a_benchmark_has_a_measure_and_a_path(name, measure):
     assert series.measure_of(name) == measure
 
 
-def test_whole_models_have_blocks_of_one_size():
-    [one] = series.benchmarks_of([{TOKENS: {("8", "512"): value(1.5)}}], Noise())
-    assert (one["params"], one["cells"]) == (["sequences", "context"], [[8, 512, 32]])
-
-
-def test_a_prompt_is_alone_and_in_blocks_of_one_size():
-    [one] = series.benchmarks_of([{FIRST: {("8192",): value(1.5), ("512",): value(1)}}], Noise())
-    assert (one["measure"], one["params"]) == ("first", [None, "prompt"])
-    assert one["cells"] == [[1, 512, 32], [1, 8192, 32]]
+@pytest.mark.parametrize(
+    ("name", "cell", "shown"),
+    [
+        (TOKENS, ("8", "512"), [8, 512, 32]),
+        (FIRST, ("8192",), [1, 8192, 32]),
+        ("prompt.Memory.track_peak", ("512",), [1, 512, 32]),
+        ("trace.Batched.track_peak_memory", (), [1, 0, 32]),
+        (STEP, ("4", "1024", "16"), [4, 1024, 16]),
+    ],
+)
+def test_a_cell_is_batch_context_and_block_size(name, cell, shown):
+    [one] = measures({name: {cell: value(1.5)}})
+    assert (one["cells"], one["asked"]) == ([shown], [[*cell]])
+    assert len(one["params"]) == len(cell)
 
 
 def test_what_the_host_bounds_is_said_by_cell_and_commit():
     share = "prompt.FirstToken.track_host_share"
     short, long = ("512",), ("8192",)
-    tables = [
+    [one] = measures(
         {FIRST: {short: value(1), long: value(1)}},
         {FIRST: {short: value(1), long: value(1)}, share: {short: Value(0.91), long: Value(0.9)}},
         {FIRST: {short: value(1)}, share: {short: Value(None)}},
-    ]
-    [one] = series.benchmarks_of(tables, Noise())
+    )
     assert one["host"] == [[False, True, False], [False, False, False]]
 
 
 def test_a_call_has_the_bytes_that_it_reads():
-    table = {"decode.Auto.time_decode": {CELL: value(1e-3), BIG: value(1e-2)}}
-    [one] = series.benchmarks_of([table], Noise())
+    [one] = measures({"decode.Auto.time_decode": {CELL: value(1e-3), BIG: value(1e-2)}})
     assert one["bytes"] == [2 * 1024 * 8 * 128 * 2, kv_bytes(4, 32768, 32)]
 
 
 def test_a_measure_without_a_number_has_reasons():
-    table = {
-        STEP: {CELL: value(1.0)},
-        BOUND: {CELL: Value(math.nan, why="lacks"), BIG: Value(None)},
-        TOKENS: {},
-    }
-    tables = [table, {BOUND: {CELL: Value(math.nan, why="too slow")}}]
-    found = series.reasons(tables, series.benchmarks_of(tables, Noise()))
-    assert found == {
-        "first": [],
-        "tokens": [],
-        "bound": ["failed", "lacks", "too slow"],
-        "attention": [],
-    }
+    [one] = measures({BOUND: {CELL: Value(math.nan, why="lacks"), BIG: Value(math.nan)}, STEP: {}})
+    assert (one["measure"], one["values"]) == ("bound", [["lacks"]])
 
 
-def test_what_else_a_user_of_mlx_lm_gets_is_told_in_words():
-    table = {
-        "generate.Forks.track_memory": {("4096", "1"): Value(1.06), ("512", "0"): value(1.0)},
-        "server.Requests.ratio_requests_per_second": {("32",): value(1.7), ("1",): MISSING},
-    }
-    requests, forks = series.benchmarks_of([table], Noise())
-    assert requests["what"] == [
-        "requests a second over mlx_lm.server, clients that share a system prompt: 32"
-    ]
-    assert forks["what"] == [
-        "memory of 8 forks over that of one, 512 tokens, each grown by 0",
-        "memory of 8 forks over that of one, 4096 tokens, each grown by 1",
-    ]
-    assert forks["cells"] == [["512", "0"], ["4096", "1"]]
-    assert (forks["params"], forks["of"]) == (["tokens", "grown"], "tokens")
+def test_facts_are_told_in_words():
+    name = "generate.Forks.track_memory"
+    table = {name: {("4096", "1"): Value(1.06), ("512", "0"): value(1.0)}}
+    _, [forks] = series.benchmarks_of([table], Noise())
+    assert forks["what"][0] == "8 forks over one of 512 tokens, each grown by 0"
+    assert forks["asked"] == [["512", "0"], ["4096", "1"]]
+    assert (forks["params"], forks["of"]) == (["tokens", "grown"], "memory")
 
 
-def test_what_is_told_in_words_is_measured():
-    from benchmarks import generate, prompt, server, trace
-
-    modules = {"generate": generate, "prompt": prompt, "server": server, "trace": trace}
-    assert series.FACTS.keys() <= series.RATIOS.keys()
-    for name, (params, words) in (one for of in series.FACTS.values() for one in of.items()):
-        module, kind, function = name.split(".")
-        found = getattr(modules[module], kind)
-        assert hasattr(found, function)
-        assert params == found.param_names
-        assert words.count("{}") == len(params)
+@pytest.mark.parametrize("name", series.FACTS)
+def test_facts_are_of_benchmarks_and_their_parameters(name):
+    of, words = series.FACTS[name]
+    module, kind, function = name.split(".")
+    found = getattr(importlib.import_module(f"benchmarks.{module}"), kind)
+    assert hasattr(found, function)
+    assert re.findall(r"{(\w+)}", words) == list(found.param_names)
+    assert of in series.MEASURES
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    return overhead.gather(RESULTS)
+def test_a_machine_has_its_commits_and_what_asv_calls_it():
+    h200 = next(one for one in overhead.gather(RESULTS)["series"] if one["machine"] == "h200")
+    assert [commit["label"][0] for commit in h200["commits"][:7]] == list("0123456")
+    assert all(commit["phase"] == (" · " in commit["label"]) for commit in h200["commits"])
+    assert [h200["asv"][key] for key in ("machine", "mlx", "python")] == ["h200", "0.32.4", "3.12"]
 
 
-def test_recorded_machines_are_on_the_page(recorded):
-    machines = {one["machine"]: one for one in recorded["series"]}
-    assert {"h200", "linux-2core-xeon"} <= machines.keys()
-    commits = machines["h200"]["commits"]
-    assert [commit["label"][0] for commit in commits[:7]] == list("0123456")
-    assert all(commit["phase"] == (" · " in commit["short"]) for commit in commits)
-    assert machines["h200"]["copy"] > 1000
-    asv = machines["h200"]["asv"]
-    assert [asv[key] for key in ("machine", "mlx", "python")] == ["h200", "0.32.4", "3.12"]
-    assert asv["cpu"].startswith("NVIDIA H200")
-    assert machines["linux-2core"]["unmeasured"] == {
-        measure: [] for measure in ("first", "tokens", "step", "bound")
-    }
-
-
-def test_the_last_measured_machine_comes_first_and_retired_ones_last(tmp_path, recorded):
-    for machine in ("h200", "linux-2core-xeon"):
-        shutil.copytree(RESULTS / machine, tmp_path / machine)
-    newest = [one["machine"] for one in recorded["series"] if (tmp_path / one["machine"]).exists()]
-
-    def order():
-        return [one["machine"] for one in overhead.gather(tmp_path)["series"]]
-
-    assert order() == newest
-    (tmp_path / newest[0] / "retired.txt").write_text("its disk broke\n")
-    assert order() == newest[::-1]
-    assert overhead.gather(tmp_path)["series"][1]["retired"] == "its disk broke"
-
-
-def test_two_versions_of_mlx_are_two_series(versions):
-    results, _, _, environments = versions
+def test_two_versions_of_mlx_are_two_series_and_say_what_measured(versions):
+    results, machine, _, environments = versions
     found = {one["environment"]: one for one in overhead.gather(results)["series"]}
     assert sorted(found) == sorted(environments)
-    assert [found[name]["asv"]["mlx"] for name in environments] == ["0.32.4", "99.0"]
-    before, after = (
-        next(b["values"][0][0][0] for b in found[name]["benchmarks"] if b["name"] == ATTENTION)
-        for name in environments
-    )
-    assert after == pytest.approx(10 * before)
-
-
-def test_the_page_says_which_numpy_and_keeps_the_series(versions):
-    """Results recorded without it are in the same series as those with it."""
-    folder, machine, commit, (pinned, _) = versions
-    [file] = (folder / machine).glob(f"*-{pinned}.json")
+    assert [found[name]["commits"][0]["with"]["MLX"] for name in environments] == ["0.32.4", "99.0"]
+    [file] = (results / machine).glob(f"*-{environments[0]}.json")
     content = json.loads(file.read_text())
-    others = overhead.git("log", "-2", "--format=%H").split()
-    for other, version in zip(others, (20406.0, 20299.0), strict=True):
-        content["commit_hash"] = other
-        content["results"]["host.NumPy.track_version"] = [[version], [], "1", 1, 0.1]
-        (folder / machine / f"{other[:8]}-{pinned}.json").write_text(json.dumps(content))
-    one = series.series_of(machine, pinned, folder)
-    assert {commit, *others} == {c["hash"] for c in one["commits"]}
-    assert one["about"].endswith("NumPy 2.4.6 and 2.2.99 and not recorded")
-    assert "NumPy not recorded" in series.series_of(machine, pinned, folder, [commit])["about"]
+    content["results"]["host.NumPy.track_version"] = [[20406.0], [], "1", 1, 0.1]
+    file.write_text(json.dumps(content))
+    commits = series.series_of(machine, environments[0], results)["commits"]
+    assert commits[0]["with"]["NumPy"] == "2.4.6"

@@ -1,12 +1,10 @@
-"""overhead.html: what a decode step over a paged cache costs, beside one over a contiguous cache.
+"""overhead.html: what a paged cache costs, beside mlx-lm's, in one file that needs no network.
 
-One page that needs no other file and no network. `gather` takes what it shows from the results
-(series.py), overhead.html beside this module is its frame, the .js files its script, charts.py
-its pictures. The figures of the documents are the same charts of the same rows.
+`gather` takes its data from results (series.py), overhead.html beside this module is its frame and
+overhead.js its script. The documents' figures are the same charts of the same rows.
 """
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -15,96 +13,89 @@ import zlib
 from pathlib import Path
 
 import vl_convert
-from asv.util import UserError, load_json
+from asv.util import UserError
 
-from tracking.repository import ROOT, commit_labels, git, subjects
-from tracking.results import environments, recorded_commits, recorded_environment
-from tracking.tables import COLUMNS
-from website.charts import CHARTS, colours, paint
-from website.series import LARGER, series_of
+from tracking.repository import ROOT, git
+from tracking.results import (
+    default_machine,
+    environments,
+    machines,
+    recorded_commits,
+    recorded_environment,
+    usual_environment,
+)
+from website.series import series_of
 
-TEMPLATE = Path(__file__).with_name("overhead.html")
-SCRIPTS = [
-    Path(__file__).with_name(f"{name}.js")
-    for name in ("views", "choices", "comparison", "overhead")
-]
+HERE = Path(__file__).parent
+COLOURS = ["#2f7ed8", "#e07b00", "#2a9d5c", "#9b59d0", "#d1495b", "#a0722a", "#1c9ab8", "#7f8794"]
+LETTERS = {"labelFontSize": 12, "titleFontSize": 12}  # pixels, the least that is read with ease
 
 
-def causes(html_dir, revisions, benchmarks):
-    """Group the published regressions by the commit, or range of commits, that caused them.
-
-    What was accepted is apart, with its reason and link.
-    """
-    hashes = {revision: commit for commit, revision in revisions.items()}
-    published = load_json(str(Path(html_dir, "regressions.json")))
-    found = [(regression, None) for regression in published["regressions"]]
-    found += [
-        (one["regression"], (one["reason"], one["link"])) for one in published.get("accepted", [])
+def chart(x, by, *, area=False):
+    """Return Vega-Lite of lines with points and intervals over the rows named `rows`."""
+    x = {"type": "nominal", "title": None, "sort": None} | x
+    color = {"field": by, "type": "ordinal", "scale": {"range": COLOURS}}
+    color |= {
+        "legend": {"orient": "top", "columns": 5, "symbolOpacity": 1},
+        "title": {"context": "tokens"}.get(by),
+    }
+    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30]
+    y = {"field": "value", "type": "quantitative", "title": "ratio, 1 is equal"}
+    y |= {"scale": {"type": "log", "nice": False, "padding": 10}}
+    y |= {"axis": {"values": ticks, "format": "~g"}}
+    tip = [{"field": key} for key in ("label", "path", "batch", "context", "shown")]
+    ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}, "x": x, "color": color}
+    band = {"type": "area", "opacity": 0.18} if area else {"type": "rule", "strokeWidth": 3}
+    line = {"x": x, "y": y, "color": color, "tooltip": tip, "href": {"field": "link"}}
+    one = {"type": "rule", "strokeDash": [6, 4], "color": "gray"}
+    layer = [
+        {"mark": one, "encoding": {"y": {"datum": 1}}},
+        {"mark": band, "encoding": ends},
+        {"mark": {"type": "line", "point": {"size": 50}}, "encoding": line},
     ]
-    groups = {}
-    for (name, _, params, _, now, best, jumps), accepted in found:
-        first, last, *_ = jumps[-1]
-        key = hashes.get(first), hashes[last], accepted
-        cells = groups.setdefault(key, [])
-        # As asv has it: the benchmark, and in brackets the values of its parameters.
-        benchmark, _, said = name.partition("(")
-        about = benchmarks[benchmark]
-        sizes = dict(zip(about["param_names"], said[:-1].split(", "), strict=False))
-        larger = about.get("better") == "larger"
-        factor = best / max(now, 1e-9 * best) if larger else now / best
-        cell = {"name": name, "machine": params.get("machine"), "factor": factor}
-        cells.append({**cell, "benchmark": benchmark, "params": sizes})
-    commits = {commit for before, after, _ in groups for commit in (before, after) if commit}
-    labels, titles = commit_labels(commits), subjects(commits)
-    return [
-        {
-            "from": before,
-            "to": commit,
-            "after": before and labels[before],
-            "commit": labels[commit],
-            "subject": titles[commit],
-            "accepted": accepted and dict(zip(("reason", "link"), accepted, strict=True)),
-            "cells": sorted(cells, key=lambda cell: -cell["factor"]),
-        }
-        for (before, commit, accepted), cells in groups.items()
-    ]
+    spec = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "layer": layer}
+    spec |= {"data": {"name": "rows"}, "width": "container", "height": 230}
+    return spec | {"background": "transparent", "config": {"axis": LETTERS, "legend": LETTERS}}
 
 
-def repository_page():
-    """Return the address of the project's repository on GitHub, None if it has none there."""
+CONTEXT = {"field": "context", "type": "quantitative", "title": "context length in tokens"}
+CONTEXT |= {"scale": {"type": "log", "base": 2, "nice": False, "padding": 16}}
+CONTEXT |= {"axis": {"values": [2**power for power in range(8, 20)], "format": "d", "grid": False}}
+# Phases alone have room for their names; of many commits some have to do without.
+OVERLAP = {"labelAngle": -25, "labelOverlap": {"expr": "length(domain('x')) > 20 && 'greedy'"}}
+CHARTS = {
+    "phases": chart({"field": "label", "axis": OVERLAP}, "context", area=True),
+    "contexts": chart(CONTEXT, "path"),
+}
+
+
+def origin():
+    """Return the web address of the remote, without what logs in; None if it has none."""
     try:
-        origin = git("remote", "get-url", "origin")
+        remote = git("remote", "get-url", "origin")
     except UserError:
         return None
-    match = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", origin)
-    return match and f"https://github.com/{match[1]}"
+    web = re.fullmatch(r"(?:https?://(?:[^/@]*@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+)", remote)
+    return web and f"https://{web[1]}/{web[2].removesuffix('/').removesuffix('.git')}"
 
 
-def gather(results, regressions=()):
-    """Return the page's data, from a results folder: machines by when they last measured."""
-    machines = sorted(path.parent.name for path in Path(results).glob("*/machine.json"))
+def gather(results, regressions=(), repository=None):
+    """Return the page's data: the machine that it opens with first, retired ones last."""
     series = []
-    for machine in machines:
+    for machine in machines(results):
         for environment in environments(machine, results):
             try:
                 series.append(series_of(machine, environment, results))
             except ValueError as error:  # cells of another kind than the suite's
                 print(f"{machine} in {environment} is left out: {error}", file=sys.stderr)
-    series = [one for one in series if one["benchmarks"]]
-    series.sort(key=lambda one: (one["retired"] is not None, -one["measured"]))
-    shown = [one for each in series for one in each["benchmarks"]]
-    contexts = {cell[1] for one in shown if one["measure"] != "facts" for cell in one["cells"]}
-    return {
-        "series": series,
-        "larger": sorted(LARGER),
-        "columns": {
-            name: [dataclasses.asdict(column) for column in columns]
-            for name, columns in COLUMNS.items()
-        },
-        "colours": colours({one["path"] for one in shown}, contexts),
-        "regressions": list(regressions),
-        "repository": repository_page(),
-    }
+    series = [one for one in series if one["measures"]]
+    chosen, _ = default_machine(results) or (None, None)
+    opens = chosen, chosen and usual_environment(chosen, results)
+
+    series.sort(key=lambda one: max(commit["at"] for commit in one["commits"]), reverse=True)
+    series.sort(key=lambda one: one["retired"] is not None)
+    series.sort(key=lambda one: (one["machine"], one["environment"]) != opens)
+    return {"series": series, "regressions": list(regressions), "repository": repository}
 
 
 _FOUR = {"measure": "attention", "batch": 4, "block": 32}
@@ -121,18 +112,15 @@ def figure_rows(name):
     """Return the rows of a figure, from recorded results."""
     _, machine, wanted = FIGURES[name]
     found = series_of(machine, recorded_environment(machine), commits=recorded_commits(machine))
-    rows = []
-    for one in found["benchmarks"]:
-        if one["measure"] != wanted["measure"]:
-            continue
-        for (batch, context, block), values in zip(one["cells"], one["values"], strict=True):
-            row = {"measure": one["measure"], "path": one["path"], "batch": batch}
-            row |= {"context": context, "block": block}
-            for number, said in enumerate(values):
-                if isinstance(said, list):
-                    ends = dict(zip(("value", "low", "high"), said, strict=False))
-                    label = found["commits"][number]["short"]
-                    rows.append({**row, "commit": number, "label": label, **ends})
+    rows = [
+        {"measure": one["measure"], "path": one["path"], "batch": batch, "context": context}
+        | {"block": block, "commit": number, "label": found["commits"][number]["label"]}
+        | dict(zip(("value", "low", "high"), said, strict=False))
+        for one in found["measures"]
+        for (batch, context, block), values in zip(one["cells"], one["values"], strict=True)
+        for number, said in enumerate(values)
+        if isinstance(said, list)
+    ]
     rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     return sorted(rows, key=lambda row: (row["commit"], row["path"], row["context"]))
 
@@ -143,23 +131,17 @@ def digest(rows):
 
 
 def draw_figures():
-    """Write the documents' figures as SVG into docs/images, those whose rows are others now.
-
-    The renderer lays a legend out differently from one time to the next.
-    """
-    for name, (chart, _, _) in FIGURES.items():
+    """Write the documents' figures as SVG into docs/images, those whose rows are others now."""
+    for name, (kind, _, _) in FIGURES.items():
         rows, file = figure_rows(name), ROOT / f"docs/images/{name}.svg"
-        if file.exists() and f"rows {digest(rows)}" in file.read_text():
-            continue
-        spec = CHARTS[chart].to_dict()
-        paint(spec, rows, colours((row["path"] for row in rows), {row["context"] for row in rows}))
-        spec |= {"datasets": {"rows": rows}, "width": 640, "background": "white"}
-        svg = vl_convert.vegalite_to_svg(spec)
-        file.write_text(f"{svg}<!-- rows {digest(rows)} -->\n")
+        if not file.exists() or f"rows {digest(rows)}" not in file.read_text():
+            drawn = CHARTS[kind] | {"datasets": {"rows": rows}, "width": 640, "background": "white"}
+            svg = vl_convert.vegalite_to_svg(drawn)
+            file.write_text(f"{svg}<!-- rows {digest(rows)} -->\n")
 
 
 def pack(one):
-    """Return a series as the page holds it: deflated but for what its menu of machines needs.
+    """Return a series as the page holds it: deflated, but for what its menu of machines needs.
 
     Years of nights fit in a page that a phone opens.
     """
@@ -170,19 +152,17 @@ def pack(one):
 
 def page(data):
     """Return overhead.html."""
-    charts = {name: chart.to_dict() for name, chart in CHARTS.items()}
 
     def script(content):
         return json.dumps(content, allow_nan=False).replace("<", "\\u003c")
 
-    parts = {
+    html = (HERE / "overhead.html").read_text()
+    for mark, content in {
         "/*VEGA*/": vl_convert.javascript_bundle(),
-        "/*CHARTS*/": script(charts),
+        "/*CHARTS*/": script(CHARTS),
         "/*DATA*/": script({**data, "series": [pack(one) for one in data["series"]]}),
-        "/*SCRIPT*/": "".join(file.read_text() for file in SCRIPTS),
-    }
-    html = TEMPLATE.read_text()
-    for mark, content in parts.items():
+        "/*SCRIPT*/": (HERE / "overhead.js").read_text(),
+    }.items():
         before, after = html.split(mark)
         html = before + content + after
     return html
