@@ -30,9 +30,7 @@ from tracking.results import (
     tables,
 )
 from tracking.tables import (
-    ADR,
     FORMATS,
-    USERS,
     as_markdown,
     by_cell,
     by_number,
@@ -51,11 +49,6 @@ def recorded_tables(machine):
     """Return {commit: table} of a machine's results in git, each benchmark of one version."""
     environment = recorded_environment(machine)
     return tables(machine, recorded_commits(machine), environment=environment)
-
-
-def mark_adr_table(machine, commit):
-    """Write the ADR's table of one machine at one commit."""
-    return as_markdown(*by_cell(recorded(machine, commit), ADR))
 
 
 def mark_headline(machine, benchmark):
@@ -122,7 +115,6 @@ def mark_quality(machine):
 
 
 MARKS = {
-    "adr-table": mark_adr_table,
     "headline": mark_headline,
     "series": mark_series,
     "tracks": mark_tracks,
@@ -163,12 +155,12 @@ def print_headlines(machine):
 def print_table(machine, commit, table_of):
     """Print what users get by cell, at a commit or the newest that has a number in the table."""
     for one in [commit] if commit else reversed(measured_commits(machine)):
-        header, rows = by_cell(load(machine, one), USERS)
+        header, rows = by_cell(load(machine, one))
         if rows:
             print(f"machine {machine}, {commit_label(one)}", file=sys.stderr)
             print(table_of(header, rows), end="")
             return
-    titles = ", ".join(column.title for column in USERS)
+    titles = ", ".join(NAMES.values())
     where = commit_label(commit) if commit else "any commit"
     sys.exit(f"machine {machine} has no number at {where} of {titles}")
 

@@ -3,49 +3,22 @@
 import csv
 import io
 import re
-from dataclasses import dataclass
 
 from benchmarks.generate import BLOCK_SIZE
-from pagedkv import blocks_needed
-from tracking.files import write_text
 from tracking.repository import commit_labels, phase_commits
-from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, TOKENS, tables
+from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, tables
 
-LAYOUTS = {"A": "BlockMajor", "B": "HeadMajor"}
+# The benchmarks of 16 sequences, whose cells a table shows beside those of the headlines.
+BATCH_16 = {
+    STEP: "step.Batch16.ratio_step_vs_contiguous",
+    BOUND: "step.BoundBatch16.ratio_step_vs_bound",
+    ATTENTION: "overhead.Batch16.ratio_vs_contiguous",
+}
 
 
 def by_number(cell):
     """Return a sort key: cells by the numbers in their names, words last."""
     return [(0, int(x), "") if x.lstrip("-").isdigit() else (1, 0, x) for x in cell]
-
-
-def fragmentation(context, block_size):
-    """Percent of the slots in a sequence's blocks that hold no token."""
-    slots = blocks_needed(context, block_size) * block_size
-    return 100 * (slots - context) / slots if slots else 0
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table by cell; the first of some benchmarks that has the cell is shown."""
-
-    title: str
-    benchmarks: tuple  # of names
-    unit: str = "ratio"  # or "ms", "percent" above 1, "fragmentation" of the cell itself
-
-    def value(self, table, cell):
-        """Return the Value of a cell, MISSING if no benchmark has it."""
-        found = (cells_of(table, name).get(cell) for name in self.benchmarks)
-        return next((value for value in found if value), MISSING)
-
-    def show(self, table, cell):
-        """Return the text of a cell."""
-        if self.unit == "fragmentation":
-            return f"{fragmentation(*map(int, cell[1:])):.1f}"
-        value = self.value(table, cell)
-        if self.unit == "percent" and value.known:
-            return f"{100 * (value.value - 1):.0f}"
-        return value.show(1000 if self.unit == "ms" else 1)
 
 
 def cells_of(table, benchmark):
@@ -60,45 +33,15 @@ def cells_of(table, benchmark):
     return {(*cell, str(BLOCK_SIZE))[:3]: x for cell, x in cells.items()}
 
 
-USERS = [
-    Column(NAMES[FIRST], (FIRST,)),
-    Column(NAMES[TOKENS], (TOKENS,)),
-    Column(NAMES[STEP], (STEP, "step.Batch16.ratio_step_vs_contiguous")),
-    Column(NAMES[BOUND], (BOUND, "step.BoundBatch16.ratio_step_vs_bound")),
-    Column(NAMES[ATTENTION], (ATTENTION, "overhead.Batch16.ratio_vs_contiguous")),
-]
-"""What users get, in the order in which they notice it."""
-
-ADR = [
-    Column("frag %", (), "fragmentation"),
-    Column("contiguous ms", ("decode.Contiguous.time_decode",), "ms"),
-    *(
-        Column(title.format(layout), (benchmark.format(name),), unit)
-        for title, benchmark, unit in (
-            ("gather {} ms", "decode.GatherOnly{}.time_gather", "ms"),
-            ("gather+SDPA {} ms", "decode.Gather{}.time_decode", "ms"),
-            ("append {} ms", "append.Naive{}.time_append", "ms"),
-            ("overhead {} %", "overhead.Gather{}.ratio_vs_contiguous", "percent"),
-        )
-        for layout, name in LAYOUTS.items()
-    ),
-]
-"""What ADR 0001 decided on: the paths of phase 0."""
-
-COLUMNS = {"users": USERS, "adr": ADR}
-
-
-def by_cell(table, columns):
-    """Return (header, rows): every cell that has a number in at least one of some columns."""
-    cells = {
-        cell for column in columns for name in column.benchmarks for cell in cells_of(table, name)
-    }
+def by_cell(table):
+    """Return (header, rows) of what users get: the cells that have a number in any column."""
+    columns = [cells_of(table, BATCH_16.get(name, name)) | cells_of(table, name) for name in NAMES]
+    known = {cell for cells in columns for cell, value in cells.items() if value.known}
     rows = [
-        [*cell, *(column.show(table, cell) for column in columns)]
-        for cell in sorted(cells, key=by_number)
-        if any(column.value(table, cell).known for column in columns)
+        [*cell, *(cells.get(cell, MISSING).show() for cells in columns)]
+        for cell in sorted(known, key=by_number)
     ]
-    return ["batch", "context", "block", *(column.title for column in columns)], rows
+    return ["batch", "context", "block", *NAMES.values()], rows
 
 
 def headline(machine, commits, benchmark, environment=None):
@@ -166,13 +109,7 @@ def code(text):
 
 
 def read_csv(file):
-    """Return (header, rows) of a table that `write_csv` wrote."""
+    """Return (header, rows) of a table in CSV."""
     with file.open() as lines:
         header, *rows = csv.reader(lines)
     return header, rows
-
-
-def write_csv(file, header, rows):
-    """Write a small table of results, and print it."""
-    write_text(file, as_csv(header, rows))
-    print(as_markdown(header, [[str(value) for value in row] for row in rows]), end="")
