@@ -93,11 +93,6 @@ class Measured:
     versions: dict  # {benchmark: version}
     table: dict  # {benchmark: {parameters: Value}}
 
-    @property
-    def explained(self):
-        """Whether cells without a number say why: NumPy's version is recorded since they do."""
-        return NUMPY in self.table
-
 
 def measured(machine, results=RESULTS):
     """Return what each file of a machine's results says; an unchanged file is parsed once.
