@@ -5,12 +5,15 @@ import json
 import random
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
+pytest.importorskip("playwright", reason="the page is looked at by make prove")
+sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
+from browser import OverheadPage, browse
+
 from tracking import repository
-from tracking.repository import ROOT
 from website.overhead import gather, page
 
 GRID = [[1, 4], [1024, 4096], [32]]  # the quick one
@@ -66,42 +69,23 @@ def measure(folder, machine, commits):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Return the folder with the page and a small one."""
+    """Return the folder with the page."""
     folder = tmp_path_factory.mktemp("many")
     commits = history(folder / "repository")
     for machine in MACHINES:
         measure(folder / "results", machine, commits)
-    measure(folder / "few", MACHINES[0], commits[:2])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repository, "ROOT", folder / "repository")
-        (folder / "few.html").write_text(page(gather(folder / "few")))
         (folder / "overhead.html").write_text(page(gather(folder / "results")))
     return folder
 
 
-def test_it_is_small(built):
+def test_it_is_small_and_shows_the_phases_and_the_newest(built):
+    """A page of some megabytes; a table of 39 rows, whatever there is."""
     assert (built / "overhead.html").stat().st_size < 5e6
-
-
-def test_it_is_quick_to_use(built):
-    """The best of a few, and three times what two commits take: other work is not the page's."""
-    pytest.importorskip("playwright")
-    sys.path.insert(0, str(ROOT / ".ci"))
-    from browser import OverheadPage, browse
-
     with browse(built) as (tab, address):
         overhead = OverheadPage(tab)
-
-        def quickest(name, **choices):
-            seconds = []
-            for machine in MACHINES[: 1 if name == "few" else None] * 2:
-                started = time.perf_counter()
-                overhead.open(f"{address}/{name}.html", machine=machine, **choices)
-                seconds.append(time.perf_counter() - started)
-            return min(seconds)
-
-        limit = max(1, 3 * quickest("few"))
-        assert quickest("overhead") < limit
+        overhead.open(f"{address}/overhead.html", machine=MACHINES[0])
         assert tab.locator("#commit option").count() == COMMITS
         assert tab.locator("#machine option").count() == len(MACHINES)
         assert len(overhead.table("phases-table")) == 1 + PHASES + 30

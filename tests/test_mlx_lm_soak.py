@@ -22,7 +22,7 @@ from served_models import await_health, command_of, saved_model, send, words
 from test_mlx_lm_doors import FIELDS, TEXT
 
 MINUTES = float(os.environ.get("PAGEDKV_SOAK_MINUTES", 0))
-SECONDS, CLIENTS = (60 * MINUTES, 32) if MINUTES else (5, 8)
+SECONDS, CLIENTS = (60 * MINUTES, 32) if MINUTES else (2, 8)
 GROWTH = 1.05  # of memory, from the middle of a long run to its end
 BODIES = [
     {"prompt": words(count, start), "max_tokens": answer}
