@@ -74,6 +74,14 @@ def store(model):
 
 
 @pytest.fixture
+def joined(monkeypatch):
+    """Compute a prompt's last token with the chunk before it, as on a GPU."""
+    from pagedkv.mlx_lm import prompt_cache
+
+    monkeypatch.setattr(prompt_cache, "joins_last_token", lambda: True)
+
+
+@pytest.fixture
 def versions(tmp_path):
     """Results of one commit with two versions of MLX, the newer ten times as slow.
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
+from launching import BACKEND
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
@@ -47,6 +48,7 @@ def passes_of(model, monkeypatch):
     return passes
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize(
     ("length", "chunks"),
     [(1, [1]), (2, [2]), (8, [8]), (9, [8, 1]), (17, [8, 8, 1]), (21, [8, 8, 5]), (24, [8, 8, 8])],
@@ -67,6 +69,16 @@ def test_a_prompts_last_token_comes_with_its_last_chunk(model, monkeypatch, leng
         assert passes[0] == (length + 2 - cache.cached, 1)
 
 
+@pytest.mark.skipif(BACKEND != "cpu", reason="a GPU computes both in one pass")
+def test_a_cpu_computes_a_prompts_last_token_alone(model, monkeypatch):
+    """So that the last layer's output for the tokens before it is never needed."""
+    with PagedStore(model, num_blocks=64, block_size=4) as store:
+        passes = passes_of(model, monkeypatch)
+        answer(model, PROMPT[:19], store.cache(PROMPT[:19]), count=1, prefill_step_size=8)
+        assert [new for new, _ in passes][:4] == [8, 8, 2, 1]
+
+
+@pytest.mark.usefixtures("joined")
 def test_progress_is_of_tokens_that_are_in_the_cache(model):
     """mlx-lm reports 8, 16 and 18 of 19 before the last token: the last chunk comes with it."""
     prompt, seen = PROMPT[:19], []
@@ -86,6 +98,7 @@ def test_progress_is_of_tokens_that_are_in_the_cache(model):
         assert seen == [(0, 0), (8, 8), (16, 16), (19, 20)]
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("after", [8, 16])
 def test_a_generation_that_progress_ends_goes_on_where_it_said(model, after):
     def report(processed, total):
@@ -103,6 +116,7 @@ def test_a_generation_that_progress_ends_goes_on_where_it_said(model, after):
         assert answer(model, prompt[after:], fork) == expected
 
 
+@pytest.mark.usefixtures("joined")
 def test_a_prompt_that_failed_goes_on_where_it_was(model):
     expected = answer(model, PROMPT)
 

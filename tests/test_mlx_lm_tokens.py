@@ -106,6 +106,7 @@ def test_single_sequences(model, monkeypatch):
         assert sum(passes) >= sum(map(len, PROMPTS)) + len(PROMPTS) * (COUNT - 1) - 8
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("chunk", [3, 4, 100])
 def test_prompts_that_end_about_a_blocks_end(model, chunk):
     for length in (1, 3, 4, 5):
@@ -118,6 +119,7 @@ def test_prompts_that_end_about_a_blocks_end(model, chunk):
                 assert answer(model, prompt, cache, 6, prefill_step_size=chunk) == expected
 
 
+@pytest.mark.usefixtures("joined")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("length", [2047, 2048, 2049])
 def test_prompts_that_end_about_a_chunks_end(model, length):
