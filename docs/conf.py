@@ -4,6 +4,8 @@ Its root is the repository's, so that links between README.md, CONTRIBUTING.md a
 both. It needs no network, neither to be built nor to be read.
 """
 
+import re
+
 project = "pagedkv"
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md"]
@@ -25,6 +27,9 @@ CONTENTS = {
 }
 
 
+# The state of the tests, from GitHub.
+BADGE = re.compile(r"^# pagedkv .*\n")
+
 # What `make publish` puts beside this site.
 RESULTS = '<p><a href="../overhead.html">The newest results</a></p>'
 
@@ -32,6 +37,7 @@ RESULTS = '<p><a href="../overhead.html">The newest results</a></p>'
 def add_contents(app, name, text):
     """Add to the first page what is no use on GitHub: the way to the results, and the contents."""
     if name == root_doc:
+        text[0] = BADGE.sub("# pagedkv\n", text[0])
         text[0] = text[0].replace("## Watch it\n", f"## Watch it\n\n{RESULTS}\n")
         for caption, pages in CONTENTS.items():
             entries = "\n".join(page if page[0] == "/" else f"/docs/{page}" for page in pages)
