@@ -242,3 +242,44 @@ def test_layers_that_are_not_paged_reuse_nothing(passes):
         for _ in range(2):
             assert answers(hybrid, PROMPTS) == expected
         assert store.stats().cached_blocks == 0
+
+
+def test_a_waiting_prefix_keeps_no_other_generator_from_its_blocks(model):
+    others = list(range(60, 82))
+    with PagedStore(model, num_blocks=16, block_size=4) as store:
+        for prompt in (SHARED, others):
+            answer(model, [*prompt, 1], count=1)
+        waits, runs = BatchGenerator(model), BatchGenerator(model)
+        waits.insert([[1] * 5, [*SHARED, 2, 3]], max_tokens=[4, 26])
+        waits.insert([[1] * 5], max_tokens=[1])
+        assert waits.next_generated()
+        [uid] = runs.insert([[*others, 4]], max_tokens=[17])
+        [tokens], _ = run(runs, [uid])
+        assert len(tokens) == 17
+        assert store.stats().free_blocks >= 0
+
+
+def test_a_cache_taken_back_from_a_waiting_request_is_the_callers(model):
+    """It was to look its prompt up; what the caller computes into it since stays."""
+
+    def scenario():
+        generator = BatchGenerator(model, max_tokens=6)
+        [uid] = generator.insert([SHARED])
+        cache, _ = generator.remove([uid], return_prompt_caches=True)[uid]
+        before = answer(model, list(range(50, 70)), cache, count=4)
+        return before, run(generator, generator.insert([[3, 4, 5]], caches=[cache]))[0]
+
+    expected = scenario()
+    with PagedStore(model, num_blocks=128, block_size=4):
+        assert scenario() == expected
+
+
+@pytest.mark.parametrize("wrong", [2**40, 1.5, "a"])
+def test_a_prompt_that_is_not_of_tokens_is_refused_when_it_is_inserted(model, wrong):
+    expected = answers(model, PROMPTS)
+    with PagedStore(model, num_blocks=128, block_size=4):
+        generator = BatchGenerator(model, max_tokens=COUNT, prefill_step_size=7)
+        uids = generator.insert(PROMPTS)
+        with pytest.raises((TypeError, ValueError), match=r"prompt|token"):
+            generator.insert([[5, wrong, 6]])
+        assert run(generator, uids)[0] == expected

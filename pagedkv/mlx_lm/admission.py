@@ -116,7 +116,12 @@ class Admission:
         running = [found for other in self._generators for found in _running(other)]
         entries = [entry for one in running for entry in _entries(*one)]
         known = {id(sequences) for sequences, *_ in running}
-        known |= {id(sequences_of(item[_CACHE])) for item in waiting if _can_give_up(item)}
+        known |= {
+            id(sequences_of(item[_CACHE]))
+            for other in self._generators
+            for item in other._unprocessed_sequences
+            if _can_give_up(item)
+        }
         held = {id(other): other for other in memory.live if id(other) not in known}
         needed = 0
         for place, item in enumerate(waiting[:count]):

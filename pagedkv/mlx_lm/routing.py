@@ -26,6 +26,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
 from pagedkv.errors import OutOfBlocksError
+from pagedkv.host.sequence import prompt_ids
 from pagedkv.mlx_lm.files import save_caches
 
 Self = TypeVar("Self", bound="Closing")
@@ -244,6 +245,13 @@ def insert_segments(
     for cache in caches or ():
         _check_models(cache, generator.model)
     if make := _maker(generator.model):
+        for prompt in segments:
+            for segment in prompt:
+                if len(segment):
+                    prompt_ids(segment)
+        for cache in caches or ():
+            if isinstance(cache, RoutedPrompt):
+                cache.looks_up = False  # the caller's, to be filled itself
         segments, all_tokens = _left(segments, caches, all_tokens)
         caches = list(caches or [None] * len(segments))
         for place, (prompt, cache, known) in enumerate(
