@@ -174,7 +174,7 @@ def habits(tmp_path, monkeypatch):
 def test_publishing_tags_and_asks_nobody(project, habits, monkeypatch):
     monkeypatch.setattr(repository, "ROOT", project)
     monkeypatch.setattr(history, "RESULTS", project / "results")
-    for name in ("record_machine", "config_for", "discover"):
+    for name in ("config_for", "discover"):
         monkeypatch.setattr(history, name, lambda *args: None)
     history.prepare("box", "cpu")
     assert repository.git("tag", "--list").splitlines() == ["phase-0", "phase-1"]

@@ -10,16 +10,8 @@ from asv.util import UserError
 from benchmarks.kinds import WHY
 from tracking import valid
 from tracking.grid import GRIDS, asked, device_of, selection
-from tracking.project import (
-    asv,
-    config_for,
-    discover,
-    environment_name,
-    machine_name,
-    machine_options,
-    record_machine,
-)
-from tracking.repository import check_history, check_suite, commit_labels, git, phase_commits
+from tracking.project import asv, begin, config_for, discover, environment_name, machine_options
+from tracking.repository import commit_labels, git, phase_commits
 from tracking.results import MISSING, NAMES, RESULTS, load, measured
 
 QUICK_REPEAT = (3, 12, 2.0)  # fewest and most samples, and seconds after which none begins
@@ -55,9 +47,6 @@ def run(grid, machine, backend, rounds, only_head=False):
 
     Of a phase the short grid asks for what the quick one does.
     """
-    check_history()
-    check_suite()
-    record_machine(machine)
     config, device = config_for(backend), device_of(backend)
     benchmarks, environment = discover(machine, config), environment_name(config)
     head = git("rev-parse", "HEAD")
@@ -105,11 +94,9 @@ def headlines(machine, commit, environment, results=RESULTS):
 
 def prepare(machine, backend):
     """Do what publishing needs: tags of phases and the list of benchmarks."""
-    check_history()
     valid.set_aside(RESULTS)
     for commit, phase in phase_commits().items():
         git("tag", "--force", f"phase-{phase}", commit)
-    record_machine(machine)
     discover(machine, config_for(backend))
     return 0
 
@@ -125,10 +112,10 @@ def main():
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.grid == "full" else 1)
     try:
-        machine = args.machine or machine_name(args.backend)
+        where = begin(args, records=args.command == "run")
         if args.command == "prepare":
-            return prepare(machine, args.backend)
-        return run(args.grid, machine, args.backend, rounds, args.head)
+            return prepare(**where)
+        return run(args.grid, rounds=rounds, only_head=args.head, **where)
     except (UserError, OSError) as error:
         sys.exit(str(error))
 
