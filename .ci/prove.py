@@ -50,10 +50,9 @@ def expect(condition, message):
 
 def prove_measure(overhead, url, machine, name, results=read.RESULTS):
     """Compare the history of a measure on a machine with the results."""
-    environment = read.usual_environment(machine, results)
-    files = [m for m in read.measured(machine, results) if m.environment == environment]
-    tables = [cells_of(table, MEASURES[name]) for table in read.of_one_version(files)]
-    tables = dict(zip((one.commit for one in files), tables, strict=True))
+    commits = read.measured_commits(machine, results)
+    tables = read.tables(machine, commits, results)
+    tables = {commit: cells_of(table, MEASURES[name]) for commit, table in tables.items()}
     known = {c for table in tables.values() for c, value in table.items() if value.known}
     if not known:
         return

@@ -22,9 +22,9 @@ BLOCK_SIZES = [16, 32, 64]
 GRID = [BATCHES, CONTEXTS, BLOCK_SIZES]
 PARAM_NAMES = ["batch", "context", "block_size"]
 
-# The quick grid: `asv --bench` asks for these cells alone, and the numbers of the others stay.
-QUICK_CONTEXTS = [1024, 4096]
-QUICK_BLOCK_SIZES = [32]
+# The short grid: `asv --bench` asks for these cells alone, and the numbers of the others stay.
+SHORT_CONTEXTS = [1024, 4096]
+SHORT_BLOCK_SIZES = [32]
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPE = mx.float16

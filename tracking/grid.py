@@ -8,25 +8,26 @@ import itertools
 import platform
 import re
 
-from benchmarks.common import BATCHES, PARAM_NAMES, QUICK_BLOCK_SIZES, QUICK_CONTEXTS
+from benchmarks.common import BATCHES, PARAM_NAMES, SHORT_BLOCK_SIZES, SHORT_CONTEXTS
+from tracking.results import ATTENTION, FIRST, STEP, TOKENS
 
 GRIDS = ("quick", "short", "full")
 
-_SHORT = list(itertools.product(BATCHES, QUICK_CONTEXTS, QUICK_BLOCK_SIZES))
+_SHORT = list(itertools.product(BATCHES, SHORT_CONTEXTS, SHORT_BLOCK_SIZES))
 # The headline: attention and a decode step over contiguous ones, first token and tokens a second
 # over mlx-lm's. On two cores these cells of a commit take 20 seconds, 55 where it has mlx-lm.
 QUICK = {
     "cpu": {
-        "overhead.Auto.ratio_vs_contiguous": [(1, 1024, 32), (1, 4096, 32)],
-        "step.Auto.ratio_step_vs_contiguous": [(1, 1024, 32)],
-        "prompt.FirstToken.ratio_speed": [(512,)],
-        "generate.Decode.ratio_tokens_per_second": [(1, 512)],
+        ATTENTION: [(1, 1024, 32), (1, 4096, 32)],
+        STEP: [(1, 1024, 32)],
+        FIRST: [(512,)],
+        TOKENS: [(1, 512)],
     },
     "gpu": {
-        "overhead.Auto.ratio_vs_contiguous": _SHORT,
-        "step.Auto.ratio_step_vs_contiguous": _SHORT,
-        "prompt.FirstToken.ratio_speed": [(512,), (2048,), (8192,)],
-        "generate.Decode.ratio_tokens_per_second": list(itertools.product([1, 8], [512, 4096])),
+        ATTENTION: _SHORT,
+        STEP: _SHORT,
+        FIRST: [(512,), (2048,), (8192,)],
+        TOKENS: list(itertools.product([1, 8], [512, 4096])),
     },
 }
 # The short grid lacks these: they settled a decision, or take a CPU half a minute a cell.
@@ -76,7 +77,7 @@ def asked(benchmark, grid, device=None):
     return [
         cell
         for cell in every
-        if int(cell[context]) in QUICK_CONTEXTS and int(cell[block_size]) in QUICK_BLOCK_SIZES
+        if int(cell[context]) in SHORT_CONTEXTS and int(cell[block_size]) in SHORT_BLOCK_SIZES
     ]
 
 

@@ -224,21 +224,6 @@ def rounds_needed(rows):
     return min(MOST_ROUNDS, math.ceil(SAMPLES / min(samples))) if samples else NIGHT
 
 
-def thresholds(machine):
-    """Return (header, rows): a machine's thresholds by benchmark, of the series in noise.csv."""
-    noise, cells = recorded_noise(machine), {}
-    for series in sorted({row["series"] for row in read(RESULTS / machine / "noise.csv")}):
-        if kind(series) != "count":
-            cells.setdefault(series.split("(")[0], []).append(series)
-    rows = []
-    for name, found in cells.items():
-        runs = [noise.runs(series) for series in found]
-        factors = sorted(noise.threshold(series).factor for series in found)
-        ends = [f"{100 * (factor - 1):.1f}%" for factor in (factors[0], factors[-1])]
-        rows.append([f"`{name}`", str(len(found)), str(min(runs)), *ends])
-    return ["benchmark", "cells", "runs", "least threshold", "largest"], rows
-
-
 def noise(times, pause, benchmarks, *, machine, backend):
     """Measure HEAD `times` times as a night does, `pause` seconds apart, and record each run."""
     head = resolve("HEAD")
