@@ -102,6 +102,15 @@ def config_of(family, **other):
     return {**_PLAIN, **FAMILIES.get(family, {}), **other, "model_type": family}
 
 
+def tokens_of(generator, uids):
+    """Run a `BatchGenerator` to the end; return the tokens of each sequence."""
+    found = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    return [found[uid] for uid in uids]
+
+
 def small_model(family, seed=0, **other):
     """Return a model of a family with random weights that prefer no token."""
     module = importlib.import_module(f"mlx_lm.models.{family}")

@@ -4,7 +4,7 @@ import json
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
-from small_models import small_model
+from small_models import small_model, tokens_of
 
 from pagedkv.mlx_lm import PagedStore
 
@@ -24,14 +24,10 @@ def run(group):
         )
         single = [int(token) for token, _ in steps]
         generator = BatchGenerator(model, max_tokens=12)
-        uids = generator.insert(PROMPTS)
-        batch = {uid: [] for uid in uids}
-        while responses := generator.next_generated():
-            for response in responses:
-                batch[response.uid].append(response.token)
+        batch = tokens_of(generator, generator.insert(PROMPTS))
         return {
             "single": single,
-            "batch": [batch[uid] for uid in uids],
+            "batch": batch,
             "block_bytes": store.stats().block_bytes,
         }
 

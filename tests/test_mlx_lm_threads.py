@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
 from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
+from small_models import tokens_of
 
 from pagedkv import PagedKVError
 from pagedkv.host.turns import FairLock
@@ -94,12 +95,7 @@ def test_a_thread_that_raised_leaves_the_store_to_others(model, expected):
 
 def batch(model, prompts):
     generator = BatchGenerator(model, max_tokens=8)
-    uids = generator.insert(prompts)
-    found = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            found[response.uid].append(response.token)
-    return [*found.values()]
+    return tokens_of(generator, generator.insert(prompts))
 
 
 def test_batches_in_one_thread_beside_generations_in_others(model, expected):
