@@ -105,7 +105,7 @@ def test_make_table_is_of_the_newest_commit_with_a_number(four_commits, monkeypa
 
 
 def test_a_series_is_written_by_cell_and_commit(monkeypatch):
-    """What it says of words, counts and classes without parameters is in the documents."""
+    """Values without a number, counts, and classes without parameters have a form of their own."""
     one, two = "a" * 8, "b" * 8
     found = {
         one: {"append.Auto.time_append": {("4", "64"): results.Value(0.25, 0.2, 0.3)}},

@@ -381,7 +381,7 @@ def test_images_of_a_text_model_are_refused_before_they_are_fetched(serving):
         status, answer = ask(serving, body, CHAT)
         assert (status, answer["error"]["param"]) == (400, "messages")
         listening.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody came
+        with pytest.raises(BlockingIOError):  # no connection was made
             listening.accept()
 
 

@@ -63,7 +63,7 @@ def passes(model, monkeypatch):
 
 @pytest.mark.parametrize("cut", [None, 5, 28, 30])
 def test_a_batch_takes_whole_prompts_with_the_caches_made_for_them(model, passes, cut):
-    """Also in segments, of which some are all in the cache."""
+    """Also in segments, some of them cached whole."""
     expected = answers(model, PROMPTS)
     with PagedStore(model, num_blocks=128, block_size=4) as store:
         answer(model, [*SHARED, 1])
@@ -161,7 +161,7 @@ def test_what_follows_may_begin_as_the_cache_does(model, store, ask):
 
 @both
 def test_tokens_that_repeat_are_what_follows_if_asked_for(model, store, ask):
-    """What follows repeats all that the cache holds, or is as long as the prompt's rest."""
+    """A continuation may repeat the cached tokens, or be as long as the rest of the prompt."""
     prompt = [7] * 39
     answer(model, prompt[:9], count=1)
     cache = store.cache(prompt)
