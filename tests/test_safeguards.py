@@ -183,12 +183,27 @@ def test_what_records_nothing_may_be_uncommitted(asv, project):
 
 
 def test_an_existing_environment_has_the_commit_that_it_is_recorded_as(asv, project):
-    for name in ("more.py", "__init__.py"):
+    for name in ("__init__.py", "more.py"):
         make_dirty(project, f"pagedkv/{name}")
         status, said = asv("run", "--machine", "box", *HERE)
         assert status == 1
         assert f"is not that of HEAD: pagedkv/{name} differs" in said
     assert measured(project) is None
+
+
+def test_an_existing_environment_may_have_a_commit_before_head(asv, project, tmp_path):
+    before = git(project, "rev-parse", "HEAD")
+    older = tmp_path / "older"
+    git(project, "worktree", "add", "--quiet", "--detach", str(older))
+    (project / "pagedkv/__init__.py").write_text("ANSWER = 43\n")
+    git(project, "commit", "--quiet", "--all", "-m", "another answer")
+    asked = ("run", "--machine", "box", *HERE[:-1], before)
+    status, said = asv(*asked)
+    assert status == 1
+    assert f"is not that of {before}: pagedkv/__init__.py differs" in said
+    assert measured(project) is None
+    assert asv(*asked, ASV_PYTHONPATH=str(older))[0] == 0
+    assert measured(project) == [42]
 
 
 def test_broken_files_do_not_stop_asv(asv, project):

@@ -145,13 +145,14 @@ def check_installed(environment, commit):
     with tempfile.TemporaryDirectory() as scratch:
         there = {"GIT_INDEX_FILE": f"{scratch}/index", "GIT_WORK_TREE": str(folder.parent)}
         git("read-tree", commit, env=there)
-        status = ["status", "--porcelain", "-z", "--untracked-files=all", "--ignored"]
+        # Not `git status`, which tells what differs between the index and HEAD, too.
+        files = ["ls-files", "-z", "--modified", "--deleted", "--others"]
         package = ("--", "pagedkv", ":(exclude,glob)**/__pycache__/**")
-        differ = git(*status, *package, env=there).split("\0")[0]
+        differ = git(*files, *package, env=there).split("\0")[0]
     if differ:
         raise UserError(
             f"the pagedkv in {environment.name}, {folder}, is not that of {commit}: "
-            f"{shown(differ.split()[-1])} differs"
+            f"{shown(differ)} differs"
         )
 
 
