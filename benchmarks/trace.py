@@ -391,6 +391,8 @@ class Served(_Traced):
                 server = Server(module, folder, *options)
                 try:
                     found[side], capacity = serve_all(server, sizes, vocabulary, capacity)
+                except Exception as error:
+                    raise RuntimeError(f"{module}: {error}\n{server.said()}") from error
                 finally:
                     server.close()
         return {arrivals: {side: found[side][arrivals] for side in SIDES} for arrivals in ARRIVALS}
