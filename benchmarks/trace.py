@@ -384,6 +384,9 @@ class Served(_Traced):
         found, capacity = {}, None
         with tempfile.TemporaryDirectory() as folder:
             save_llama(folder)
+            # The servers' MLX takes nearly all of the GPU's memory for granted.
+            gc.collect()
+            mx.clear_cache()
             for side, module, options in (
                 ("mlx-lm", "mlx_lm.server", ()),
                 ("store", "pagedkv.mlx_lm.server", budget),
