@@ -33,7 +33,7 @@ OPTIONS := --backend $(BACKEND) $(if $(MACHINE),--machine $(MACHINE))
 AWAKE := $(if $(filter Darwin,$(shell uname -s)),caffeinate -i)
 
 .PHONY: help help-all bench prove publish docs serve table adr compare noise quality doctor tune record screenshot
-.PHONY: report nightly fetch-results push-results test lint workflows types unit soak
+.PHONY: report nightly test lint workflows types unit soak
 .PHONY: example requests trace format lock clean
 
 help:
@@ -58,7 +58,6 @@ help-all: help
 	@echo "make noise       measure HEAD again, for what this machine calls changed; TIMES=5 PAUSE=3600"
 	@echo "make record      let git track this machine's results (MACHINE=name)"
 	@echo "make nightly     what the benchmark machine does for main"
-	@echo "make fetch-results, push-results    the branch of results; REMOTE=origin"
 	@echo "make adr         write recorded results and figures into README and docs"
 	@echo "make docs        the documentation as a site, .asv/html/docs/index.html"
 	@echo "make screenshot  take the README's picture of the page"
@@ -147,11 +146,7 @@ report: $(READY)
 
 # What the benchmark machine does for main.
 nightly: $(READY)
-	$(AWAKE) $(BIN)/python -m tracking.nightly run --grid $(or $(GRID),short) $(OPTIONS)
-
-REMOTE ?= origin
-fetch-results push-results: $(READY)
-	@$(BIN)/python -m tracking.nightly $@ --remote $(REMOTE)
+	$(AWAKE) $(BIN)/python -m tracking.nightly --grid $(or $(GRID),short) $(OPTIONS)
 
 record:
 	@test -n "$(MACHINE)" -a -d "results/$(MACHINE)" || { cd results; \

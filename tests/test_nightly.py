@@ -97,14 +97,3 @@ def test_what_looks_worse_is_measured_again_at_both_commits(night, capsys):
     patterns = [r"^decode\.A\.time_a\((1,\ 1024,\ 32)\)$", r"^host\.B\.ratio_b\((1,\ 1024,\ 32)\)$"]
     assert night.asked == [*patterns, f"rounds={nightly.AGAIN}"]
     assert capsys.readouterr().out == "failed: decode.A.time_a(1, 1024, 32) \n"
-
-
-@pytest.mark.parametrize("command", ["fetch-results", "push-results"])
-def test_an_exchange_that_works_is_no_error(command, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        nightly, command.replace("-", "_"), lambda remote: asked.append(remote) or "c"
-    )
-    monkeypatch.setattr("sys.argv", ["nightly", command, "--remote", "."])
-    assert not nightly.main()
-    assert asked == ["."]

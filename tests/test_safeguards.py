@@ -14,7 +14,7 @@ import pytest
 from tracking import history, nightly, repository, safeguards
 from tracking.repository import ROOT
 
-MODULES = ("__init__", "files", "project", "repository", "safeguards", "unattended", "valid")
+MODULES = ("__init__", "files", "project", "repository", "safeguards", "valid")
 SUITE = """
 import os
 import time
@@ -160,13 +160,10 @@ def test_what_is_not_committed_is_not_recorded(asv, project):
     assert measured(project) is None
 
 
-@pytest.mark.parametrize(
-    ("module", "command"),
-    [(history, "run"), (nightly, "run")],
-)
+@pytest.mark.parametrize(("module", "command"), [(history, ["run"]), (nightly, [])])
 def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
     monkeypatch.setattr(repository, "ROOT", project)
-    monkeypatch.setattr("sys.argv", ["", command, "--machine", "box"])
+    monkeypatch.setattr("sys.argv", ["", *command, "--machine", "box"])
     make_dirty(project, "benchmarks/all.py")
     try:
         said = module.main()

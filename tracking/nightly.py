@@ -1,4 +1,4 @@
-"""What the benchmark machine does for main: `make nightly`, and results on a branch."""
+"""What the benchmark machine does for main: `make nightly`."""
 
 import argparse
 import re
@@ -14,7 +14,6 @@ from tracking.noise import recorded_noise
 from tracking.project import asv, begin, config_for, discover, environment_name, machine_options
 from tracking.repository import git
 from tracking.results import RESULTS, measured_commits
-from tracking.results_branch import fetch_results, push_results
 
 AGAIN = 4  # rounds of what looks like a regression
 
@@ -73,16 +72,11 @@ def again(machine, config, environment, previous, head, listed, asked):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.nightly", description=__doc__)
-    parser.add_argument("command", choices=["run", "fetch-results", "push-results"])
     parser.add_argument("--grid", choices=GRIDS, default="short")
-    parser.add_argument("--remote", default="origin", help="where the branch results is")
     machine_options(parser)
     args = parser.parse_args()
     try:
-        if args.command == "run":
-            return nightly(grid=args.grid, **begin(args))
-        exchange = {"fetch-results": fetch_results, "push-results": push_results}[args.command]
-        exchange(args.remote)
+        return nightly(grid=args.grid, **begin(args))
     except (UserError, OSError) as error:
         sys.exit(str(error))
 

@@ -1,13 +1,13 @@
 """The project's git repository: where it is, its commits and phases."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 from asv.util import UserError
 
 from tracking.files import shown
-from tracking.unattended import unattended
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,28 +27,40 @@ PHASES = (
 )
 """What the phases are called, by number."""
 
+# Of git's variables, where its settings lie and how it reaches a remote. Any other is of a hook or
+# `rebase -x`, and of the repository that runs it.
+KEPT = re.compile("GIT_(CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)|EXEC_PATH|(SSH|SSL|HTTP|PROXY)(_.*)?)")
+# A user's settings that would change what git prints, or ask for a key.
+SETTINGS = {"color.ui": "false", "log.showSignature": "false", "tag.gpgSign": "false"}
 
-def git(*args, root=None, text=None, env=None):
-    """Return what a git command prints, without white space around it.
 
-    `root` is the top folder of another repository, `text` what the command reads, `env` environment
-    variables to add. A hook's variables do not redirect it, nor does it take a repository around
-    `root` for its own.
+def git_environment(environ):
+    """Return an environment in which git works where it runs, by no habits, and asks nothing."""
+    kept = {n: v for n, v in environ.items() if not n.startswith("GIT_") or KEPT.fullmatch(n)}
+    for number, (name, value) in enumerate(SETTINGS.items()):
+        kept |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return {**kept, "GIT_CONFIG_COUNT": str(len(SETTINGS)), "GIT_TERMINAL_PROMPT": "0"}
+
+
+def git(*args, text=None, env=None):
+    """Return what a git command prints in this project, without white space around it.
+
+    `text` is what the command reads, `env` environment variables to add. A hook's variables do not
+    redirect it, nor does it take a repository around the project for its own.
 
     Raises
     ------
     UserError
         If it fails, with what it said.
     """
-    root = Path(root or ROOT)
-    around = {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
+    around = {"GIT_CEILING_DIRECTORIES": str(ROOT.resolve().parent)}
     done = subprocess.run(
-        ["git", "-C", str(root), *args],
+        ["git", "-C", str(ROOT), *args],
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",  # as Python has file names that are not UTF-8
         input=text,
-        env={**unattended(os.environ), **around, **(env or {})},
+        env={**git_environment(os.environ), **around, **(env or {})},
     )
     if done.returncode:
         command = next(arg for arg in args if not arg.startswith("-") and "=" not in arg)

@@ -248,7 +248,7 @@ def default_machine(results=RESULTS):
 
 def _in_git(machine):
     """Return what a machine's files of results say that git has, not those of this checkout."""
-    files = set(git("ls-files", "--", f"results/{machine}").splitlines())
+    files = set(git("ls-files", "-z", "--", f"results/{machine}").split("\0"))
     return [one for one in measured(machine) if f"results/{machine}/{one.file}" in files]
 
 

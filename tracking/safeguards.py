@@ -24,8 +24,14 @@ from asv.util import ProcessError, UserError
 
 from tracking import valid
 from tracking.files import shown, write_text
-from tracking.repository import ROOT, check_history, check_suite, git, uncommitted_suite
-from tracking.unattended import unattended
+from tracking.repository import (
+    ROOT,
+    check_history,
+    check_suite,
+    git,
+    git_environment,
+    uncommitted_suite,
+)
 
 MEASURING = ("Run", "Continuous", "Find", "Profile", "Check", "Setup")  # they install commits
 OF_HISTORY = ("Run", "Continuous", "Find", "Publish")
@@ -49,7 +55,7 @@ def setup():
     # asv has gone to where its config is
     config = Config.load(Path(args.config).name if args.config else None)
     sys.excepthook = report
-    environ = unattended(os.environ)  # for the git that asv calls
+    environ = git_environment(os.environ)  # for the git that asv calls
     os.environ.clear()
     os.environ |= environ
     asv.util.write_json = functools.partial(write_json, config.results_dir)
