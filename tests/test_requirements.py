@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tracking import requirements
+from tracking import safeguards
 from tracking.project import asv_settings
 from tracking.repository import ROOT
 
@@ -23,24 +23,13 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PLATFORMS = [
-    {
-        "python_version": python,
-        "python_full_version": f"{python}.1",
-        "sys_platform": system,
-        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system],
-        "platform_machine": machine,
-    }
-    for python, (system, machine) in itertools.product(
-        ["3.10", "3.11", "3.12", "3.13"],
-        [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")],
-    )
-]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+SYSTEMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
 
 def locked():
     """Return [(requirement, hashes)] of the lock."""
-    text, entries = requirements.LOCK.read_text(), []
+    text, entries = safeguards.REQUIREMENTS.read_text(), []
     for entry in re.sub(r"\\\n", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines():
         pin, *hashes = entry.split(" --hash=")
         entries.append((Requirement(pin), [word.strip() for word in hashes]))
@@ -56,22 +45,16 @@ def applies(requirement, platform):
 
 def unmet(wanted, platform):
     """Return those of the requirements that the lock does not fulfil on a platform."""
-    pins = {}
-    for pin, _ in LOCKED:
-        if applies(pin, platform):
-            [specifier] = pin.specifier
-            name = canonicalize_name(pin.name)
-            assert name not in pins, f"{name} is locked twice"
-            pins[name] = specifier.version
-    return [
-        str(requirement)
-        for requirement in wanted
-        if applies(requirement, platform)
-        and not (
-            (version := pins.get(canonicalize_name(requirement.name)))
-            and requirement.specifier.contains(version, prereleases=True)
-        )
-    ]
+    names = [canonicalize_name(pin.name) for pin, _ in LOCKED if applies(pin, platform)]
+    assert len(names) == len(set(names))
+    pins = {canonicalize_name(pin.name): pin for pin, _ in LOCKED if applies(pin, platform)}
+
+    def met(requirement):
+        pin = pins.get(canonicalize_name(requirement.name))
+        version = pin and next(iter(pin.specifier)).version
+        return pin and requirement.specifier.contains(version, prereleases=True)
+
+    return [str(one) for one in wanted if applies(one, platform) and not met(one)]
 
 
 def asked():
@@ -89,18 +72,22 @@ def asked():
     return [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda p: "-".join(list(p.values())[::2]))
-def test_the_lock_has_what_is_asked_for(platform):
+@pytest.mark.parametrize(("system", "machine"), SYSTEMS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_what_is_asked_for(python, system, machine):
+    platform = {"python_version": python, "python_full_version": f"{python}.1"}
+    platform |= {"sys_platform": system, "platform_machine": machine}
+    platform["platform_system"] = {"linux": "Linux", "darwin": "Darwin"}[system]
     assert unmet(asked(), platform) == []
     assert unmet([Requirement("numpy<2"), Requirement("nosuch")], platform) == ["numpy<2", "nosuch"]
 
 
 def test_everything_has_hashes_and_nothing_names_an_index():
-    text = requirements.LOCK.read_text()
     for pin, hashes in LOCKED:
         assert [specifier.operator for specifier in pin.specifier] == ["=="]
         assert hashes
         assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in hashes)
+    text = safeguards.REQUIREMENTS.read_text()
     assert "://" not in text
     assert not re.search(r"^\s*-(?!-hash)", text, re.MULTILINE)
 
@@ -108,40 +95,32 @@ def test_everything_has_hashes_and_nothing_names_an_index():
 def wheel(folder, code):
     """Write a wheel of `tool` 1 with one module; return its hash."""
     file = folder / "tool-1-py3-none-any.whl"
+    about = {"METADATA": "Metadata-Version: 2.1\nName: tool\nVersion: 1\n", "RECORD": ""}
+    about["WHEEL"] = "Wheel-Version: 1.0\nTag: py3-none-any\n"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("tool.py", code)
-        archive.writestr(
-            "tool-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tool\nVersion: 1\n"
-        )
-        archive.writestr("tool-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("tool-1.dist-info/RECORD", "")
+        for name, text in about.items():
+            archive.writestr(f"tool-1.dist-info/{name}", text)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_asv_installs_only_what_is_locked(held, tmp_path, monkeypatch):
     """An index that serves another file by the locked name; held to nothing, pip takes it."""
-    index = tmp_path / "an index"
+    index, lock = tmp_path / "an index", tmp_path / "requirements.lock"
     index.mkdir()
-    lock = tmp_path / "requirements.lock"
     lock.write_text(f"tool==1 --hash=sha256:{wheel(index, 'SAID = 1')}\n")
-    monkeypatch.setattr(requirements, "LOCK", lock)
-    environ = {name: text for name, text in os.environ.items() if not name.startswith("PIP_")}
-    monkeypatch.setattr(os, "environ", environ)
-    environ |= {requirements.UNLOCKED: "" if held else "1", "PIP_CONFIG_FILE": os.devnull}
-    requirements.setup()
-
-    def install(target):
-        pip = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(index)]
-        pip += ["--target", str(tmp_path / target), "tool"]
-        return subprocess.run(pip, env=environ, capture_output=True, text=True)
-
-    assert install("good").returncode == 0
     wheel(index, "SAID = 2")
-    done = install("bad")
+    monkeypatch.setattr(safeguards, "REQUIREMENTS", lock)
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("PIP_")}
+    environ |= {"ASV_UNLOCKED": "" if held else "1", "PIP_CONFIG_FILE": os.devnull}
+    safeguards.bind_pip(environ)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(index)]
+    pip += ["--target", str(tmp_path / "there"), "tool"]
+    done = subprocess.run(pip, env=environ, capture_output=True, text=True)
     assert (done.returncode == 0) is not held
     assert ("THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr) is held
-    assert (tmp_path / "bad/tool.py").exists() is not held
+    assert (tmp_path / "there/tool.py").exists() is not held
 
 
 @pytest.mark.parametrize(("lock", "bound"), [([], True), (["LOCK="], False)])
@@ -157,7 +136,6 @@ def test_make_installs_only_what_is_locked(lock, bound):
 
 def test_asvs_own_commands_fetch_nothing_beside_the_lock():
     settings = asv_settings()
-    assert ".tracking.requirements" in settings["plugins"]
     for command in [*settings["build_command"], *settings["install_command"]]:
         unbound = "PIP_REQUIRE_HASHES=0" in command
         assert ("--no-index" in command) is unbound

@@ -1,7 +1,8 @@
 """asv plugin: what asv does not look after itself, whichever of its commands runs.
 
 One run measures at a time, the environment changes nothing that is measured, each number is of the
-commit that it is recorded of, and files of results are valid and written whole.
+commit that it is recorded of, pip fetches only what requirements.lock lists by hash, and files of
+results are valid and written whole.
 """
 
 import fcntl
@@ -37,6 +38,7 @@ MEASURING = ("Run", "Continuous", "Find", "Profile", "Check", "Setup")  # they i
 OF_HISTORY = ("Run", "Continuous", "Find", "Publish")
 WITHOUT_RESULTS = ("Machine", "Preview", "Quickstart", "Update")
 LOCK = ROOT / ".asv/lock"
+REQUIREMENTS = ROOT / "requirements.lock"
 
 # What decides how the package, MLX, the libraries below it or Python run.
 FORCES = re.compile(
@@ -58,6 +60,7 @@ def setup():
     environ = git_environment(os.environ)  # for the git that asv calls
     os.environ.clear()
     os.environ |= environ
+    bind_pip(os.environ)
     asv.util.write_json = functools.partial(write_json, config.results_dir)
     environments = get_environments(config, args.env_spec) if getattr(args, "env_spec", 0) else []
     existing = [one for one in environments if isinstance(one, ExistingEnvironment)]
@@ -87,6 +90,14 @@ def setup():
         raise UserError("nothing is published here yet: run `make publish`")
     if command == "Publish" and not Path(config.results_dir, "benchmarks.json").exists():
         raise UserError("asv has no list of the benchmarks yet: run `make publish`")
+
+
+def bind_pip(environ):
+    """Let pip fetch only what is locked: asv installs tools before the project's commands."""
+    if not environ.get("ASV_UNLOCKED"):
+        environ["PIP_CONSTRAINT"] = REQUIREMENTS.as_uri()  # pip cuts a path at its spaces
+        environ["PIP_ONLY_BINARY"] = ":all:"  # to build a package is to fetch more
+        environ["PIP_REQUIRE_HASHES"] = "1"
 
 
 def _records(command, args, config):
