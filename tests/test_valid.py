@@ -51,10 +51,6 @@ def test_everything_recorded_is_valid():
         (lambda text: "", "Expecting value"),
         (lambda text: "[]", "is not of type 'object'"),
         (lambda text: "[" * 100_000, "recursion"),
-        (
-            lambda text: text.replace('"date": ', '"date": 1' + 5000 * "0"),
-            "of up to 18 digits, got",
-        ),
         (lambda text: text.replace('"version": 2', '"version": 3'), "2 was expected"),
         (lambda text: text.replace("h200", "h\udcff00"), "can't decode byte 0xff"),
     ],
@@ -75,37 +71,27 @@ ROW = ("results", results.ATTENTION)
     [
         ((*ROW, 0, 3), "1.5", "is not of type 'values'"),
         ((*ROW, 0, 3), math.inf, "is not of type 'values'"),
-        ((*ROW, 0, 3), -1e300, "is not of type 'values'"),
         ((*ROW, 0), [1.0], "expected 24 values"),
         ((*ROW, 1, 0, 0), HTML, "does not match"),
         ((*ROW, 2), HTML, "does not match"),
         ((*ROW, 3), -1, "less than the minimum"),
-        ((*ROW, 3), 10**15, "greater than the maximum"),
-        ((*ROW, 4), math.inf, "is not of type 'value'"),
+        ((*ROW, 4), math.inf, "greater than the maximum"),
         ((*ROW, 5, 3), "1.5", "is not of type 'statistics'"),
-        ((*ROW, 5, 3), 2**63, "expected integers of up to 18 digits, got 19"),
         ((*ROW, 9), None, "all statistics of a cell"),
-        ((*ROW, 11), [[1.0] * 1001], "is not of type 'samples'"),
         ((*ROW, 11), [[1.0, None]], "is not of type 'samples'"),
         ((*ROW, 12), HTML, r"does not match '\^\[A-Za-z0-9"),
         ((*ROW, 13), None, "Expected at most 13 items"),
         (ROW, [[1.0]], "is too short"),
         (("results", HTML), [[1.0], []], "does not match"),
         (("result_columns", 0), "samples", "'result' was expected"),
-        (("date",), 1e300, "greater than the maximum"),
-        (("date",), json.loads("[" * 800 + "]" * 800), "is not of type 'integer'|recursion"),
-        (("durations",), {"<build>": "long"}, "is not of type 'value'"),
+        (("durations",), {"<build>": "long"}, "is not of type 'number'"),
         (("durations",), {HTML: 1.0}, "does not match"),
         (("python",), "x" * 300_000, "is too long"),
         (("python",), "3.12\n", "does not match"),
-        (("python",), "\x9b31m", "does not match"),
         (("params", "machine"), "../other", "does not match"),
         (("params", "machine"), "other", "expected results of machine 'h200', got 'other'"),
         (("params", "cpu"), HTML, "does not match"),
-        (("env_vars",), {"A": HTML}, "does not match"),
-        (("env_name",), HTML, "does not match"),
         (("env_name",), "other", "expected the name '0b9e8013-other.json'"),
-        (("commit_hash",), f"{COMMIT}\n", "does not match"),
         (("commit_hash",), "f" * 40, "expected the name 'ffffffff-cuda13"),
         (("more",), 1, "Additional properties"),
     ],
@@ -117,40 +103,7 @@ def test_what_results_may_not_hold(path, value, reason, file):
         valid.load(file)
 
 
-# In few bytes, for a reader that goes cell by cell.
-MANY_CELLS = [
-    ({"a.B.time_c": [["0"]] * 11}, "is too long"),
-    ({"a.B.time_c": [["0"] * 10] * 10}, "expected up to 10000 cells, got 10000000000 up to a.B.t"),
-    ({f"a.B.time_{n}": [["0"] * 100] * 2 for n in range(2)}, "got 20000 up to a.B.time_1"),
-]
-
-
-@pytest.mark.parametrize(("benchmarks", "reason"), MANY_CELLS)
-def test_more_cells_than_a_reader_can_take(benchmarks, reason, file, capsys):
-    change(file, "results", to={name: [None, params] for name, params in benchmarks.items()})
-    with pytest.raises(valid.BrokenFileError, match=reason):
-        valid.load(file)
-    assert len(results.environments(file.parent.name, file.parents[1])) == 1
-    assert reason in capsys.readouterr().err
-
-
-def test_the_largest_file_is_read_and_written_whole(file):
-    padding = " " * (valid.MOST_BYTES - file.stat().st_size)
-    file.write_text(file.read_text() + padding)
-    data = valid.load(file)
-    file.write_text(file.read_text() + " ")
-    with pytest.raises(valid.BrokenFileError, match="is broken: expected up to 2097152 bytes"):
-        valid.load(file)
-    before = file.read_text()
-    with pytest.raises(valid.BrokenFileError, match="would be broken: expected up to 2097152 byt"):
-        valid.write_json(file, data, indent=400)
-    assert file.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("cpu", HTML), ("machine", HTML), ("machine", "other"), (HTML, "x"), ("version", 2)],
-)
+@pytest.mark.parametrize(("key", "value"), [("cpu", HTML), ("machine", "other"), ("version", 2)])
 def test_what_a_machine_may_not_hold(key, value, file):
     record = file.with_name("machine.json")
     valid.load(record)
@@ -159,15 +112,12 @@ def test_what_a_machine_may_not_hold(key, value, file):
         valid.load(record)
 
 
-def test_names_of_machines_need_not_be_ascii():
+def test_names_of_machines():
     for name in ("Müllers-Mac.local", "box 2 (lab)", "日本"):
         valid.check_machine_name(name)
-
-
-@pytest.mark.parametrize("name", ["", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\u202eb", "a'b"])
-def test_names_that_no_machine_may_have(name):
-    with pytest.raises(UserError, match="expected a machine's name of letters"):
-        valid.check_machine_name(name)
+    for name in ("", "x\n", "-x", ".x", "a/b", 'a"b', "a<b", "a\u202eb"):
+        with pytest.raises(UserError, match="expected a machine's name of letters"):
+            valid.check_machine_name(name)
 
 
 def test_a_name_that_a_log_would_obey_is_shown_as_text(tmp_path):
@@ -183,7 +133,8 @@ def test_a_broken_file_is_left_out_and_named_once(versions, capsys):
     file = folder / machine / f"{COMMIT}-{newest}.json"
     file.write_text(file.read_text()[:1000])
     for _ in range(2):
-        assert results.environments(machine, folder) == [pinned]
+        found = results.measured(machine, folder)
+        assert [one.environment for one in found] == [pinned]
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"{file} is broken" in said

@@ -1,8 +1,8 @@
 """Files of results, checked before anything reads, merges or publishes them.
 
 `results.schema.json` says what they may hold: numbers where numbers belong, and no text that a page
-would take for HTML. Here is what a schema cannot say: how large a file may be, where it belongs,
-and which of its parts belong together. A broken file is named and left out; nothing stops for it.
+would take for HTML. Here is what a schema cannot say: where a file belongs, and which of its parts
+belong together. A broken file is named and left out; nothing stops for it.
 """
 
 import itertools
@@ -22,10 +22,6 @@ from tracking.files import shown, write_text
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 LARGEST = 1e100  # of a result
-MOST_BYTES = 2 * 2**20  # the largest recorded file has 32,000
-MOST_CELLS = 10_000  # of all benchmarks in a file; the largest recorded file has 566
-MOST_DIGITS = 18  # of an integer: it fits into 64 bits
-MOST_SAMPLES = 1000  # of a cell; asv compares those of two commits pair by pair
 KINDS = {
     "machine.json": "machine",
     "benchmarks.json": "benchmarks",
@@ -38,32 +34,23 @@ class BrokenFileError(UserError):
     """A file of results that is not what asv writes."""
 
 
-def _is_value(_, value):
-    return type(value) in (int, float) and not abs(value) > LARGEST  # NaN is a value
-
-
-def _is_values(_, column):
-    return isinstance(column, list) and all(one is None or _is_value(_, one) for one in column)
-
-
 def _is_statistics(_, column):
     return isinstance(column, list) and {*map(type, column)} <= {int, float, type(None)}
 
 
+def _is_values(_, column):  # NaN is a value, infinity is none
+    finite = _is_statistics(_, column)
+    return finite and not any(abs(value) > LARGEST for value in column if value is not None)
+
+
 def _is_samples(_, column):
     return isinstance(column, list) and all(
-        one is None or (_is_values(_, one) and None not in one and len(one) <= MOST_SAMPLES)
-        for one in column
+        one is None or (_is_values(_, one) and None not in one) for one in column
     )
 
 
 # A column has a value for each cell; as a type, one call checks it whole.
-TYPES = {
-    "value": _is_value,
-    "values": _is_values,
-    "statistics": _is_statistics,
-    "samples": _is_samples,
-}
+TYPES = {"values": _is_values, "statistics": _is_statistics, "samples": _is_samples}
 
 
 @cache
@@ -96,29 +83,11 @@ def check_machine_name(name):
 def load(file):
     """Return what a file holds; raise BrokenFileError unless asv would write that there."""
     try:
-        with Path(file).open("rb") as there:
-            content = there.read(MOST_BYTES + 1)
-    except OSError as error:
+        data = json.loads(Path(file).read_bytes())
+        check(file, data)
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenFileError(f"{shown(file)} is broken: {error}") from None
-    return parse(file, content)
-
-
-def parse(file, content, state="is"):
-    """Return what `load` returns, from a file's bytes; `state` is for files not written yet."""
-    try:
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"expected up to {MOST_BYTES} bytes, got more")
-        data = json.loads(content.decode(), parse_int=_integer)
-        check(file, data, state)
-    except (ValueError, RecursionError) as error:
-        raise BrokenFileError(f"{shown(file)} {state} broken: {error}") from None
     return data
-
-
-def _integer(digits):
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"expected integers of up to {MOST_DIGITS} digits, got {len(digits)}")
-    return int(digits)
 
 
 def check(file, data, state="is"):
@@ -144,18 +113,14 @@ def _other_machine(file, machine):
 
 
 def _disagreement(data):
-    """Return which parts of results contradict each other or are too many, None if none do."""
-    total = 0
+    """Return which parts of results contradict each other, None if none do."""
     for name, row in data["results"].items():
         columns = dict(zip(data["result_columns"], row, strict=False))
         cells = math.prod(map(len, columns["params"]))
-        total += cells
-        if total > MOST_CELLS:
-            return f"expected up to {MOST_CELLS} cells, got {total} up to {name}"
-        per_cell = [v for c, v in columns.items() if c.startswith(PER_CELL) and v is not None]
-        if any(len(values) != cells for values in per_cell):
+        per_cell = {c: v for c, v in columns.items() if c.startswith(PER_CELL) and v is not None}
+        if any(len(values) != cells for values in per_cell.values()):
             return f"expected {cells} values of {name} in each column"
-        statistics = [columns.get(c) or () for c in data["result_columns"] if c[:6] == "stats_"]
+        statistics = [per_cell.get(c, ()) for c in data["result_columns"] if c[:6] == "stats_"]
         if len({tuple(x is None for x in values) for values in statistics}) > 1:
             return f"expected all statistics of a cell of {name} or none"
     return None
@@ -164,7 +129,7 @@ def _disagreement(data):
 def write_json(file, data, **layout):
     """Write a file as `write_text` does, if it may hold this; `layout` is json's."""
     text = json.dumps(data, **layout)
-    parse(file, text.encode(), state="would be")
+    check(file, json.loads(text), state="would be")
     write_text(file, text)
 
 
