@@ -74,7 +74,7 @@ help-all: help
 bench: $(READY) website/node_modules
 	$(AWAKE) $(BIN)/python -m tracking.history run --grid $(or $(GRID),quick) $(OPTIONS); status=$$?; \
 	test $$status = 0 -o $$status = 2 || exit $$status; \
-	$(BIN)/python -m tracking.documents headline $(OPTIONS) && \
+	$(BIN)/python -m tracking.documents table --here $(OPTIONS) && \
 	$(MAKE) --no-print-directory publish && exit $$status
 
 # What CI does after the tests: the page used in a browser; asv on two commits, published and looked at.

@@ -4,8 +4,6 @@ import platform
 import time
 
 import pytest
-from asv.machine import Machine
-from asv.util import write_json
 
 from tracking import doctor
 
@@ -53,29 +51,6 @@ def test_the_gpu_of_a_virtual_machine(mac, monkeypatch):
     monkeypatch.setattr(doctor.mx, "device_info", lambda: {"device_name": next(names)})
     assert doctor.device("box") == ("Apple M1 Ultra", "")
     assert "outside of a virtual machine" in doctor.device("box")[1]
-
-
-def test_the_record_is_complete_and_that_of_the_results(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "RESULTS", tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    here = {"machine": "box", "os": "Linux", "ram": "1 GB", "cpu": "abacus"}
-    here |= {"arch": "x86_64", "num_cpu": "2"}
-
-    def record(**changes):
-        file = str(tmp_path / ".asv-machine.json")
-        write_json(file, {"box": {**here, **changes}}, Machine.api_version)
-        return doctor.record("box")
-
-    assert "no record of box yet" in doctor.record("box")[0]
-    assert record() == ("box: abacus, 1 GB, Linux", "")
-    seen, remedy = record(cpu="")
-    assert seen == "cpu missing"
-    assert "asv machine --machine box" in remedy
-    write_json(str(tmp_path / "box/machine.json"), here, Machine.api_version)
-    assert record()[1] == ""
-    seen, remedy = record(os="macOS 15")
-    assert seen.startswith("os differ from the results")
-    assert "MACHINE=name" in remedy
 
 
 def test_waits_for_load(monkeypatch, capsys):

@@ -31,50 +31,6 @@ def test_fill_writes_between_markers_and_nowhere_else(monkeypatch):
     assert documents.fill(text) == text.replace("old", "m at c")
 
 
-@pytest.fixture
-def four_commits(monkeypatch):
-    """Results of commits a to d: the step at a and c, attention alone at a, no bound."""
-
-    def known(value):
-        return {CELL: results.Value(value)}
-
-    of_commits = {
-        "a": {results.STEP: known(1.5), results.ATTENTION: known(0.5)},
-        "b": {results.STEP: {CELL: results.MISSING}, results.ATTENTION: {}},
-        "c": {results.STEP: known(1.25)},
-        "d": {},
-    }
-    monkeypatch.setattr(tables, "tables", lambda machine, commits, environment: of_commits)
-    monkeypatch.setattr(documents, "load", lambda machine, commit: of_commits[commit])
-    monkeypatch.setattr(tables, "phase_commits", lambda: {"a": "0", "b": "1"})
-    monkeypatch.setattr(repository, "phase_commits", lambda: {"a": "0", "b": "1"})
-    monkeypatch.setattr(documents, "measured_commits", lambda machine: list(of_commits))
-    return of_commits
-
-
-def test_a_headline_leaves_out_commits_at_which_it_was_not_measured(four_commits):
-    header, rows = tables.headline("m", four_commits, results.STEP)
-    assert header == ["commit", "batch 1, 1k"]
-    assert rows == [["0 · gather (a)", "1.50"], ["c", "1.25"]]
-    assert tables.headline("m", four_commits, results.BOUND) == (["commit"], [])
-
-
-def test_make_bench_prints_the_headlines_in_their_order(four_commits, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["documents", "headline", "--machine", "box"])
-    documents.main()
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
-    table = ["commit batch 1, 1k", "0 · gather (a) "]
-    assert said == [
-        "first token, speed over mlx-lm's was not measured on box",
-        "tokens a second over mlx-lm's was not measured on box",
-        "step over mlx-lm's cache, machine box, blocks of 32 tokens",
-        *(table[0], f"{table[1]}1.50", "c 1.25"),
-        "step over contiguous attention alone was not measured on box",
-        "attention alone, machine box, blocks of 32 tokens",
-        *(table[0], f"{table[1]}0.50"),
-    ]
-
-
 def test_the_table_leads_with_what_users_get():
     table = {
         results.FIRST: {("512",): results.Value(1.1), ("8192",): results.Value(1.4)},
@@ -93,14 +49,18 @@ def test_the_table_leads_with_what_users_get():
     ]
 
 
-def test_make_table_is_of_the_newest_commit_with_a_number(four_commits, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["documents", "table", "--machine", "box", "--format", "csv"])
+def test_make_table_is_of_the_newest_commit_with_a_number(monkeypatch, capsys):
+    of_commits = {"x": {results.STEP: {CELL: results.Value(1.25)}}, "y": {}}
+    monkeypatch.setattr(documents, "load", lambda machine, commit: of_commits[commit])
+    monkeypatch.setattr(documents, "measured_commits", lambda machine: list(of_commits))
+    monkeypatch.setattr(documents, "machine_name", lambda backend: "this host")
+    monkeypatch.setattr("sys.argv", ["documents", "table", "--here", "--format", "csv"])
     documents.main()
     out, err = capsys.readouterr()
-    assert err == "machine box, c\n"
+    assert err == "machine this host, x\n"
     assert out.splitlines()[1:] == ["1,1024,32,not asked,not asked,1.25,not asked,not asked"]
-    monkeypatch.setattr("sys.argv", ["documents", "table", "--machine", "box", "--commit", "d"])
-    with pytest.raises(SystemExit, match="machine box has no number at d of first token, speed"):
+    monkeypatch.setattr("sys.argv", ["documents", "table", "--machine", "box", "--commit", "y"])
+    with pytest.raises(SystemExit, match="machine box has no number at y of first token, speed"):
         documents.main()
 
 
@@ -166,40 +126,32 @@ def said(tmp_path):
         copy(ROOT / name, tmp_path / name)
 
     def run(*args):
-        done = subprocess.run(
-            [sys.executable, "-m", "tracking.documents", "table", *args],
-            cwd=tmp_path,
-            env={**os.environ, "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "tracking.documents", "table", *args]
+        env = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr
 
     return run
 
 
-def test_a_table_in_a_fresh_clone_is_of_the_default_machine_and_names_the_others(said):
+def test_a_table_is_of_the_default_machine_and_leaves_broken_results_out(said, tmp_path):
+    machine, commit = results.default_machine()
     status, out, err = said()
     assert status == 0
     assert len(out.splitlines()) > 5
     other, about = err.splitlines()
-    machine, commit = results.default_machine()
     assert about.startswith(f"machine {machine}, ")
     assert commit[:8] in about
     assert other.startswith("MACHINE=name chooses another of h100, h200, linux-2core")
-
-
-def test_a_table_leaves_broken_results_out_and_names_them(said, tmp_path):
-    machine = tmp_path / "results/h200"
-    newest = results.measured_commits("h200")[-1][:8]
-    [file] = machine.glob(f"{newest}-*.json")
+    folder = tmp_path / "results/h200"
+    [file] = folder.glob(f"{results.measured_commits('h200')[-1][:8]}-*.json")
     file.write_text(file.read_text()[:1000])
     status, out, err = said("--machine", "h200")
     assert status == 0
     assert len(out.splitlines()) > 5
     assert f"{file.name} is broken: " in err
-    for file in machine.glob("*-*.json"):
+    for file in folder.glob("*-*.json"):
         file.write_bytes(b"\xff")
     status, out, err = said("--machine", "h200")
     assert (status, out) == (1, "")

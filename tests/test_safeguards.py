@@ -240,7 +240,7 @@ def test_a_fork_without_main_is_told_what_works(asv, project, tmp_path):
     fork = tmp_path / "fork"
     advice = re.search("run `git (branch main origin/trunk)`", asv("publish", cwd=fork)[1])
     git(fork, *advice[1].split())
-    assert "run `make publish`" in asv("publish", "--no-pull", cwd=fork)[1]
+    assert "benchmarks.json missing" in asv("publish", "--no-pull", cwd=fork)[1]
 
 
 def test_a_shallow_clone(asv, project, tmp_path):

@@ -16,9 +16,9 @@ ENTRY = {
 }
 
 
-def read(tmp_path, content):
+def read(tmp_path, *entries):
     file = tmp_path / "accepted.json"
-    file.write_text(f"// a comment\n{json.dumps(content)}")
+    file.write_text(f"// a comment\n{json.dumps(entries)}")
     return triage.read(file)
 
 
@@ -29,20 +29,12 @@ def test_the_projects_own_lead_to_documents():
 
 
 def test_entries(tmp_path):
-    [anywhere, here] = read(tmp_path, [ENTRY, ENTRY | {"machine": "mac"}])
-    assert anywhere == triage.Accepted(**ENTRY)
-    assert here.machine == "mac"
-
-
-NO_REASON = {key: value for key, value in ENTRY.items() if key != "reason"}
-
-
-@pytest.mark.parametrize(
-    "entry", [ENTRY | {"who": "me"}, ENTRY | {"link": "javascript:alert(1)"}, NO_REASON]
-)
-def test_what_is_no_entry_is_said(entry, tmp_path):
-    with pytest.raises(UserError, match=r"accepted\.json: entry 2: .*(argument|expected a link)"):
-        read(tmp_path, [ENTRY, entry])
+    entries = [ENTRY, ENTRY | {"machine": "mac"}]
+    assert read(tmp_path, *entries) == [triage.Accepted(**entry) for entry in entries]
+    with pytest.raises(UserError, match="expected a link, got 'javascript:"):
+        read(tmp_path, ENTRY, ENTRY | {"link": "javascript:alert(1)"})
+    with pytest.raises(TypeError, match="who"):
+        read(tmp_path, ENTRY | {"who": "me"})
 
 
 @pytest.mark.parametrize(
@@ -58,9 +50,7 @@ def test_an_entry_covers_its_series_machine_and_commit(series, machine, commits,
     entries = [triage.Accepted(**ENTRY, machine="mac")]
     found = triage.acceptance(entries, series, machine, commits)
     assert found == (entries[0] if covered else None)
-    said = triage.stale(entries, {found} if covered else set())
-    assert len(said) == (not covered)
-    assert all(sentence.endswith("is stale: no such regression is published") for sentence in said)
+    assert len(triage.stale(entries, {found})) == (not covered)
 
 
 def test_commits_between():

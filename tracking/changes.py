@@ -207,22 +207,17 @@ def _moved(changed):
 
 def _sure(changed, known, noise):
     """Return in words how sure it is that cells changed, or that none did."""
-
-    def threshold(change):
-        return noise.threshold(change.name)
-
+    thresholds = [noise.threshold(change.name) for change in changed or known]
     if not known:
         return "nothing was compared"
+    if guessed := sum(one.source == "guess" for one in thresholds):
+        return f"thresholds of {guessed} cells are a guess"
     if not changed:
-        if guessed := sum(threshold(change).source == "guess" for change in known):
-            return f"thresholds of {guessed} cells are a guess"
-        worst = max(threshold(change).factor for change in known)
+        worst = max(one.factor for one in thresholds)
         return f"changes of up to {100 * (worst - 1):.1f}% are within the noise"
-    if any(threshold(change).source == "exact" for change in changed):
+    if any(one.source == "exact" for one in thresholds):
         return "certain, what is counted has no noise"
-    surest = max(changed, key=lambda one: math.log(one.size) / math.log(threshold(one).factor))
-    if threshold(surest).source == "guess":
-        return "how sure is not known, the noise is not recorded"
-    others = threshold(surest).changes
-    as_large = sum(change >= surest.size for change in others)
-    return f"{as_large} of {len(others)} changes of identical code were as large"
+    pairs = zip(changed, thresholds, strict=True)
+    surest, threshold = max(pairs, key=lambda x: math.log(x[0].size) / math.log(x[1].factor))
+    as_large = sum(change >= surest.size for change in threshold.changes)
+    return f"{as_large} of {len(threshold.changes)} changes of identical code were as large"

@@ -15,9 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from asv.util import UserError
 
-from tracking import valid
-from tracking.project import known_machines, machine_name, machine_options
-from tracking.results import RESULTS
+from tracking.project import machine_name, machine_options
 
 BUSY = 0.25  # runnable processes a core
 PAUSE = 15  # seconds between two looks
@@ -38,20 +36,6 @@ def device(machine):
     name = mx.device_info().get("device_name", "") if used.type == mx.gpu else platform.machine()
     bad = platform.system() == "Darwin" and (used.type != mx.gpu or "Paravirtual" in name)
     return name, "run an arm64 Python outside of a virtual machine" if bad else ""
-
-
-def record(machine):
-    """Check that asv's record of the machine is complete and that of its results."""
-    known, file = known_machines().get(machine), RESULTS / machine / "machine.json"
-    if not known:
-        return f"asv has no record of {machine} yet, `make bench` writes it", ""
-    if empty := [key for key in ("arch", "cpu", "num_cpu", "os", "ram") if not known.get(key)]:
-        return f"{', '.join(empty)} missing", f"`.venv/bin/asv machine --machine {machine}`"
-    stored = valid.load(file) if file.exists() else {}
-    if apart := [key for key in known if stored.get(key, known[key]) != known[key]]:
-        remedy = f"copy {file} into ~/.asv-machine.json, or choose another name: MACHINE=name"
-        return f"{', '.join(apart)} differ from the results and would split each series", remedy
-    return f"{machine}: {known['cpu']}, {known['ram']}, {known['os']}", ""
 
 
 def power(machine):
@@ -82,7 +66,7 @@ def heat(machine):
     return f"thermal pressure {pressure[1]}", hot if int(pressure[1]) else ""
 
 
-def examine(machine, checks=(device, record, power, load, heat)):
+def examine(machine, checks=(device, power, load, heat)):
     """Print what each check says; return whether all are good."""
     remedies = []
     for check in checks:

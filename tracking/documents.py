@@ -29,14 +29,7 @@ from tracking.results import (
     recorded_environment,
     tables,
 )
-from tracking.tables import (
-    FORMATS,
-    as_markdown,
-    by_cell,
-    by_number,
-    headline,
-    read_csv,
-)
+from tracking.tables import FORMATS, as_markdown, by_cell, by_number, read_csv
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DIGITS = {"track_tokens": 0, "track_instructions": 0, "track_error": 4}  # others: 2
@@ -49,12 +42,6 @@ def recorded_tables(machine):
     """Return {commit: table} of a machine's results in git, each benchmark of one version."""
     environment = recorded_environment(machine)
     return tables(machine, recorded_commits(machine), environment=environment)
-
-
-def mark_headline(machine, benchmark):
-    """Write the table of a headline."""
-    commits, environment = recorded_commits(machine), recorded_environment(machine)
-    return as_markdown(*headline(machine, commits, benchmark, environment))
 
 
 def mark_series(machine, benchmark, commits=None, params=None, unit="ms"):
@@ -115,7 +102,6 @@ def mark_quality(machine):
 
 
 MARKS = {
-    "headline": mark_headline,
     "series": mark_series,
     "tracks": mark_tracks,
     "detection": functools.partial(mark_csv, "detection.csv"),
@@ -141,17 +127,6 @@ def write_documents():
         write_text(path, text)
 
 
-def print_headlines(machine):
-    """Print every headline of a machine."""
-    for benchmark, name in NAMES.items():
-        header, rows = headline(machine, measured_commits(machine), benchmark)
-        if rows:
-            table = FORMATS["text"](header, rows)
-            print(f"{name}, machine {machine}, blocks of 32 tokens\n{table}")
-        else:
-            print(f"{name} was not measured on {machine}\n")
-
-
 def print_table(machine, commit, table_of):
     """Print what users get by cell, at a commit or the newest that has a number in the table."""
     for one in [commit] if commit else reversed(measured_commits(machine)):
@@ -168,12 +143,9 @@ def print_table(machine, commit, table_of):
 def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.documents", description=__doc__)
-    parser.add_argument("what", choices=["table", "headline", "documents"])
-    parser.add_argument(
-        "--machine",
-        help="name in results/ (default of the table: most headline cells at its newest commit; "
-        "of the headlines: this host's)",
-    )
+    parser.add_argument("what", choices=["table", "documents"])
+    parser.add_argument("--machine", help="name in results/ (default: that of the page)")
+    parser.add_argument("--here", action="store_true", help="by default the machine of this host")
     parser.add_argument("--backend", default="cpu", help="part of this host's name")
     parser.add_argument("--commit", help="(default: the newest that has a number in the table)")
     parser.add_argument("--format", choices=FORMATS, default="text")
@@ -182,14 +154,12 @@ def main():
         if args.what == "documents":
             return write_documents()
         machine, recorded = args.machine, ", ".join(machines())
-        if args.what == "table" and not machine and (default := default_machine()):
+        if not machine and not args.here and (default := default_machine()):
             machine = default[0]
             print(f"MACHINE=name chooses another of {recorded}", file=sys.stderr)
         machine = machine or machine_name(args.backend)
         if not measured_commits(machine):
             sys.exit(f"nothing measured on machine {machine}, but on {recorded}: run `make bench`")
-        if args.what == "headline":
-            return print_headlines(machine)
         return print_table(machine, args.commit, FORMATS[args.format])
     except (UserError, ValueError, OSError) as error:
         sys.exit(str(error))

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -56,7 +55,6 @@ def setup():
     command = args.func.__self__.__name__
     # asv has gone to where its config is
     config = Config.load(Path(args.config).name if args.config else None)
-    sys.excepthook = report
     environ = git_environment(os.environ)  # for the git that asv calls
     os.environ.clear()
     os.environ |= environ
@@ -86,10 +84,6 @@ def setup():
         if machines.exists():
             valid.load(machines)
         valid.set_aside(config.results_dir)
-    if command == "Preview" and not Path(config.html_dir).is_dir():
-        raise UserError("nothing is published here yet: run `make publish`")
-    if command == "Publish" and not Path(config.results_dir, "benchmarks.json").exists():
-        raise UserError("asv has no list of the benchmarks yet: run `make publish`")
 
 
 def bind_pip(environ):
@@ -131,14 +125,6 @@ def interrupt(number, frame):
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def report(kind, error, trace):
-    """Say in one sentence that a disk is full, or the like; asv would show where in its code."""
-    if issubclass(kind, OSError):
-        print(f"asv stopped: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def forget(environ, keep=()):

@@ -5,8 +5,7 @@ import io
 import re
 
 from benchmarks.generate import BLOCK_SIZE
-from tracking.repository import commit_labels, phase_commits
-from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP, tables
+from tracking.results import ATTENTION, BOUND, FIRST, MISSING, NAMES, STEP
 
 # The benchmarks of 16 sequences, whose cells a table shows beside those of the headlines.
 BATCH_16 = {
@@ -44,34 +43,6 @@ def by_cell(table):
     return ["batch", "context", "block", *NAMES.values()], rows
 
 
-def headline(machine, commits, benchmark, environment=None):
-    """Return (header, rows): one of the headlines at phase commits and the last that has it.
-
-    Columns are the cells with a number, of those by block size the ones of 32; rows carry 99%
-    confidence intervals.
-    """
-    of_commits = tables(machine, commits, environment=environment)
-    found = {
-        commit: {cell: x for cell, x in cells_of(table, benchmark).items() if cell[2] == "32"}
-        for commit, table in of_commits.items()
-    }
-    found = {c: cells for c, cells in found.items() if any(x.known for x in cells.values())}
-    shown = {*phase_commits(), *list(found)[-1:]}
-    found = {commit: cells for commit, cells in found.items() if commit in shown}
-    known = {cell for cells in found.values() for cell, x in cells.items() if x.known}
-    known = sorted(known, key=by_number)
-    labels = commit_labels(found)
-    rows = [
-        [labels[commit], *(cells.get(cell, MISSING).show(interval=True) for cell in known)]
-        for commit, cells in found.items()
-    ]
-    return ["commit", *(f"batch {batch}, {_short(int(c))}" for batch, c, _ in known)], rows
-
-
-def _short(tokens):
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-
-
 def as_text(header, rows):
     """Align columns to the right for a terminal."""
     table = [header, *rows]
@@ -88,13 +59,8 @@ def as_csv(header, rows):
 
 
 def as_markdown(header, rows):
-    """Return a Markdown table, numbers to the right; a cell is one line, also with bars in it."""
-
-    def cell(text):
-        bars = re.sub(r"(?<!\\)((?:\\\\)*)\|", r"\1\|", text)
-        return re.sub(r"\s", " ", bars)
-
-    lines = [header, ["--:"] * len(header), *([cell(text) for text in row] for row in rows)]
+    """Return a Markdown table, numbers to the right."""
+    lines = [header, ["--:"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -102,10 +68,9 @@ FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
 def code(text):
-    """Return text as Markdown's code, in more backticks than stand together in it."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " * ("`" in text)
-    return f"{fence}{space}{text}{space}{fence}"
+    """Return text as Markdown's code in a cell of a table, without what would end either."""
+    text = re.sub(r"[`|\s]", " ", text)
+    return f"`{text}`"
 
 
 def read_csv(file):

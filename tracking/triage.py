@@ -30,14 +30,10 @@ class Accepted:
 
 def read(file=FILE):
     """Return what was accepted."""
-    found = []
-    for number, entry in enumerate(load_json(str(file), js_comments=True), start=1):
-        try:
-            found.append(Accepted(**entry))
-        except TypeError as error:
-            raise UserError(f"{file.name}: entry {number}: {error}") from error
-        if not LINK.fullmatch(entry["link"]):
-            raise UserError(f"{file.name}: entry {number}: expected a link, got {entry['link']!r}")
+    found = [Accepted(**entry) for entry in load_json(str(file), js_comments=True)]
+    for entry in found:
+        if not LINK.fullmatch(entry.link):
+            raise UserError(f"{file.name}: expected a link, got {entry.link!r}")
     return found
 
 
