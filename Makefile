@@ -79,7 +79,7 @@ bench: $(READY) website/node_modules
 
 # What CI does after the tests: the page used in a browser; asv on two commits, published and looked at.
 prove: $(READY) $(BROWSER) website/node_modules
-	$(BIN)/pytest tests/test_page.py tests/test_many_commits.py
+	$(BIN)/pytest tests/test_page.py
 	$(BIN)/python .ci/prove.py
 
 publish: $(READY) website/node_modules

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from repositories import git
 
 from tracking.repository import ROOT
 
@@ -13,12 +14,6 @@ SCRIPT = ROOT / ".github/scripts/keep_results.py"
 spec = importlib.util.spec_from_file_location("keep_results", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-
-
-def git(root, *args):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    command = ["git", "-C", str(root), *identity, *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 import pytest
 from asv.util import UserError
 from packaging.requirements import Requirement
+from repositories import git
 
 from tracking import history, project, repository
 
@@ -99,11 +100,6 @@ def test_host_name_is_what_asv_uses(home, monkeypatch):
     project.record_machine("lab")
     monkeypatch.setattr("asv.machine._get_unique_machine_name", lambda: "host")
     assert project.machine_name("cpu") == "lab"
-
-
-def git(repo, *args):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    subprocess.run(["git", "-C", str(repo), *identity, *args], check=True, capture_output=True)
 
 
 @pytest.fixture

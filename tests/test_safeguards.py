@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from repositories import git
 
 from tracking import history, nightly, repository, safeguards
 from tracking.repository import ROOT
@@ -31,12 +32,6 @@ class Answer:
         return pagedkv.ANSWER + (100 if os.environ.get("PAGEDKV_DECODE_PATH") else 0)
 """
 HERE = ("-E", f"existing:{sys.executable}", "--set-commit-hash", "HEAD")
-
-
-def git(root, *args):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    command = ["git", "-C", str(root), *identity, *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture

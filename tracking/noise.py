@@ -108,7 +108,7 @@ class Noise:
             if value > 0 and math.isfinite(value):
                 values.setdefault(series, {}).setdefault(code, []).append(math.log(value))
         for series, by_code in values.items():
-            self._runs[series] = max(map(len, by_code.values()))
+            self._runs[series] = max(map(len, by_code.values()))  # of one code
             changes = [
                 math.exp(abs(one - other))
                 for found in by_code.values()
@@ -117,17 +117,13 @@ class Noise:
             for pool in (series, series.split("(")[0], kind(series)):
                 self._changes.setdefault(pool, []).extend(changes[-MOST:])
 
-    def runs(self, series):
-        """Return how many runs of one code a series has, of the code that has most."""
-        return self._runs.get(series, 0)
-
     def threshold(self, series):
         """Return the Threshold of a series, named like ``"overhead.Auto.ratio_x(1, 1024, 32)"``."""
         of_kind = kind(series)
         if of_kind == "count":
             return Threshold(LEAST[of_kind], "exact")
         own = self._of(series, "series", of_kind)
-        if self.runs(series) >= OWN:
+        if self._runs.get(series, 0) >= OWN:
             return own
         for source, pool in (("benchmark", series.split("(")[0]), ("machine", of_kind)):
             if len(self._changes.get(pool, ())) >= POOLED:

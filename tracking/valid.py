@@ -95,21 +95,17 @@ def check(file, data, state="is"):
     file = Path(file)
     kind = KINDS.get(file.name, "results")
     reason = _violation(kind, data)
-    if not reason and kind == "machine":
-        reason = _other_machine(file, data["machine"])
+    if not reason and kind in ("machine", "results"):
+        machine = data["machine"] if kind == "machine" else data["params"]["machine"]
+        if machine != file.parent.name:
+            reason = f"expected results of machine {file.parent.name!a}, got {machine!a}"
     if not reason and kind == "results":
-        reason = _other_machine(file, data["params"]["machine"]) or _disagreement(data)
+        reason = _disagreement(data)
         name = Path(get_filename("", data["commit_hash"], data["env_name"])).name
         if not reason and file.name != name:
             reason = f"expected the name {name!a} for its commit and environment"
     if reason:
         raise BrokenFileError(f"{shown(file)} {state} broken: {reason}")
-
-
-def _other_machine(file, machine):
-    """Return an error if a file is in the folder of another machine, else None."""
-    name = file.parent.name
-    return None if name == machine else f"expected results of machine {name!a}, got {machine!a}"
 
 
 def _disagreement(data):
@@ -133,17 +129,12 @@ def write_json(file, data, **layout):
     write_text(file, text)
 
 
-def files(results):
-    """Return what asv reads in a folder of results, at any depth."""
-    return sorted(Path(results).rglob("*.json"))
-
-
 def set_aside(results):
     """Rename every broken file under a folder of results to NAME.broken, and say so.
 
-    asv reads all there are, and one that is broken ends it with a traceback.
+    asv reads all there are, at any depth, and one that is broken ends it with a traceback.
     """
-    for file in files(results):
+    for file in sorted(Path(results).rglob("*.json")):
         try:
             load(file)
         except BrokenFileError as error:
