@@ -4,38 +4,33 @@ import json
 
 import pytest
 from asv.util import UserError
+from result_files import write_result
 
 from tools import adopt
 
 LABEL = {"backend": "cuda13", "python": "3.12", "mlx": "0.32.4"}
+PYTHON = "/opt/venv/bin/python3"
 
 
-def existing(tmp_path, env_name="existing-py_opt_venv_bin_python3"):
+@pytest.fixture
+def source(tmp_path):
     """A file of results as asv writes it on a machine without network."""
-    result = {
-        "commit_hash": "0123456789abcdef",
-        "date": 0,
-        "env_name": env_name,
-        "params": {"machine": "gpu", "python": "/opt/venv/bin/python3"},
-        "python": "/opt/venv/bin/python3",
-        "requirements": {},
-        "result_columns": ["result", "params", "version"],
-        "results": {"a.B.time_c": [[1.0], [], "1"]},
-        "version": 2,
-    }
-    source = tmp_path / f"source/gpu/01234567-{env_name}.json"
-    source.parent.mkdir(parents=True)
-    source.write_text(json.dumps(result))
-    record = '{"machine": "gpu", "os": "Linux", "version": 1}'
-    source.with_name("machine.json").write_text(record)
-    return source, result
+    return existing(tmp_path, "existing-py_opt_venv_bin_python3")
 
 
-def test_adopt_relabels_and_keeps_the_measurements(tmp_path):
-    source, before = existing(tmp_path)
+def existing(tmp_path, environment):
+    folder = tmp_path / "source/gpu"
+    labels = {"params": {"machine": "gpu", "python": PYTHON}, "python": PYTHON}
+    rows = {"a.B.time_c": [[1.0], [], "1"]}
+    file = write_result(folder, "0123456789abcdef", rows, environment, **labels)
+    (folder / "machine.json").write_text('{"machine": "gpu", "os": "Linux", "version": 1}')
+    return file
+
+
+def test_adopt_relabels_and_keeps_the_measurements(source, tmp_path):
     target = adopt.adopt(source, **LABEL, results=tmp_path / "results")
     assert target == tmp_path / "results/gpu/01234567-cuda13-py3.12-mlx0.32.4.json"
-    after = json.loads(target.read_text())
+    before, after = (json.loads(file.read_text()) for file in (source, target))
     assert "/opt" not in target.read_text()
     assert after["results"] == before["results"]
     assert after["commit_hash"] == before["commit_hash"]
@@ -44,28 +39,23 @@ def test_adopt_relabels_and_keeps_the_measurements(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "reason"),
+    ("name", "text", "labels", "reason"),
     [
-        ("01234567-existing-py_opt_venv_bin_python3.json", "{}", "is a required property"),
-        ("machine.json", '{"machine": "gpu"', "Expecting"),
-        ("machine.json", '{"machine": "other", "version": 1}', "of machine 'gpu', got 'other'"),
-        ("machine.json", None, "No such file"),
+        (None, "{}", LABEL, "is a required property"),
+        ("machine.json", '{"machine": "gpu"', LABEL, "Expecting"),
+        ("machine.json", '{"machine": "other", "version": 1}', LABEL, "of machine 'gpu', got"),
+        (None, None, LABEL | {"mlx": "<b>"}, "mlx<b>.* does not match"),
     ],
 )
-def test_adopt_refuses_what_is_broken(name, text, reason, tmp_path):
-    source, _ = existing(tmp_path)
-    broken = source.with_name(name)
-    broken.unlink() if text is None else broken.write_text(text)
-    with pytest.raises(UserError, match=rf"{name} is broken: .*{reason}"):
-        adopt.adopt(source, **LABEL, results=tmp_path / "results")
+def test_adopt_refuses_what_is_broken(name, text, labels, reason, source, tmp_path):
+    if text:
+        source.with_name(name or source.name).write_text(text)
+    with pytest.raises(UserError, match=reason):
+        adopt.adopt(source, **labels, results=tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
-def test_adopt_refuses_a_name_of_asvs_own_and_labels_that_a_page_would_obey(tmp_path):
-    source, _ = existing(tmp_path / "a", "virtualenv-py3.11-mlx0.32.4")
+def test_adopt_refuses_a_name_of_asvs_own(tmp_path):
+    source = existing(tmp_path, "virtualenv-py3.11-mlx0.32.4")
     with pytest.raises(UserError, match="expected an existing environment, got virtualenv"):
         adopt.adopt(source, **LABEL, results=tmp_path / "results")
-    source, _ = existing(tmp_path / "b")
-    with pytest.raises(UserError, match=r"mlx<b>.* does not match"):
-        adopt.adopt(source, **LABEL | {"mlx": "<b>"}, results=tmp_path / "results")
-    assert not (tmp_path / "results").exists()

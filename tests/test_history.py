@@ -1,12 +1,12 @@
 """Running the history: what is asked for and what needs no run; no benchmark runs here."""
 
 import importlib
-import json
 import math
 import pkgutil
 import re
 
 import pytest
+from result_files import write_result
 
 import benchmarks
 from tracking import grid, history, results
@@ -18,109 +18,16 @@ def benchmark(name, *params, names=("batch", "context", "block_size")):
     return {"name": name, "params": params, "param_names": list(names)[: len(params)]}
 
 
-GRID = benchmark("decode.Auto.time_decode", (1, 4), (1024, 4096, 16384, 32768), (16, 32, 64))
-
-
+CONTEXTS = (1024, 4096, 16384, 32768)
+GRID = benchmark("decode.Auto.time_decode", (1, 4), CONTEXTS, (16, 32, 64))
+STEP = benchmark("step.Auto.ratio_step_vs_contiguous", (1, 4), CONTEXTS, (32,))
 TREE = benchmark("prefix_cache.Match.time_match", (10**4, 10**6), names=["tokens"])
-
-
-STEP = benchmark("step.Auto.ratio_step_vs_contiguous", (1, 4), (1024, 4096, 16384, 32768), (32,))
 PLAIN = benchmark("memory.Index.track_bytes")
-OFF_THE_SHORT_GRID = benchmark("long.Long.time_decode", (4,), (32768,), (16, 64))
-
-
-def chosen(some, size, device="cpu"):
-    options = grid.selection(some, size, device)
-    labels = [grid.series_name(some["name"], cell) for cell in grid.cells(some)]
-    return [label for label in labels if options and re.search(options[1], label)]
-
-
-def test_the_short_grid_is_four_cells_of_the_big_one():
-    assert chosen(GRID, "short") == [
-        f"decode.Auto.time_decode({cell})"
-        for cell in ("1, 1024, 32", "1, 4096, 32", "4, 1024, 32", "4, 4096, 32")
-    ]
-    assert len(chosen(GRID, "full")) == 24
-    assert chosen(GRID, "quick") == []
-
-
-def test_the_short_grid_finds_the_big_one_among_other_parameters():
-    names = ("bits", "batch", "context", "block_size")
-    more = benchmark("bits.Step.ratio", ("8", "4"), (1,), (4096, 32768), (32,), names=names)
-    assert chosen(more, "short") == [
-        "bits.Step.ratio(8, 1, 4096, 32)",
-        "bits.Step.ratio(4, 1, 4096, 32)",
-    ]
-    assert len(chosen(more, "full")) == 4
-
-
-@pytest.mark.parametrize("size", ["short", "full"])
-def test_benchmarks_with_other_parameters_are_whole_in_both_grids(size):
-    assert len(chosen(TREE, size)) == 2
-    _, pattern = grid.selection(PLAIN, size)
-    assert re.search(pattern, PLAIN["name"])
-    assert not re.search(pattern, PLAIN["name"] + "_more")
-
-
-def test_the_short_grid_leaves_settled_questions_and_host_shares():
-    for name in ("settled.Slabs.ratio_x", "step.Auto.track_host_share", "trace.Served.track_x"):
-        assert chosen(benchmark(name, (1, 2)), "short") == []
-        assert len(chosen(benchmark(name, (1, 2)), "full")) == 2
-
-
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_the_quick_grid_is_the_headline_alone(device):
-    listed = suite()
-    asked = {name: grid.asked(one, "quick", device) for name, one in listed.items()}
-    asked = {name: cells for name, cells in asked.items() if cells}
-    assert asked.keys() == results.NAMES.keys() - {results.BOUND}
-    for name, cells in asked.items():
-        assert set(cells) <= set(grid.cells(listed[name]))
-        labels = [grid.series_name(name, cell) for cell in cells]
-        assert sorted(chosen(listed[name], "quick", device)) == sorted(labels)
-
-
-def test_a_quick_run_starts_asv_once_for_a_commit():
-    names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
-    assert history.in_one_run(names, "quick") == [names]
-    assert history.in_one_run(names, "short") == [names[:2], names[2:]]
-    assert history.in_one_run(names, "full") == [[name] for name in names]
-    assert history.in_one_run([], "quick") == []
-
-
-def test_what_the_short_grid_lacks_exists():
-    assert all(any(name.startswith(prefix) for name in suite()) for prefix in grid.NOT_SHORT)
-
-
-NAN = math.nan
-
-
-def as_values(given):
-    """Values of numbers, or of why there is none."""
-    return [Value(NAN, why=x) if isinstance(x, str) else Value(x) for x in given]
-
-
-@pytest.mark.parametrize(
-    ("values", "measured"),
-    [
-        ([1.0, 2.0], True),
-        ([1.0, "too slow"], True),
-        (["lacks"], True),
-        ([1.0, NAN], False),  # one cell was not asked for
-        ([1.0, None], False),  # a failure is tried again
-    ],
+BITS = benchmark(
+    *("bits.Step.ratio", ("8", "4"), (1,), (4096, 32768), (32,)),
+    names=("bits", "batch", "context", "block_size"),
 )
-def test_what_needs_no_run(values, measured):
-    assert history.is_measured(as_values(values)) is measured
-
-
-def test_another_version_of_mlx_is_measured_anew(versions):
-    folder, machine, commit, (pinned, newest) = versions
-    (folder / machine / f"{commit[:8]}-{newest}.json").unlink()
-    name = "overhead.Auto.ratio_vs_contiguous"
-    some = {name: GRID | {"name": name, "version": "1"}}
-    assert history.unmeasured(some, machine, commit, "quick", "cpu", pinned, folder) == []
-    assert history.unmeasured(some, machine, commit, "quick", "cpu", newest, folder) == [name]
+OFF_THE_SHORT_GRID = benchmark("long.Long.time_decode", (4,), (32768,), (16, 64))
 
 
 def suite():
@@ -134,6 +41,82 @@ def suite():
                     described = benchmark(name, *cls.params, names=cls.param_names)
                     listed[name] = described | {"version": cls.version}
     return listed
+
+
+def chosen(some, size, device="cpu"):
+    """The cells that asv's options for a grid choose."""
+    options = grid.selection(some, size, device)
+    labels = {grid.series_name(some["name"], cell): cell for cell in grid.cells(some)}
+    return [cell for label, cell in labels.items() if options and re.search(options[1], label)]
+
+
+FOUR = [("1", "1024", "32"), ("1", "4096", "32"), ("4", "1024", "32"), ("4", "4096", "32")]
+
+
+@pytest.mark.parametrize(
+    ("some", "short", "full"),
+    [
+        (GRID, FOUR, 24),
+        (BITS, [("8", "1", "4096", "32"), ("4", "1", "4096", "32")], 4),
+        (TREE, [("10000",), ("1000000",)], 2),  # other parameters are whole in both
+        (PLAIN, [()], 1),
+        (OFF_THE_SHORT_GRID, [], 2),
+        (benchmark("settled.Slabs.ratio_x", (1, 2)), [], 2),
+        (benchmark("step.Auto.track_host_share", (1, 2)), [], 2),
+        (benchmark("trace.Served.track_x", (1, 2)), [], 2),
+    ],
+)
+def test_what_grids_ask_for(some, short, full):
+    assert chosen(some, "short") == short
+    assert len(chosen(some, "full")) == full
+    assert chosen(some, "quick") == []
+    _, pattern = grid.selection(some, "full")
+    assert not re.search(pattern, some["name"] + "_more")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_quick_grid_is_the_headline_alone(device):
+    listed = suite()
+    asked = {name: grid.asked(one, "quick", device) for name, one in listed.items()}
+    asked = {name: cells for name, cells in asked.items() if cells}
+    assert asked.keys() == results.NAMES.keys() - {results.BOUND}
+    for name, cells in asked.items():
+        assert sorted(chosen(listed[name], "quick", device)) == sorted(cells)
+    assert all(any(name.startswith(prefix) for name in listed) for prefix in grid.NOT_SHORT)
+
+
+def test_a_quick_run_starts_asv_once_for_a_commit():
+    names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
+    assert history.in_one_run(names, "quick") == [names]
+    assert history.in_one_run(names, "short") == [names[:2], names[2:]]
+    assert history.in_one_run(names, "full") == [[name] for name in names]
+    assert history.in_one_run([], "quick") == []
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("values", "measured"),
+    [
+        ([Value(1.0), Value(2.0)], True),
+        ([Value(1.0), Value(NAN, why="too slow")], True),
+        ([Value(NAN, why="lacks")], True),
+        ([Value(1.0), Value(NAN)], False),  # one cell was not asked for
+        ([Value(1.0), Value(None)], False),  # a failure is tried again
+    ],
+)
+def test_what_needs_no_run(values, measured):
+    assert history.is_measured(values) is measured
+
+
+def test_another_version_of_mlx_is_measured_anew(versions):
+    folder, machine, commit, (pinned, newest) = versions
+    (folder / machine / f"{commit[:8]}-{newest}.json").unlink()
+    name = "overhead.Auto.ratio_vs_contiguous"
+    some = {name: GRID | {"name": name, "version": "1"}}
+    assert history.unmeasured(some, machine, commit, "quick", "cpu", pinned, folder) == []
+    assert history.unmeasured(some, machine, commit, "quick", "cpu", newest, folder) == [name]
 
 
 @pytest.fixture
@@ -159,26 +142,9 @@ def recording(tmp_path, monkeypatch):
             return 1  # No benchmarks selected
         if asv.calls == asv.killed_at:
             raise KeyboardInterrupt
-        commit = args[-1].removesuffix("^!")
-        file = tmp_path / f"box/{commit[:8]}-env.json"
-        content = json.loads(file.read_text()) if file.exists() else {"results": {}}
-        content |= {
-            "commit_hash": commit,
-            "env_name": "env",
-            "date": 0,
-            "params": {"machine": "box", "mlx": "1"},
-            "python": "3",
-            "requirements": {},
-            "env_vars": {},
-            "result_columns": ["result", "params", "version", "started_at", "duration"],
-            "results": content["results"] | rows,
-            "durations": {},
-            "version": 2,
-        }
-        file.write_text(json.dumps(content))
+        write_result(tmp_path / "box", args[-1].removesuffix("^!"), rows)
         return 0
 
-    (tmp_path / "box").mkdir()
     asv.calls, asv.killed_at = 0, None
     head, old = "a" * 40, "b" * 40
     monkeypatch.setattr(history, "asv", asv)
@@ -225,24 +191,3 @@ def test_a_run_that_was_killed_goes_on_where_it_was(recording, tmp_path):
         assert recording.calls == needed - killed_at + 1
         assert history.run("short", "box", "cpu", 1) == 0
         assert recording.calls == needed - killed_at + 1
-
-
-def test_a_benchmark_without_a_cell_in_the_short_grid_is_not_asked_for():
-    assert grid.selection(OFF_THE_SHORT_GRID, "short") == []
-    assert len(chosen(OFF_THE_SHORT_GRID, "full")) == 2
-    listed = {OFF_THE_SHORT_GRID["name"]: OFF_THE_SHORT_GRID | {"version": "1"}}
-    assert history.unmeasured(listed, "box", "a" * 40, "short", "cpu", "env") == []
-    assert history.unmeasured(listed, "box", "a" * 40, "full", "cpu", "env") == list(listed)
-
-
-def test_publishing_sets_broken_results_aside(versions, monkeypatch, capsys):
-    folder, machine, commit, (pinned, _) = versions
-    for name in ("git", "discover", "config_for"):
-        monkeypatch.setattr(history, name, lambda *args: None)
-    monkeypatch.setattr(history, "phase_commits", dict)
-    monkeypatch.setattr(history, "RESULTS", folder)
-    broken = folder / machine / f"{commit[:8]}-{pinned}.json"
-    broken.write_text("{")
-    assert history.prepare(machine, "cpu") == 0
-    assert f"{broken} is broken: " in capsys.readouterr().err
-    assert not broken.exists()

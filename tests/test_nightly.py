@@ -27,11 +27,8 @@ def night(monkeypatch):
         return "head" if command == "rev-parse" else "\n".join(history[history.index(since) + 1 :])
 
     def asv(*args, config):
-        last = args[-1]
-        if last.startswith("HASHFILE:"):
-            night.ran.extend(Path(last.removeprefix("HASHFILE:")).read_text().split())
-        else:
-            night.ran.append(last)
+        file = args[-1].removeprefix("HASHFILE:")
+        night.ran += [file] if file == args[-1] else Path(file).read_text().split()
         options = itertools.pairwise(args)
         night.asked = [value for name, value in options if name in ("--bench", "--attribute")]
         return night.status
@@ -40,14 +37,17 @@ def night(monkeypatch):
         return nightly.nightly(machine="box", backend="cpu", grid="short")
 
     night.ran, night.status, night.worse = [], 0, [[]]
-    monkeypatch.setattr(nightly, "git", git)
-    monkeypatch.setattr(nightly, "asv", asv)
-    monkeypatch.setattr(nightly, "environment_name", lambda config: "env")
-    monkeypatch.setattr(nightly, "config_for", lambda backend: "config")
-    monkeypatch.setattr(nightly, "discover", lambda *args: LISTED)
-    monkeypatch.setattr(nightly, "measured_commits", lambda machine, environment: night.measured)
+    for name, value in {
+        "git": git,
+        "asv": asv,
+        "environment_name": lambda config: "env",
+        "config_for": lambda backend: "config",
+        "discover": lambda *args: LISTED,
+        "measured_commits": lambda machine, environment: night.measured,
+        "changes": lambda *args: night.worse[0] and night.worse.pop(0),
+    }.items():
+        monkeypatch.setattr(nightly, name, value)
     monkeypatch.setattr(nightly.history, "run", lambda *args, **kw: night.ran.append("phases") or 0)
-    monkeypatch.setattr(nightly, "changes", lambda *args: night.worse[0] and night.worse.pop(0))
     return night
 
 

@@ -135,7 +135,6 @@ def test_a_hook_and_a_users_settings_do_not_change_what_git_does(
     hook |= {"GIT_AUTHOR_NAME": "the user", "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}
     for name, value in hook.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(history, "RESULTS", tmp_path / "results")
     for name in ("config_for", "discover"):
         monkeypatch.setattr(history, name, lambda *args: None)
     history.prepare("box", "cpu")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from result_files import write_result
 
 from tracking import results
 
@@ -39,15 +40,10 @@ def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(versio
     assert results.default_machine(folder) == (h200, commit)
 
     def add(machine, benchmarks, started_at=1):
-        """A machine whose newest commit has some of the benchmarks of h200."""
-        [file] = (folder / h200).glob("*-mlx0.32.4.json")
-        content = json.loads(file.read_text())
-        content["params"]["machine"] = machine
-        content["results"] = {name: content["results"][name] for name in benchmarks}
-        for row in content["results"].values():
-            row[content["result_columns"].index("started_at")] = started_at
-        (folder / machine).mkdir()
-        (folder / machine / file.name).write_text(json.dumps(content))
+        """A machine whose newest commit has a number of each benchmark."""
+        cell = [["1"], ["1024"], ["32"]]
+        rows = {name: [[1.0], cell, "1", started_at, 1.0] for name in benchmarks}
+        write_result(folder / machine, commit, rows)
 
     add("fewer", [results.ATTENTION])
     assert results.default_machine(folder) == (h200, commit)
@@ -56,12 +52,7 @@ def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(versio
     add("earlier", [results.ATTENTION], started_at=0)
     add("much else", ["decode.Auto.time_decode", "host.Plan.time_plan"], started_at=2)
     assert results.default_machine(folder) == ("fewer", commit)
-
-
-def test_there_is_no_default_machine_where_nothing_is_measured(tmp_path):
-    assert results.default_machine(tmp_path) is None
-    (tmp_path / "box").mkdir()
-    assert results.default_machine(tmp_path) is None
+    assert results.default_machine(folder / "nowhere") is None
 
 
 def test_a_table_over_commits_has_one_version_of_each_benchmark():
@@ -104,7 +95,6 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(versions, monkeypat
     )
     for environment in (pinned, newest, pinned):
         results.load(machine, commit, folder, environment)
-        results.measured_commits(machine, folder, environment)
     names = [f"{commit[:8]}-{environment}.json" for environment in (pinned, newest)]
     assert sorted(parsed) == names
     changed = folder / machine / names[0]
@@ -115,15 +105,13 @@ def test_a_file_is_parsed_once_and_again_when_it_has_changed(versions, monkeypat
 
 def test_a_cell_without_a_number_says_why(versions):
     folder, machine, commit, (pinned, _) = versions
-    [file] = (folder / machine).glob(f"*-{pinned}.json")
+    file = folder / machine / f"{commit[:8]}-{pinned}.json"
     content = json.loads(file.read_text())
-    columns = content["result_columns"]
-    row = content["results"][results.ATTENTION]
-    row[columns.index("result")][:4] = [math.nan] * 4
-    for code, cell in ((-1, 0), (-2, 1), (-3, 2), (None, 3)):
-        for number, column in enumerate(columns):
-            if column.startswith("stats_"):
-                row[number][cell] = code if column == "stats_number" or code is None else 1
+    row = dict(zip(content["result_columns"], content["results"][results.ATTENTION], strict=False))
+    row["result"][:4] = [math.nan] * 4
+    for name, column in row.items():
+        if name.startswith("stats_"):
+            column[:4] = [-1, -2, -3, None] if name == "stats_number" else [1, 1, 1, None]
     file.write_text(json.dumps(content))
     table = results.load(machine, commit, folder, pinned)
     shown = [value.show() for value in table[results.ATTENTION].values()]

@@ -9,6 +9,8 @@ from benchmarks.common import workload
 from pagedkv.attention import cut
 from tools import tune
 
+CPU = mx.default_device().type == mx.cpu
+
 
 @pytest.mark.parametrize(
     ("fused", "rows", "expected"),
@@ -16,7 +18,6 @@ from tools import tune
         ([0.8, 0.7], [2.0, 3.0], [(math.inf, "fused")]),
         ([1.04, 0.7], [1.0, 3.0], [(math.inf, "fused")]),  # within the slack
         ([1.2, 0.7], [1.0, 3.0], [(1024.0, "rows"), (math.inf, "fused")]),
-        ([1.2, 1.2], [1.0, 1.0], [(math.inf, "rows")]),
         ([math.inf, 0.7], [1.0, 3.0], [(1024.0, "rows"), (math.inf, "fused")]),
     ],
 )
@@ -39,7 +40,7 @@ def test_a_ratio_is_that_of_the_call_to_contiguous_attention(monkeypatch):
     assert len(layers) == 2 * 4  # a warm-up and three samples of two layers
 
 
-@pytest.mark.skipif(mx.default_device().type == mx.cpu, reason="the kernels need a GPU")
+@pytest.mark.skipif(CPU, reason="the kernels need a GPU")
 def test_the_constants_are_those_of_the_candidate():
     cell = workload(3, 64, 32, num_layers=2)
     base = cut.TUNING[tune.backend_of(mx.default_device())]
@@ -50,21 +51,14 @@ def test_the_constants_are_those_of_the_candidate():
     assert mx.allclose(got, expected, rtol=1e-2, atol=1e-3).item()
 
 
-def test_candidates_change_one_constant_or_more():
-    base = cut.TUNING["cuda"]
-    tunings = list(tune.candidates(base).values())
-    assert base in tunings
-    assert len(set(tunings)) == len(tunings) == 36
-
-
-@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="there is a GPU here")
+@pytest.mark.skipif(not CPU, reason="there is a GPU here")
 def test_a_cpu_has_nothing_to_tune(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tune"])
     with pytest.raises(SystemExit, match="expected a GPU"):
         tune.main()
 
 
-@pytest.mark.skipif(mx.default_device().type == mx.cpu, reason="the kernels need a GPU")
+@pytest.mark.skipif(CPU, reason="the kernels need a GPU")
 def test_tuning_prints_what_to_commit(monkeypatch, capsys):
     options = ["--batches", "1", "--contexts", "256"]
     monkeypatch.setattr(sys, "argv", ["tune", *options, "--samples", "3"])
