@@ -1,6 +1,5 @@
 """Perplexity and needles with models whose answers are known, and what is recorded of them."""
 
-import csv
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from mlx.utils import tree_map
 from small_models import small_model
 
 from tools import quality
+from tracking.tables import read_csv
 
 
 class Letters:
@@ -73,24 +73,18 @@ def model():
     return model
 
 
-def test_perplexity_is_that_of_windows_without_a_cache(model):
-    tokens = np.random.default_rng(0).integers(0, 128, 81).tolist()
-    windows = tokens[:40], tokens[40:80]  # the last has nothing to predict
+def test_perplexity_is_that_of_windows_without_a_cache_and_changes_with_fewer_bits(model):
+    tokens, found = np.random.default_rng(0).integers(0, 128, 201).tolist(), {}
+    windows = [tokens[start : start + 40] for start in range(0, 200, 40)]
     losses = [
         nn.losses.cross_entropy(model(mx.array([window[:-1]]))[0], mx.array(window[1:]))
-        for window in windows
+        for window in windows  # the last token has nothing to predict
     ]
-    with quality.caches(model, "16", quality.WINDOW) as new_cache:
-        found = quality.perplexity(model, tokens, new_cache)
-    assert found == pytest.approx(math.exp(mx.concatenate(losses).mean().item()), rel=1e-3)
-
-
-def test_fewer_bits_change_perplexity_more(model):
-    tokens, found = np.random.default_rng(0).integers(0, 128, 200).tolist(), {}
     for name in quality.FORMATS:
         with quality.caches(model, name, quality.WINDOW) as new_cache:
             found[name] = quality.perplexity(model, tokens, new_cache)
-    assert len(set(found.values())) == len(found)
+    exact = math.exp(mx.concatenate(losses).mean().item())
+    assert found["16"] == pytest.approx(exact, rel=1e-3)
     far = {name: abs(value / found["16"] - 1) for name, value in found.items()}
     assert 3 * far["8"] < far["8 and 4"] < 0.1
     assert 3 * far["8"] < far["4"] < 0.1
@@ -114,13 +108,6 @@ def test_share_of_needles_that_are_found(sight, share, monkeypatch):
     assert quality.share_found(Reader(sight), Letters(), TEXT, 1000, list) == share
 
 
-def rows(file):
-    with file.open() as lines:
-        header, *found = csv.reader(lines)
-    assert header == quality.HEADER
-    return found
-
-
 def test_values_are_recorded_among_those_of_others(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "FILE", tmp_path / "quality.csv")
     quality.record("b", "text", "mlx-lm 4", "perplexity", 12.0)
@@ -128,7 +115,9 @@ def test_values_are_recorded_among_those_of_others(tmp_path, monkeypatch):
     quality.record("a", "text", "16", "perplexity", 5.1234567)
     quality.record("b", "text", "16", "perplexity", 10)
     quality.record("b", "text", "4", "found", 0)
-    assert rows(quality.FILE) == [
+    header, rows = read_csv(quality.FILE)
+    assert header == quality.HEADER
+    assert rows == [
         ["a", "text", "16", "perplexity", "5.12346", "+0.00%"],
         ["b", "text", "16", "perplexity", "10", "+0.00%"],
         ["b", "text", "4", "found", "0", "n/a"],
@@ -136,50 +125,30 @@ def test_values_are_recorded_among_those_of_others(tmp_path, monkeypatch):
     ]
 
 
-@pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """Run the command with a small model and text; return the rows that it recorded."""
+def test_the_command_measures_format_by_format(tmp_path, monkeypatch):
+    """What the backend cannot compute is said, and the rest measured."""
+
+    class Fails(quality.QuantizedKVCache):
+        def update_and_fetch(self, keys, values):
+            raise RuntimeError("no implementation")
+
+    def measure(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quality", "--machine", "box", *arguments])
+        quality.main()
+
     small = small_model("llama", head_dim=64, vocab_size=128)
     monkeypatch.setattr(quality, "load", lambda: (small, Letters()))
     monkeypatch.setattr(quality, "topics", {"a": Letters().decode(TEXT)})
     monkeypatch.setattr(quality, "FILE", tmp_path / "quality.csv")
     monkeypatch.setattr(quality, "DEPTHS", (0.5,))
     monkeypatch.setattr(quality, "TRIALS", 2)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["quality", "--machine", "box", *arguments])
-        quality.main()
-        return rows(quality.FILE)
-
-    return run
-
-
-def test_the_command_measures_format_by_format(measure):
-    found = measure("--formats", "16", "mlx-lm 8", "--tokens", "50", "--needle", "160")
-    assert [(row[0], *row[2:4]) for row in found] == [
-        ("box", name, what)
-        for name in ("16", "mlx-lm 8")
-        for what in ("perplexity of 50 tokens", "needles found in 160 tokens")
-    ]
+    monkeypatch.setattr(quality, "QuantizedKVCache", Fails)
+    with pytest.raises(SystemExit, match="not measured: mlx-lm 8: no implementation"):
+        measure("--formats", "mlx-lm 8", "16", "--tokens", "50", "--needle", "160")
     for more in (["--tokens", "2001", "--needle"], ["--tokens", "50", "--needle", "30"]):
         with pytest.raises(SystemExit, match=r"expected .* of the text, got"):
             measure("--formats", "4", *more)
-    assert rows(quality.FILE) == found
-
-
-def test_what_the_backend_cannot_compute_is_said_and_the_rest_measured(measure, monkeypatch):
-    class Fails(quality.QuantizedKVCache):
-        def update_and_fetch(self, keys, values):
-            raise RuntimeError("no implementation")
-
-    monkeypatch.setattr(quality, "QuantizedKVCache", Fails)
-    with pytest.raises(SystemExit, match="not measured: mlx-lm 8: no implementation"):
-        measure("--formats", "mlx-lm 8", "4", "--tokens", "50", "--needle")
-    assert [row[2] for row in rows(quality.FILE)] == ["4"]
-
-
-def test_without_a_model_it_says_where_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("examples.smollm.FOLDER", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["quality", "--machine", "box"])
-    with pytest.raises(SystemExit, match=r"no model in .*: python examples/smollm.py downloads it"):
-        quality.main()
+    assert [row[2:4] for row in read_csv(quality.FILE)[1]] == [
+        ["16", "perplexity of 50 tokens"],
+        ["16", "needles found in 160 tokens"],
+    ]

@@ -1,13 +1,11 @@
 """Run tests and benchmarks on a volunteer's Mac for half an hour: `make report`.
 
 Each step is a command of its own with a limit on its time. One that fails, hangs or crashes stops
-none of those after it. results/MACHINE/report.md is written after every step. Started again at the
-same commit, the report takes the steps that did not succeed.
+none of those after it. results/MACHINE/report.md is written after every step.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import re
@@ -137,27 +135,19 @@ def tail(log):
 
 
 class Report:
-    """What happened in each step at a commit, kept in a file so that an interrupted one goes on."""
+    """What happened in each step, written down after it."""
 
     def __init__(self, machine, steps):
         self.machine, self.steps = machine, steps
         self.logs, self.folder = LOGS / machine, RESULTS / machine
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._file, self.commit = self.logs / "steps.json", git("rev-parse", "HEAD")
-        self.happened = {step.name: ["not run", 0, []] for step in steps}
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or broken
-            kept = json.loads(self._file.read_text())
-            if kept["commit"] == self.commit:
-                self.happened |= {n: k for n, k in kept["steps"].items() if n in self.happened}
+        self.happened = {step.name: ("not run", 0, []) for step in steps}
 
     def take(self, minutes=MINUTES):
-        """Take the steps that did not succeed yet, until so many minutes are over."""
+        """Take the steps until so many minutes are over."""
         deadline = time.monotonic() + 60 * minutes
         for number, step in enumerate(self.steps, 1):
             title = f"{number} of {len(self.steps)}, {step.name}"
-            if self.happened[step.name][0] == "ok":
-                print(f"{title}: done before")
-                continue
             begin, log = time.monotonic(), self.logs / f"{step.name.replace(' ', '-')}.log"
             seconds = min(60 * step.minutes, deadline - begin)
             if seconds <= 0:
@@ -170,9 +160,8 @@ class Report:
             print(f"{title}: {what}", flush=True)
 
     def _note(self, step, what, seconds, lines):
-        """Write down what happened in a step, and the report with it."""
-        self.happened[step.name] = [what, round(seconds), lines]
-        write_text(self._file, json.dumps({"commit": self.commit, "steps": self.happened}))
+        """Write down what happened in a step."""
+        self.happened[step.name] = what, round(seconds), lines
         write_text(self.folder / "report.md", self.text())
 
     def text(self):
@@ -182,7 +171,8 @@ class Report:
         lines = [
             f"# {self.machine}\n",
             f"{about['cpu']}, {about['num_cpu']} cores, {about['ram']}, {about['os']}, "
-            f"Python {platform.python_version()}, {', '.join(versions)}, commit {self.commit[:8]}."
+            f"Python {platform.python_version()}, {', '.join(versions)}, "
+            f"commit {git('rev-parse', 'HEAD')[:8]}."
             "\n\n| step | what happened | seconds |\n| --- | --- | --: |",
             *(f"| {name} | {what} | {took} |" for name, (what, took, _) in self.happened.items()),
         ]
@@ -218,11 +208,9 @@ def main():
     except UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        print(f"\ninterrupted: `make report MACHINE={machine}` goes on")
+        print(f"\ninterrupted: results/{machine}/report.md tells of the steps so far")
         return 130
     print("\n" + report.text().split("\n## ")[0])
-    if any(what != "ok" for what, _, _ in report.happened.values()):
-        print(f"Started again, it tries what did not succeed: `make report MACHINE={machine}`\n")
     print(
         f"results/{machine} is the report, and all that leaves this machine. Failures are worth as "
         "much as numbers.\nA pull request of it, from a clone of your fork:\n\n"
