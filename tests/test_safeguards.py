@@ -83,43 +83,29 @@ def asv(project):
 
 def measured(project):
     """What is recorded of the answer, None if nothing is."""
-    files = [f for f in project.glob("results/box/*.json") if f.name != "machine.json"]
-    return (
-        json.loads(files[0].read_text())["results"]["all.Answer.track_answer"][0] if files else None
-    )
+    for file in project.glob("results/box/*-*.json"):
+        return json.loads(file.read_text())["results"]["all.Answer.track_answer"][0]
+    return None
 
 
-def test_a_run_records_what_head_answers(asv, project):
-    assert asv("run", "--machine", "box", *HERE)[0] == 0
-    assert measured(project) == [42]
-
-
-def test_the_environment_forces_nothing(asv, project):
+def test_a_run_records_what_head_answers_and_the_environment_forces_nothing(asv, project):
     forced = {"PAGEDKV_DECODE_PATH": "gather_sdpa", "MLX_DISABLE_COMPILE": "1"}
     status, said = asv("run", "--machine", "box", *HERE, **forced)
     assert status == 0
-    assert re.search(
-        "benchmarks run without .*MLX_DISABLE_COMPILE, .*PAGEDKV_DECODE_PATH, which", said
-    )
+    assert re.search(r"without .*MLX_DISABLE_COMPILE, .*PAGEDKV_DECODE_PATH, which", said)
     assert measured(project) == [42]
 
 
 def test_what_forces_is_forgotten_and_the_rest_stays():
+    """asv puts ASV_PYTHONPATH before what it installs; an existing environment may need it."""
     stays = {"PATH": "", "HOME": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "LC_ALL": ""}
-    goes = {"PAGEDKV_AUTOTUNE": "", "OMP_NUM_THREADS": "", "PYTHONOPTIMIZE": ""}
-    environ = {**stays, **goes}
+    elsewhere = {"ASV_PYTHONPATH": "/elsewhere"}
+    environ = {**stays, **elsewhere, "PAGEDKV_AUTOTUNE": "", "OMP_NUM_THREADS": ""}
+    environ["PYTHONOPTIMIZE"] = ""
+    safeguards.forget(environ, keep=("ASV_PYTHONPATH",))
+    assert environ == stays | elsewhere
     safeguards.forget(environ)
     assert environ == stays
-
-
-def test_another_package_is_for_existing_environments_alone(asv):
-    """asv puts it before what it installs."""
-    environ = {"ASV_PYTHONPATH": "/elsewhere"}
-    safeguards.forget(environ, keep=("ASV_PYTHONPATH",))
-    assert environ
-    safeguards.forget(environ)
-    assert not environ
-    assert "benchmarks run without ASV_PYTHONPATH" in asv("check", "-E", "nosuch")[1]
 
 
 def test_a_hook_of_another_repository_redirects_nothing(asv, project, tmp_path):
@@ -174,33 +160,27 @@ def test_what_records_nothing_may_be_uncommitted(asv, project):
     assert measured(project) is None
 
 
-def test_an_existing_environment_has_the_commit_that_it_is_recorded_as(asv, project):
-    for name in ("__init__.py", "more.py"):
-        make_dirty(project, f"pagedkv/{name}")
-        status, said = asv("run", "--machine", "box", *HERE)
-        assert status == 1
-        assert f"is not that of HEAD: pagedkv/{name} differs" in said
-    assert measured(project) is None
-
-
-def test_an_existing_environment_may_have_a_commit_before_head(asv, project, tmp_path):
+def test_an_existing_environment_has_the_commit_that_it_is_recorded_as(asv, project, tmp_path):
     before = git(project, "rev-parse", "HEAD")
-    older = tmp_path / "older"
-    git(project, "worktree", "add", "--quiet", "--detach", str(older))
+    git(project, "worktree", "add", "--quiet", "--detach", str(tmp_path / "older"))
     (project / "pagedkv/__init__.py").write_text("ANSWER = 43\n")
     git(project, "commit", "--quiet", "--all", "-m", "another answer")
-    asked = ("run", "--machine", "box", *HERE[:-1], before)
-    status, said = asv(*asked)
+    older = ("run", "--machine", "box", *HERE[:-1], before)
+    status, said = asv(*older)
     assert status == 1
     assert f"is not that of {before}: pagedkv/__init__.py differs" in said
+    make_dirty(project, "pagedkv/more.py")
+    status, said = asv("run", "--machine", "box", *HERE)
+    assert status == 1
+    assert "is not that of HEAD: pagedkv/more.py differs" in said
     assert measured(project) is None
-    assert asv(*asked, ASV_PYTHONPATH=str(older))[0] == 0
+    assert asv(*older, ASV_PYTHONPATH=str(tmp_path / "older"))[0] == 0
     assert measured(project) == [42]
 
 
 def test_broken_files_do_not_stop_asv(asv, project):
     assert asv("run", "--machine", "box", *HERE)[0] == 0
-    [result] = [f for f in project.glob("results/box/*.json") if f.name != "machine.json"]
+    [result] = project.glob("results/box/*-*.json")
     broken = {
         result: b"[]",
         result.with_name("machine.json"): b'{"machine": "\xff"',
@@ -225,7 +205,7 @@ def test_results_that_cannot_be_written(asv, project):
     assert "results/box/machine.json cannot be written and is as it was: " in said
 
 
-def test_a_fork_without_main_is_told_what_works(asv, project, tmp_path):
+def test_a_fork_without_main_and_a_shallow_clone_are_told_what_works(asv, project, tmp_path):
     git(project, "branch", "--move", "trunk")
     status, said = asv("run")
     assert status == 1
@@ -236,15 +216,11 @@ def test_a_fork_without_main_is_told_what_works(asv, project, tmp_path):
     advice = re.search("run `git (branch main origin/trunk)`", asv("publish", cwd=fork)[1])
     git(fork, *advice[1].split())
     assert "benchmarks.json missing" in asv("publish", "--no-pull", cwd=fork)[1]
-
-
-def test_a_shallow_clone(asv, project, tmp_path):
     git(project, "commit", "--quiet", "--allow-empty", "-m", "more")
     git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{project}", "shallow")
-    for command in ("run", "publish"):
-        status, said = asv(command, cwd=tmp_path / "shallow")
-        assert status == 1
-        assert "`git fetch --unshallow`" in said
+    status, said = asv("publish", cwd=tmp_path / "shallow")
+    assert status == 1
+    assert "`git fetch --unshallow`" in said
 
 
 @pytest.fixture
