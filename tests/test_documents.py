@@ -140,10 +140,8 @@ def test_a_table_is_of_the_default_machine_and_leaves_broken_results_out(said, t
     status, out, err = said()
     assert status == 0
     assert len(out.splitlines()) > 5
-    other, about = err.splitlines()
-    assert about.startswith(f"machine {machine}, ")
-    assert commit[:8] in about
-    assert other.startswith("MACHINE=name chooses another of h100, h200, linux-2core")
+    assert f"machine {machine}, " in err
+    assert commit[:8] in err
     folder = tmp_path / "results/h200"
     [file] = folder.glob(f"{results.measured_commits('h200')[-1][:8]}-*.json")
     file.write_text(file.read_text()[:1000])
@@ -155,14 +153,7 @@ def test_a_table_is_of_the_default_machine_and_leaves_broken_results_out(said, t
         file.write_bytes(b"\xff")
     status, out, err = said("--machine", "h200")
     assert (status, out) == (1, "")
-    assert err.splitlines()[-1].startswith("nothing measured on machine h200, but on h100, h200")
-
-
-def test_what_a_table_is_asked_for_and_cannot_show(said):
-    for args, reason in [
-        (["--machine", "nosuch"], "nothing measured on machine nosuch, but on h100, h200, linux"),
-        (["--machine", "h200", "--commit", "01234567"], "expected results of one commit, got 0"),
-    ]:
-        status, out, err = said(*args)
-        assert (status, out) == (1, "")
-        assert reason in err
+    assert "nothing measured on machine h200, but on h100, h200" in err
+    status, _, err = said("--machine", "h100", "--commit", "01234567")
+    assert status == 1
+    assert "expected results of one commit, got 0" in err

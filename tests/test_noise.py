@@ -8,8 +8,6 @@ import math
 import numpy as np
 import pytest
 from asv.util import UserError
-from hypothesis import given
-from hypothesis import strategies as st
 from repositories import git
 
 from tracking import noise, repository
@@ -96,15 +94,6 @@ def test_an_old_outlier_is_forgotten():
     new = [run for code in range(5) for run in runs([1.0, 1.001] * 5, code=code)]
     assert Noise(old + new).threshold(ONE).largest == noise.LEAST["ratio"]
     assert Noise(new + old).threshold(ONE).largest == pytest.approx(2)
-
-
-@given(st.lists(st.floats(1e-6, 1e6), max_size=25), st.randoms(use_true_random=False))
-def test_a_threshold_is_a_finite_factor_that_the_order_of_runs_does_not_change(values, random):
-    values = values[-noise.LATEST :]
-    factor = Noise(runs(values)).threshold(ONE).factor
-    assert noise.LEAST["ratio"] <= factor < math.inf
-    random.shuffle(values)
-    assert Noise(runs(values)).threshold(ONE).factor == pytest.approx(factor)
 
 
 def test_identical_runs_are_seldom_called_changed():

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
 from asv.util import UserError
-from packaging.requirements import Requirement
 from repositories import git
 
 from tracking import history, project, repository
@@ -133,6 +131,8 @@ def test_a_hook_and_a_users_settings_do_not_change_what_git_does(
     users = str(tmp_path / "users")
     hook = {"GIT_DIR": f"{users}/.git", "GIT_WORK_TREE": users, "GIT_INDEX_FILE": f"{users}/index"}
     hook |= {"GIT_AUTHOR_NAME": "the user", "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}
+    kept = {"GIT_SSH_COMMAND": "ssh -i key", "HOME": "home"}
+    assert kept.items() <= repository.git_environment(hook | kept).items()
     for name, value in hook.items():
         monkeypatch.setenv(name, value)
     for name in ("config_for", "discover"):
@@ -158,24 +158,6 @@ def test_a_project_without_git_is_not_the_repository_around_it(four_commits, mon
     monkeypatch.setattr(repository, "ROOT", four_commits / "inner")
     with pytest.raises(UserError, match="not a git repository"):
         repository.git("tag", "phase-0", "HEAD")
-
-
-def test_where_a_user_keeps_what_git_needs_stays():
-    kept = {"GIT_CONFIG_GLOBAL": "a file", "GIT_SSH_COMMAND": "ssh -i key", "HOME": "home"}
-    said = repository.git_environment(kept)
-    assert kept.items() <= said.items()
-    assert repository.git_environment(said) == said
-
-
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
-def test_numpy_is_pinned_for_every_python(python):
-    """It decides Plan, prefix cache and scheduler; the pin is no part of a series' name."""
-    [command] = [c for c in project.asv_settings()["install_command"] if "numpy" in c]
-    wanted = [Requirement(word) for word in shlex.split(command) if word.startswith("numpy")]
-    [chosen] = [r for r in wanted if not r.marker or r.marker.evaluate({"python_version": python})]
-    [pin] = chosen.specifier
-    assert pin.operator == "=="
-    assert "numpy" not in str(project.asv_settings()["matrix"])
 
 
 @pytest.mark.parametrize(

@@ -24,25 +24,6 @@ harmless = pull_request.harmless
 LABELLED, PUSHED = "a" * 40, "b" * 40
 
 
-TABLE = """**worsened: 1 cell by 25.0% of 1**
-
-a (A & B) against b: 1 worsened
-
-| ratio | benchmark |
-| --: | --: |
-| 1.25 [1.20, 1.30] | `a.b(1)` |
-"""
-# The same as GitHub has it, but for what its cells and lines are.
-CODE = """`worsened: 1 cell by 25.0% of 1`
-
-`a (A & B) against b: 1 worsened`
-
-| `ratio` | `benchmark` |
-| --: | --: |
-| `1.25 [1.20, 1.30]` | `a.b(1)` |
-"""
-
-
 def assert_only_code(text):
     """GitHub looks for links and names everywhere but in code."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
@@ -55,7 +36,9 @@ def assert_only_code(text):
 
 
 def test_a_table_stays_one():
-    assert harmless(TABLE) == CODE
+    table = "**worsened: 1**\n\n| ratio | benchmark |\n| --: | --: |\n| 1.25 | `a.b(1)` |\n"
+    code = "`worsened: 1`\n\n| `ratio` | `benchmark` |\n| --: | --: |\n| `1.25` | `a.b(1)` |\n"
+    assert harmless(table) == code
 
 
 NAMES = ("@somebody", "&#64;somebody", "#12", "owner/name#3", "deadbee", "https://a.b", "a@b.c")

@@ -91,17 +91,6 @@ def test_perplexity_is_that_of_windows_without_a_cache_and_changes_with_fewer_bi
     assert 3 * far["mlx-lm 8"] < far["mlx-lm 4"] < 0.1
 
 
-def test_every_token_attends_over_quantized_values_only(model):
-    """Also the first one, and those that follow in its chunk."""
-    one = {}
-    for name in ("16", "4"):
-        with quality.caches(model, name, quality.WINDOW) as new_cache:
-            one[name] = [logits for _, logits in quality.read(model, TEXT[:10], new_cache())]
-    assert [len(logits) for logits in one["4"]] == [1, 9]
-    for exact, coded in zip(one["16"], one["4"], strict=True):
-        assert not mx.any(mx.all(mx.abs(exact - coded) < 1e-4, axis=-1)).item()
-
-
 @pytest.mark.parametrize(("sight", "share"), [(1000, 1), (560, 0.6), (50, 0)])
 def test_share_of_needles_that_are_found(sight, share, monkeypatch):
     monkeypatch.setattr(quality, "TRIALS", 2)

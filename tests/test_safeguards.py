@@ -12,7 +12,7 @@ import time
 import pytest
 from repositories import git
 
-from tracking import history, nightly, repository, safeguards
+from tracking import safeguards
 from tracking.repository import ROOT
 
 MODULES = ("__init__", "files", "project", "repository", "safeguards", "valid")
@@ -141,18 +141,6 @@ def test_what_is_not_committed_is_not_recorded(asv, project):
     assert measured(project) is None
 
 
-@pytest.mark.parametrize(("module", "command"), [(history, ["run"]), (nightly, [])])
-def test_what_records_asks_for_it_first(module, command, project, monkeypatch, capsys):
-    monkeypatch.setattr(repository, "ROOT", project)
-    monkeypatch.setattr("sys.argv", ["", *command, "--machine", "box"])
-    make_dirty(project, "benchmarks/all.py")
-    try:
-        said = module.main()
-    except SystemExit as stopped:
-        said = stopped.code
-    assert "benchmarks/all.py is not committed" in f"{said}{capsys.readouterr().err}"
-
-
 def test_what_records_nothing_may_be_uncommitted(asv, project):
     make_dirty(project, "benchmarks/more.py")
     assert asv("run", "--machine", "box", "--python=same", "--quick")[0] == 0
@@ -195,14 +183,6 @@ def test_broken_files_do_not_stop_asv(asv, project):
         assert f"set aside as {file.name}.broken" in said
         assert file.with_name(f"{file.name}.broken").read_bytes() == content
     assert measured(project) == [42]
-
-
-def test_results_that_cannot_be_written(asv, project):
-    (project / "results").mkdir()
-    (project / "results/box").touch()  # where a folder should be; a superuser may write all others
-    status, said = asv("run", "--machine", "box", *HERE)
-    assert status == 1
-    assert "results/box/machine.json cannot be written and is as it was: " in said
 
 
 def test_a_fork_without_main_and_a_shallow_clone_are_told_what_works(asv, project, tmp_path):

@@ -28,18 +28,6 @@ def test_thresholds(fused, rows, expected):
     assert tune.thresholds([4096, 1024], backwards) == expected
 
 
-def test_a_ratio_is_that_of_the_call_to_contiguous_attention(monkeypatch):
-    cell, layers, attend = workload(3, 64, 32, num_layers=2), [], tune.decode_attention
-
-    def counted(queries, keys, *more, **named):
-        layers.append(keys)
-        return attend(queries, keys, *more, **named)
-
-    monkeypatch.setattr(tune, "decode_attention", counted)
-    assert 0 < tune.over_contiguous(cell, "gather_rows", 3) < 100
-    assert len(layers) == 2 * 4  # a warm-up and three samples of two layers
-
-
 @pytest.mark.skipif(CPU, reason="the kernels need a GPU")
 def test_the_constants_are_those_of_the_candidate():
     cell = workload(3, 64, 32, num_layers=2)
@@ -49,13 +37,6 @@ def test_the_constants_are_those_of_the_candidate():
     expected = tune.attend_of(cell, "fused")(cell.queries, layer.key_pool, layer.value_pool)
     got = attend(cell.queries, layer.key_pool, layer.value_pool)
     assert mx.allclose(got, expected, rtol=1e-2, atol=1e-3).item()
-
-
-@pytest.mark.skipif(not CPU, reason="there is a GPU here")
-def test_a_cpu_has_nothing_to_tune(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tune"])
-    with pytest.raises(SystemExit, match="expected a GPU"):
-        tune.main()
 
 
 @pytest.mark.skipif(CPU, reason="the kernels need a GPU")

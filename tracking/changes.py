@@ -211,7 +211,7 @@ def _sure(changed, known, noise):
     if not known:
         return "nothing was compared"
     if guessed := sum(one.source == "guess" for one in thresholds):
-        return f"thresholds of {guessed} cells are a guess"
+        return f"the noise of {guessed} of {len(thresholds)} cells is a guess"
     if not changed:
         worst = max(one.factor for one in thresholds)
         return f"changes of up to {100 * (worst - 1):.1f}% are within the noise"
