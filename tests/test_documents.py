@@ -64,34 +64,6 @@ def test_make_table_is_of_the_newest_commit_with_a_number(monkeypatch, capsys):
         documents.main()
 
 
-def test_a_series_is_written_by_cell_and_commit(monkeypatch):
-    """Values without a number, counts, and classes without parameters have a form of their own."""
-    one, two = "a" * 8, "b" * 8
-    found = {
-        one: {"append.Auto.time_append": {("4", "64"): results.Value(0.25, 0.2, 0.3)}},
-        two: {
-            "append.Auto.time_append": {
-                ("4", "64"): results.Value(0.001, 0.001, 0.002),
-                ("16", "1"): results.Value(None),
-                ("1", "1"): results.MISSING,
-                ("1", "64"): results.Value(0.002),
-            }
-        },
-    }
-    monkeypatch.setattr(documents, "recorded", lambda machine, commit: found[commit])
-    monkeypatch.setattr(documents, "recorded_tables", lambda machine: found)
-    monkeypatch.setattr(repository, "phase_commits", lambda: {"b" * 40: "1"})
-    text = documents.mark_series("m", "append.Auto.time_append", params="batch,size")
-    assert text.splitlines() == [
-        "| batch | size | aaaaaaaa | 1 · in place (bbbbbbbb) |",
-        "| --: | --: | --: | --: |",
-        "| 1 | 64 | not asked | 2.00 |",
-        "| 4 | 64 | 250.00 [200.00, 300.00] | 1.00 [1.00, 2.00] |",
-    ]
-    chosen = documents.mark_series("m", "append.Auto.time_append", one, "batch,size", "us")
-    assert chosen.splitlines()[2:] == ["| 4 | 64 | 250000.00 [200000.00, 300000.00] |"]
-
-
 @pytest.mark.skipif(
     not (ROOT / ".git").exists()
     or repository.git("rev-parse", "--is-shallow-repository") == "true",

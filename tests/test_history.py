@@ -85,14 +85,6 @@ def test_the_quick_grid_is_the_headline_alone(device):
     assert all(any(name.startswith(prefix) for name in listed) for prefix in grid.NOT_SHORT)
 
 
-def test_a_quick_run_starts_asv_once_for_a_commit():
-    names = ["append.Auto.time_append", "append.PoolSize.time_append", "decode.Auto.time_decode"]
-    assert history.in_one_run(names, "quick") == [names]
-    assert history.in_one_run(names, "short") == [names[:2], names[2:]]
-    assert history.in_one_run(names, "full") == [[name] for name in names]
-    assert history.in_one_run([], "quick") == []
-
-
 NAN = math.nan
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 from asv.util import UserError
 from repositories import git
+from result_files import write_result
 
 from tracking import noise, repository
 from tracking.noise import Noise
@@ -179,10 +179,8 @@ def test_rounds_give_every_ratio_enough_samples(samples, rounds):
     assert noise.rounds_needed(rows[2:]) == noise.NIGHT
 
 
-def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path, versions):
-    results, machine, commit, (environment, _) = versions
-    source = results / machine / f"{commit[:8]}-{environment}.json"
-    name = "overhead.Auto.ratio_vs_contiguous"
+def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path):
+    name, head = "overhead.Auto.ratio_vs_contiguous", "c" * 40
     listed = {
         n: {"name": n, "params": [], "param_names": []} for n in (name, "host.Plan.time_plan")
     }
@@ -193,19 +191,13 @@ def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path, versi
         yield tmp_path / f"run-{len(asked)}", "config"
 
     def asv(*args, config):
-        result = json.loads(source.read_text())
-        started = result["result_columns"].index("started_at")
-        for row in result["results"].values():
-            row[started] = 1000 * len(asked)
-        result["params"]["machine"] = "box"
-        target = tmp_path / f"run-{len(asked)}/box" / source.name
-        target.parent.mkdir(parents=True)
-        target.write_text(json.dumps(result))
+        folder = tmp_path / f"run-{len(asked)}/box"
         asked.append(args)
+        write_result(folder, head, {name: [[1.5], [], "1", 1000 * len(asked)]})
         return 2 if len(asked) < 4 else 1  # what failed is not recorded, the rest is
 
     monkeypatch.setattr(noise.record, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(noise, "resolve", lambda name: commit)
+    monkeypatch.setattr(noise, "resolve", lambda name: head)
     monkeypatch.setattr(noise, "codes", lambda commits: dict.fromkeys(commits, "code"))
     monkeypatch.setattr(noise.time, "sleep", slept.append)
     monkeypatch.setattr(noise, "scratch", scratch)
@@ -215,9 +207,9 @@ def test_make_noise_measures_head_and_adds_each_run(monkeypatch, tmp_path, versi
     assert noise.noise(3, 60, ("overhead.",), **where) == 0
     assert slept == [60, 60]
     rows = noise.read(tmp_path / "box/noise.csv")
-    assert len({row["time"] for row in rows}) == len(asked) == 3
-    assert len({row["series"] for row in rows}) == len(rows) / 3
-    assert (asked[0][-1], "rounds=2" in asked[0]) == (f"{commit}^!", True)
+    assert [row["time"][17:19] for row in rows] == ["01", "02", "03"]
+    assert {(row["series"], row["value"], row["rounds"]) for row in rows} == {(name, 1.5, 2)}
+    assert (asked[0][-1], "rounds=2" in asked[0]) == (f"{head}^!", True)
     patterns = [after for option, after in itertools.pairwise(asked[0]) if option == "--bench"]
     assert patterns == [r"^overhead\.Auto\.ratio_vs_contiguous(\(|$)"]
     with pytest.raises(UserError, match=r"asv measured nothing \(exit status 1\)"):

@@ -6,7 +6,7 @@ import pytest
 from asv.util import UserError
 
 from tracking import triage
-from tracking.repository import ROOT, git
+from tracking.repository import ROOT
 
 ENTRY = {
     "commit": "0b9e8013",
@@ -51,9 +51,3 @@ def test_an_entry_covers_its_series_machine_and_commit(series, machine, commits,
     found = triage.acceptance(entries, series, machine, commits)
     assert found == (entries[0] if covered else None)
     assert len(triage.stale(entries, {found})) == (not covered)
-
-
-def test_commits_between():
-    head, parent, older = git("rev-list", "--first-parent", "--max-count=3", "HEAD").split()
-    assert triage.between(older, head) == [head, parent]
-    assert triage.between(head, head) == []

@@ -1,12 +1,9 @@
 import math
 import sys
-from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from benchmarks.common import workload
-from pagedkv.attention import cut
 from tools import tune
 
 CPU = mx.default_device().type == mx.cpu
@@ -26,17 +23,6 @@ def test_thresholds(fused, rows, expected):
     assert tune.thresholds([1024, 4096], over) == expected
     backwards = {name: values[::-1] for name, values in over.items()}
     assert tune.thresholds([4096, 1024], backwards) == expected
-
-
-@pytest.mark.skipif(CPU, reason="the kernels need a GPU")
-def test_the_constants_are_those_of_the_candidate():
-    cell = workload(3, 64, 32, num_layers=2)
-    base = cut.TUNING[tune.backend_of(mx.default_device())]
-    attend = tune.attend_of(cell, tune.plan_of(cell, replace(base, warps=(4,))))
-    layer = cell.layers[0]
-    expected = tune.attend_of(cell, "fused")(cell.queries, layer.key_pool, layer.value_pool)
-    got = attend(cell.queries, layer.key_pool, layer.value_pool)
-    assert mx.allclose(got, expected, rtol=1e-2, atol=1e-3).item()
 
 
 @pytest.mark.skipif(CPU, reason="the kernels need a GPU")
