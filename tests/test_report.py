@@ -87,37 +87,20 @@ def test_what_is_out_of_time_is_not_begun(home, fake):
     assert happened(home) == {"late": "not run, no time was left"}
 
 
-MAIN = """
-import sys
-from pathlib import Path
-from tools import report
-home = Path(sys.argv.pop(1))
-report.ROOT, report.LOGS, report.RESULTS = home, home / "logs", home / "results"
-report.steps_on = lambda machine: [
-    report.Step(name, 1, (sys.executable, str(home / f"{name}.py")))
-    for name in ("first", "second", "third")
-]
-sys.exit(report.main())
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_the_middle_it_ends_what_it_started(home, fake, number):
-    begun = home / "begun"
-    fake("first", "")
-    fake("second", f"open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
-    process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, str(home), "--machine", "box"],
-        cwd=repository.ROOT,
-        # as nohup and & may have it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    while not (begun.exists() and begun.read_text()):
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 130
-    assert not runs(begun.read_text())
+def test_interrupted_in_the_middle_it_ends_what_it_started(home, fake, monkeypatch):
+    pid = home / "pid"
+    interrupts = f"open({str(pid)!r}, 'w').write(str(os.getpid())); "
+    interrupts += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
+    steps = [fake("first", ""), fake("second", interrupts), fake("third", "")]
+    monkeypatch.setattr(report, "steps_on", lambda machine: steps)
+    monkeypatch.setattr(sys, "argv", ["report", "--machine", "box"])
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert report.main() == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not runs(pid.read_text())
     assert happened(home) == {"first": "ok", "second": "interrupted", "third": "not run"}
 
 
