@@ -32,16 +32,16 @@ def mac(monkeypatch):
     ],
 )
 def test_a_mac_with_something_wrong(check, command, text, seen, remedy, mac):
-    assert getattr(doctor, check)("box")[1] == ""
+    assert getattr(doctor, check)()[1] == ""
     mac[command] = text
-    said, what_to_do = getattr(doctor, check)("box")
+    said, what_to_do = getattr(doctor, check)()
     assert said == seen
     assert what_to_do.startswith(remedy)
 
 
 def test_what_is_not_known_is_not_bad(mac):
     mac[doctor.THERMAL] = "Failed\n"
-    assert doctor.heat("box") == ("thermal pressure is not known here", "")
+    assert doctor.heat() == ("thermal pressure is not known here", "")
 
 
 def test_the_gpu_of_a_virtual_machine(mac, monkeypatch):
@@ -49,8 +49,8 @@ def test_the_gpu_of_a_virtual_machine(mac, monkeypatch):
     monkeypatch.setattr(doctor.mx, "default_device", lambda: doctor.mx.Device(doctor.mx.gpu))
     names = iter(["Apple M1 Ultra", "Apple Paravirtual device"])
     monkeypatch.setattr(doctor.mx, "device_info", lambda: {"device_name": next(names)})
-    assert doctor.device("box") == ("Apple M1 Ultra", "")
-    assert "outside of a virtual machine" in doctor.device("box")[1]
+    assert doctor.device() == ("Apple M1 Ultra", "")
+    assert "outside of a virtual machine" in doctor.device()[1]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_it_waits_for_an_idle_machine(loads, status, bad, monkeypatch, capsys):
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (next(loads), 0, 0))
     monkeypatch.setattr(doctor.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(doctor.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr("sys.argv", ["doctor", "--machine", "box", "--wait", "100"])
+    monkeypatch.setattr("sys.argv", ["doctor", "--wait", "100"])
     assert doctor.main() == status
     out = capsys.readouterr().out
     assert out.count(" BAD  load: 1.10 on 4 cores\n      -> stop what runs") == bad

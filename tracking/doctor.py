@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from asv.util import UserError
 
-from tracking.project import machine_name, machine_options
+from tracking.project import machine_options
 
 BUSY = 0.25  # runnable processes a core
 PAUSE = 15  # seconds between two looks
@@ -30,7 +29,7 @@ def output(*command):
         return ""
 
 
-def device(machine):
+def device():
     """Check that MLX runs on the GPU of a Mac, and not of a virtual machine."""
     used = mx.default_device()
     name = mx.device_info().get("device_name", "") if used.type == mx.gpu else platform.machine()
@@ -38,7 +37,7 @@ def device(machine):
     return name, "run an arm64 Python outside of a virtual machine" if bad else ""
 
 
-def power(machine):
+def power():
     """Check that the machine runs on mains and saves no power."""
     if platform.system() == "Darwin":
         if re.search(r"lowpowermode\s+1", output("pmset", "-g")):
@@ -50,14 +49,14 @@ def power(machine):
     return ("runs on battery", "plug it in") if battery else ("on mains", "")
 
 
-def load(machine):
+def load():
     """Check that little else runs."""
     now, cores = os.getloadavg()[0], os.cpu_count()
     remedy = "stop what runs, or wait: `make doctor WAIT=600`"
     return f"{now:.2f} on {cores} cores", remedy if now > BUSY * cores else ""
 
 
-def heat(machine):
+def heat():
     """Check that macOS reports no thermal pressure: 0 nominal, 1 moderate, 2 heavy."""
     pressure = re.search(r"(\d+)\s*$", output(*THERMAL))
     if not pressure:
@@ -66,11 +65,11 @@ def heat(machine):
     return f"thermal pressure {pressure[1]}", hot if int(pressure[1]) else ""
 
 
-def examine(machine, checks=(device, power, load, heat)):
+def examine(checks=(device, power, load, heat)):
     """Print what each check says; return whether all are good."""
     remedies = []
     for check in checks:
-        seen, remedy = check(machine)
+        seen, remedy = check()
         print(f"{' BAD' if remedy else '  ok'}  {check.__name__}: {seen}", flush=True)
         if remedy:
             print(f"      -> {remedy}")
@@ -85,13 +84,9 @@ def main():
     machine_options(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.wait
-    try:
-        machine = args.machine or machine_name(args.backend)
-        while time.monotonic() < deadline and not examine(machine, (load, heat)):
-            time.sleep(PAUSE)
-        fit = examine(machine)
-    except UserError as error:
-        sys.exit(str(error))
+    while time.monotonic() < deadline and not examine((load, heat)):
+        time.sleep(PAUSE)
+    fit = examine()
     print("fit to measure" if fit else "not fit to measure")
     return 0 if fit else 1
 
