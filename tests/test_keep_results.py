@@ -77,17 +77,18 @@ def test_results_travel_by_a_branch_and_leave_main_alone(origin, capsys):
     assert git(origin, "rev-list", "--count", "main") == "1"
 
 
-@pytest.mark.parametrize("odd", ["link", "pipe", "large"])
+ODD = {
+    "link": lambda path: path.symlink_to("/etc/passwd"),
+    "pipe": os.mkfifo,
+    "large": lambda path: path.write_bytes(b" " * (script.LARGEST + 1)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
 def test_what_is_no_file_of_results_is_refused_with_all_others(odd, origin, tmp_path):
     measured = tmp_path / "measured"
     put(measured, "mac/a.json", "a")
-    path = measured / "mac/b.json"
-    if odd == "link":
-        path.symlink_to("/etc/passwd")
-    elif odd == "pipe":
-        os.mkfifo(path)
-    else:
-        path.write_bytes(b" " * (script.LARGEST + 1))
+    ODD[odd](measured / "mac/b.json")
     with pytest.raises(script.RefusedError, match=r"got 'mac/b\.json'"):
         script.keep(measured, str(origin))
     assert git(origin, "branch", "--list", "results") == ""
@@ -105,7 +106,6 @@ def test_names_that_mean_something_elsewhere_are_left_out(origin, tmp_path):
 
 def test_it_runs_by_the_systems_python_alone(tmp_path):
     """-I and -S: no site-packages, no PYTHONPATH; a refusal is one sentence."""
-    put(tmp_path / "measured", "mac/a.json", "a")
     command = [sys.executable, "-I", "-S", str(SCRIPT), "measured", "--remote", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
