@@ -58,7 +58,7 @@ def test_results_travel_by_a_branch_and_leave_main_alone(origin, capsys):
     keep(first, origin)
     assert "no new results" in capsys.readouterr().out
     put(first / "results", "mac/a.json", "a")
-    put(first / "results", "mac/noise.csv", "main has this")
+    put(first / "results", "mac/noise.csv", " " * (script.LARGEST + 1))
     put(first / "results", "benchmarks.json", "asv makes this again")
     keep(first, origin)
     assert git(origin, "ls-tree", "-r", "--name-only", "results") == "results/mac/a.json"

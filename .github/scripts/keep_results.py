@@ -44,14 +44,13 @@ def take(measured, results, recorded):
     for place, folders, files in os.walk(measured):
         for path in (Path(place, name) for name in [*folders, *files]):
             about, name = path.lstat(), path.relative_to(measured)
-            if stat.S_ISDIR(about.st_mode):
+            regular, result = stat.S_ISREG(about.st_mode), PATH.fullmatch(name.as_posix())
+            if stat.S_ISDIR(about.st_mode) or (regular and not result):
                 continue
-            if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+            if not regular or about.st_size > LARGEST:
                 raise RefusedError(f"expected a file of up to {LARGEST} bytes, got {str(name)!a}")
             known = Path(recorded, name)
-            if PATH.fullmatch(name.as_posix()) and not (
-                known.is_file() and filecmp.cmp(path, known, shallow=False)
-            ):
+            if not (known.is_file() and filecmp.cmp(path, known, shallow=False)):
                 taken.append(name)
     if len(taken) > MOST:
         raise RefusedError(f"expected up to {MOST} files of results, got {len(taken)}")
