@@ -1,13 +1,10 @@
-"""What a pull request's code can do to the comment about it, against a GitHub of our own."""
+"""What a pull request's code can do to the comment about it; no test asks GitHub."""
 
 import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -71,76 +68,54 @@ def test_it_fits_after_all_was_replaced(char):
     assert set(rows) == {harmless(line).strip()}  # none is cut in the middle
 
 
-class GitHub(BaseHTTPRequestHandler):
-    def do_GET(self):
-        path, _, query = self.path.partition("?")
-        if path == "/repos/o/p/pulls/7":
-            return self.answer({"head": {"sha": self.server.head}})
-        assert path == "/repos/o/p/issues/7/comments"
-        page = int(re.search(r"page=(\d+)$", query)[1])
-        return self.answer(self.server.comments[100 * (page - 1) : 100 * page])
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.wrote.append((self.command, self.path, json.loads(body)["body"]))
-        self.answer({})
-
-    def do_PATCH(self):
-        self.do_POST()
-
-    def answer(self, value):
-        self.server.tokens.add(self.headers["Authorization"])
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def github(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), GitHub)
-    server.head, server.comments, server.wrote, server.tokens = LABELLED, [], [], set()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """GitHub as the script asks it; `run` returns the sentence with which a step fails, or None."""
+    said = SimpleNamespace(head=LABELLED, comments=[], wrote=[])
+
+    def ask(path, body=None, method=None):
+        if body:
+            said.wrote.append((method or "POST", path, body["body"]))
+            return {}
+        if path == "pulls/7":
+            return {"head": {"sha": said.head}}
+        page = int(re.fullmatch(r"issues/7/comments\?per_page=100&page=(\d+)", path)[1])
+        return said.comments[100 * (page - 1) : 100 * page]
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["pull_request.py", *args])
+        try:
+            return pull_request.main()
+        except SystemExit as stopped:
+            return stopped.code
+
+    said.run = run
+    monkeypatch.setattr(pull_request, "ask", ask)
     for name, value in {
-        "GITHUB_API_URL": f"http://127.0.0.1:{server.server_port}",
-        "GITHUB_REPOSITORY": "o/p",
-        "GH_TOKEN": "secret",
         "NUMBER": "7",
         "HEAD_SHA": LABELLED,
-        "RUN_URL": "https://example.org/run",
+        "RUN_URL": "https://x.org/run",
     }.items():
         monkeypatch.setenv(name, value)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run(*args):
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *args]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    return said
 
 
 def test_a_push_since_the_label_is_refused_and_gets_no_comment(github, tmp_path):
-    assert run("still").returncode == 0
+    assert github.run("still") is None
     github.head = PUSHED
     for command in (["still"], ["comment", "--table", str(tmp_path / "table.md")]):
-        done = run(*command)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"::error::pushed to since it was labelled: {LABELLED}")
+        error = f"::error::pushed to since it was labelled: {LABELLED}"
+        assert github.run(*command).startswith(error)
     assert github.wrote == []
-    assert github.tokens == {"Bearer secret"}
 
 
 def test_the_comment(github, tmp_path):
     table = tmp_path / "table.md"
     table.write_text("**1 worsened** by @them")
-    assert run("comment", "--table", str(table)).returncode == 0
-    [(method, path, body)] = github.wrote
-    assert (method, path) == ("POST", "/repos/o/p/issues/7/comments")
-    said = "`1 worsened by @them`\n[The run](https://example.org/run)"
-    assert body == f"{pull_request.MARK}\n{said}, at {LABELLED}\n"
+    assert github.run("comment", "--table", str(table)) is None
+    said = "`1 worsened by @them`\n[The run](https://x.org/run)"
+    body = f"{pull_request.MARK}\n{said}, at {LABELLED}\n"
+    assert github.wrote == [("POST", "issues/7/comments", body)]
 
 
 def test_it_is_written_over_the_bots_own(github, tmp_path):
@@ -149,15 +124,17 @@ def test_it_is_written_over_the_bots_own(github, tmp_path):
     ours = {"id": 9, "user": {"login": pull_request.BOT}, "body": pull_request.MARK + " old"}
     github.comments = [other] * 150 + [ours]
     (tmp_path / "table.md").symlink_to("/etc/passwd")
-    assert run("comment", "--table", str(tmp_path / "table.md")).returncode == 0
+    assert github.run("comment", "--table", str(tmp_path / "table.md")) is None
     [(method, path, body)] = github.wrote
-    assert (method, path) == ("PATCH", "/repos/o/p/issues/comments/9")
+    assert (method, path) == ("PATCH", "issues/comments/9")
     assert "did not run to its end" in body
 
 
-def test_no_answer_is_one_sentence(github, monkeypatch):
-    monkeypatch.setenv("GITHUB_API_URL", "http://127.0.0.1:9")
-    done = run("still")
+def test_it_runs_by_the_systems_python_alone_and_no_answer_is_one_sentence():
+    env = {"GITHUB_API_URL": "http://127.0.0.1:9", "GITHUB_REPOSITORY": "o/p", "NUMBER": "7"}
+    env |= {"GH_TOKEN": "secret", "HEAD_SHA": LABELLED}
+    command = [sys.executable, "-I", "-S", str(SCRIPT), "still"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("::error::GitHub did not answer pulls/7")
     assert "Traceback" not in done.stderr
