@@ -15,14 +15,10 @@ PYTHON = "/opt/venv/bin/python3"
 @pytest.fixture
 def source(tmp_path):
     """A file of results as asv writes it on a machine without network."""
-    return existing(tmp_path, "existing-py_opt_venv_bin_python3")
-
-
-def existing(tmp_path, environment):
-    folder = tmp_path / "source/gpu"
+    folder, name = tmp_path / "source/gpu", "existing-py_opt_venv_bin_python3"
     labels = {"params": {"machine": "gpu", "python": PYTHON}, "python": PYTHON}
     rows = {"a.B.time_c": [[1.0], [], "1"]}
-    file = write_result(folder, "0123456789abcdef", rows, environment, **labels)
+    file = write_result(folder, "0123456789abcdef", rows, name, **labels)
     (folder / "machine.json").write_text('{"machine": "gpu", "os": "Linux", "version": 1}')
     return file
 
@@ -55,7 +51,7 @@ def test_adopt_refuses_what_is_broken(name, text, labels, reason, source, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
-def test_adopt_refuses_a_name_of_asvs_own(tmp_path):
-    source = existing(tmp_path, "virtualenv-py3.11-mlx0.32.4")
+def test_adopt_refuses_a_name_of_asvs_own(source, tmp_path):
+    own = write_result(source.parent, "0123456789abcdef", {}, "virtualenv-py3.11-mlx0.32.4")
     with pytest.raises(UserError, match="expected an existing environment, got virtualenv"):
-        adopt.adopt(source, **LABEL, results=tmp_path / "results")
+        adopt.adopt(own, **LABEL, results=tmp_path / "results")

@@ -110,16 +110,7 @@ def four_commits(tmp_path, monkeypatch):
     return repo
 
 
-HABITS = """
-[color]
-    ui = always
-[log]
-    showSignature = true
-[tag]
-    gpgSign = true
-[gpg]
-    program = false
-"""
+HABITS = {"color.ui": "always", "log.showSignature": "true", "tag.gpgSign": "true"}
 
 
 def test_a_hook_and_a_users_settings_do_not_change_what_git_does(
@@ -127,7 +118,8 @@ def test_a_hook_and_a_users_settings_do_not_change_what_git_does(
 ):
     """Publishing tags the phases, from a hook of another repository too."""
     git(tmp_path, "init", "users")
-    (tmp_path / "gitconfig").write_text(HABITS)
+    for name, value in {**HABITS, "gpg.program": "false"}.items():
+        git(tmp_path, "config", "--file", "gitconfig", name, value)
     users = str(tmp_path / "users")
     hook = {"GIT_DIR": f"{users}/.git", "GIT_WORK_TREE": users, "GIT_INDEX_FILE": f"{users}/index"}
     hook |= {"GIT_AUTHOR_NAME": "the user", "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}

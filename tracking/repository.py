@@ -35,7 +35,7 @@ SETTINGS = {"color.ui": "false", "log.showSignature": "false", "tag.gpgSign": "f
 
 
 def git_environment(environ):
-    """Return an environment in which git works where it runs, by no habits, and asks nothing."""
+    """Return an environment in which git uses the repository it runs in, and never prompts."""
     kept = {n: v for n, v in environ.items() if not n.startswith("GIT_") or KEPT.fullmatch(n)}
     for number, (name, value) in enumerate(SETTINGS.items()):
         kept |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}

@@ -68,7 +68,7 @@ FORMATS = {"text": as_text, "csv": as_csv, "markdown": as_markdown}
 
 
 def code(text):
-    """Return text as Markdown's code in a cell of a table, without what would end either."""
+    """Return text as Markdown code for one cell of a table; bars and backticks become spaces."""
     text = re.sub(r"[`|\s]", " ", text)
     return f"`{text}`"
 
