@@ -146,6 +146,7 @@ def recording(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "environment_name", lambda config: "env")
     monkeypatch.setattr(history, "measured", lambda *args: results.measured("box", tmp_path))
     monkeypatch.setattr(history, "commit_labels", lambda commits: {c: c[:8] for c in commits})
+    monkeypatch.setattr(history, "headlines", lambda *args: "said")
     monkeypatch.setattr(history, "config_for", lambda *args: None)
     return asv
 

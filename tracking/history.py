@@ -11,7 +11,7 @@ from benchmarks.kinds import WHY
 from tracking.grid import GRIDS, asked, device_of, selection
 from tracking.project import asv, begin, config_for, discover, environment_name, machine_options
 from tracking.repository import commit_labels, git, phase_commits
-from tracking.results import MISSING, RESULTS, measured
+from tracking.results import MISSING, NAMES, RESULTS, load, measured
 
 QUICK_REPEAT = (3, 12, 2.0)  # fewest and most samples, and seconds after which none begins
 
@@ -74,9 +74,21 @@ def run(grid, machine, backend, rounds, only_head=False):
                 return status
             if status == 2:
                 failed.append(f"one of {', '.join(group)} at {labels[commit]}")
+        print(f"== {labels[commit]}: {headlines(machine, commit, environment)}", flush=True)
     if failed:
         print("\nfailed, and tried again next time:", *failed, sep="\n  ")
     return 2 if failed else 0
+
+
+def headlines(machine, commit, environment, results=RESULTS):
+    """Return in words what a machine measured of the headlines at a commit."""
+    table, said = load(machine, commit, results, environment), []
+    for benchmark, name in NAMES.items():
+        known = [value.value for value in table.get(benchmark, {}).values() if value.known]
+        if known:
+            ends = dict.fromkeys(f"{end:.2f}" for end in (min(known), max(known)))
+            said.append(f"{name} {' to '.join(ends)}")
+    return "; ".join(said) or "no headline has a number"
 
 
 def prepare(machine, backend):
