@@ -1,13 +1,16 @@
 """Comparing commits: what counts as changed, the verdict, the table; no benchmark runs here."""
 
+import json
 import math
+import os
+import re
 
 import numpy as np
 import pytest
 from asv_runner.statistics import compute_stats
 from markdown_it import MarkdownIt
 
-from tracking import changes, compare
+from tracking import changes, compare, tables
 from tracking.changes import Change, verdict
 from tracking.noise import Noise
 from tracking.results import Value
@@ -68,12 +71,12 @@ def compared(monkeypatch, before, after):
 
 
 @pytest.mark.parametrize(
-    ("slower", "worsened"), [(1.0, [0, 0]), (1.1, [48, 50]), (1 / 1.1, [0, 0])]
+    ("slower", "worsened"), [(1.0, [0, 0]), (1.1, [95, 100]), (1 / 1.1, [0, 0])]
 )
 def test_a_slowdown_of_a_tenth_is_found_and_identical_code_is_not(slower, worsened, monkeypatch):
-    """With noise of 2% between runs and of 4% between the 20 samples of one, 50 times."""
+    """With noise of 2% between runs and of 4% between the 20 samples of one, 100 times."""
     rng, called = np.random.default_rng(0), 0
-    for _ in range(50):
+    for _ in range(100):
         runs = ((RATIO, "code", math.exp(x)) for x in rng.normal(0, 0.01, 12))
         before, after = np.exp(rng.normal(0, 0.01, 2))[:, None] * np.exp(rng.normal(0, 0.04, 20))
         found = compared(monkeypatch, before, after * slower)
@@ -143,6 +146,15 @@ def test_a_name_is_one_cell_of_the_table(name):
     assert "".join(part.content for part in shown[0]) == "worsened"
 
 
+@pytest.mark.parametrize("text", ["a|b", r"a\|b", r"a\\|b", "|", "||", "\\"])
+def test_bars_do_not_part_a_cell(text):
+    """An odd number of backslashes before each, and a blank before the table's own."""
+    *_, row = tables.as_markdown(["h"], [[text]]).splitlines()
+    bars = re.findall(r"(\\*)\|", row[2:-2])
+    assert len(bars) == text.count("|")
+    assert all(len(backslashes) % 2 for backslashes in bars)
+
+
 def test_the_table_shows_what_changed_and_counts_the_rest():
     cells = [change(1.0, 1.2), SAME, change(0.001, None, name=TIME), change(1.3, 1.0)]
     cells += [change(math.nan, 1.0), change(None, 2.0)]
@@ -175,31 +187,40 @@ def test_what_is_chosen():
 
 @pytest.fixture
 def comparison(monkeypatch, tmp_path):
-    """Runs `make compare` for two commits, with what asv returns and the cell's value after."""
+    """Compares two commits of a project at `tmp_path`; asv returns or raises what is given."""
+    ran = []
+
+    def asv(*args, config):
+        ran.append(args[0])
+        if isinstance(asv.status, BaseException):
+            raise asv.status
+        return asv.status
 
     def derive(name, **settings):
         (tmp_path / name).touch()
         return name
 
-    def run(*args, status=0, after=1.0):
-        monkeypatch.setattr(changes, "asv", lambda *args, config: run.calls.append(args) or status)
-        monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, after)])
-        monkeypatch.setattr("sys.argv", ["compare", "--commit", "a", "--rounds", "4", *args])
-        return compare.main()
-
-    run.calls = []
+    asv.ran = ran
+    monkeypatch.setattr(changes, "asv", asv)
     monkeypatch.setattr(changes, "derive_config", derive)
     monkeypatch.setattr(changes, "ROOT", tmp_path)
     monkeypatch.setattr(changes, "environment_name", lambda config: "env")
     monkeypatch.setattr(changes, "discover", lambda machine, config: LISTED)
     monkeypatch.setattr(changes, "_cells", lambda *args: {RATIO: 1})
+    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, 1.2)])
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "begin", lambda *a, **kw: {"machine": "box", "backend": "cpu"})
     monkeypatch.setattr(compare, "resolve", lambda name: name * 40)
     monkeypatch.setattr(
         compare, "git", lambda what, *args: "b" * 40 if what == "merge-base" else "a title"
     )
-    yield run
-    assert [path.name for path in tmp_path.rglob("*")] in ([], [".asv"])  # nothing is left behind
+    yield asv
+    assert [*tmp_path.iterdir(), *(tmp_path / ".asv").iterdir()] == [tmp_path / ".asv"]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["compare", "--commit", "a", "--rounds", "4", *args])
+    return compare.main()
 
 
 @pytest.mark.parametrize(
@@ -211,35 +232,63 @@ def comparison(monkeypatch, tmp_path):
         (2, 1.0, 2, "a benchmark failed in one of 4 rounds"),  # and ran in another
     ],
 )
-def test_slower_is_not_broken(status, after, exits, said, comparison, capsys):
-    assert comparison(status=status, after=after) == exits
+def test_slower_is_not_broken(status, after, exits, said, comparison, monkeypatch, capsys):
+    comparison.status = status
+    monkeypatch.setattr(changes, "changes", lambda *args: [change(1.0, after)])
+    assert run(monkeypatch) == exits
     assert said in "".join(capsys.readouterr())
 
 
-def test_what_cannot_be_compared(comparison, monkeypatch, capsys):
-    assert comparison("--bench", "nosuch") == 2
-    assert "expected a benchmark's name" in capsys.readouterr().err
-    assert comparison.calls == []  # nothing was built
+def test_an_interrupted_comparison_shows_the_verdict_so_far(comparison, monkeypatch, capsys):
+    comparison.status = KeyboardInterrupt()
+    assert run(monkeypatch) == 2
+    out = capsys.readouterr().out
+    assert "**worsened: 1 cell by 20.0% of 1" in out
+    assert "Interrupted: this is of the rounds that were through." in out
     monkeypatch.setattr(changes, "_cells", lambda *args: {})
-    assert comparison() == 2
-    assert "asv measured nothing at bbbbbbbb" in capsys.readouterr().err
+    assert run(monkeypatch) == 2
+    assert "asv measured nothing at bbbbbbbb (interrupted)" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_not_there_is_said_before_anything_is_built(
+    comparison, monkeypatch, capsys
+):
+    assert run(monkeypatch, "--bench", "nosuch") == 2
+    expected = "expected a benchmark's name or a part of it, got 'nosuch'\n"
+    assert capsys.readouterr().err == expected
+    assert comparison.ran == []
+
+
+def test_how_long_it_takes(versions, tmp_path):
+    results, machine, *_ = versions
+    names = ["overhead.Auto.ratio_vs_contiguous", "never.Measured.track_it"]
+    for number, file in enumerate(sorted((results / machine).glob("*-*.json"))):
+        data = json.loads(file.read_text())
+        at = data["result_columns"].index("duration")
+        data["results"][names[0]][at] = 60.0 * (number + 1)
+        file.write_text(json.dumps(data))
+        os.utime(file, (number, number))
+    said = compare.duration(machine, names, 4, results)
+    assert said.startswith("2 benchmarks, about 16 minutes")  # the newest has two
+    assert "not recorded on box" in compare.duration("box", names, 4, results)
+
+
+def test_what_cannot_be_compared(comparison, monkeypatch, capsys):
     monkeypatch.setattr(compare, "resolve", lambda name: "b" * 40)
-    assert comparison() == 2
+    comparison.status = 0
+    (changes.ROOT / ".asv").mkdir()
+    assert run(monkeypatch) == 2
     assert "a is part of main, there is nothing to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [
-        (ZeroDivisionError(), "Traceback"),
-        (OSError(28, "No space left"), "No space left"),
-        (KeyboardInterrupt(), "interrupted"),
-    ],
+    [(ZeroDivisionError(), "Traceback"), (OSError(28, "No space left"), "No space left")],
 )
-def test_a_crash_is_not_called_slower(error, said, comparison, monkeypatch, capsys):
+def test_a_crash_is_not_called_slower(error, said, monkeypatch, capsys):
     def begin(args, records):
         raise error
 
     monkeypatch.setattr(compare, "begin", begin)
-    assert comparison() == 2
+    assert run(monkeypatch) == 2
     assert said in capsys.readouterr().err

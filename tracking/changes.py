@@ -150,11 +150,28 @@ def scratch(name, backend):
             (ROOT / config).unlink()
 
 
-def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="short", pattern=""):
+class StoppedError(UserError):
+    """A comparison that was interrupted: `compared` has what both commits have by then."""
+
+    def __init__(self, compared):
+        super().__init__("interrupted")
+        self.compared = compared
+
+
+def measure(
+    before, after, *, machine, backend, rounds, benchmarks=(), grid="short", pattern="", about=len
+):
     """Run `asv continuous` on two commits and return the changes of what is `chosen`.
+
+    Parameters
+    ----------
+    about : callable
+        Gets the names of the benchmarks before a commit is built.
 
     Raises
     ------
+    StoppedError
+        With the changes so far; asv saves after each round of a commit.
     UserError
         If asv measured nothing at one of them, or a cell failed in some rounds only.
     """
@@ -163,12 +180,18 @@ def measure(before, after, *, machine, backend, rounds, benchmarks=(), grid="sho
     with scratch("compare", backend) as (folder, config):
         environment, listed = environment_name(config), discover(machine, config)
         found = chosen(listed, benchmarks, grid, device_of(backend), pattern)
+        about(found)
         options += [option for selected in found.values() for option in selected]
-        status = asv("continuous", *options, before, after, config=config)
+        try:
+            status = asv("continuous", *options, before, after, config=config)
+        except KeyboardInterrupt:
+            status = "interrupted"
         for commit in (before, after):
             if not _cells(folder, machine, commit, environment):
                 raise UserError(f"asv measured nothing at {commit[:8]} ({status}), see above")
         compared = changes(folder, machine, before, after, environment, listed)
+    if status == "interrupted":
+        raise StoppedError(compared)
     if status == 2 and not any(None in (c.before.value, c.after.value) for c in compared):
         raise UserError(f"a benchmark failed in one of {rounds} rounds, see above")
     return compared

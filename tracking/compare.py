@@ -1,17 +1,20 @@
 """Compare a commit with the one where it left another branch: `make compare`."""
 
 import argparse
+import contextlib
 import sys
 import traceback
 from pathlib import Path
 
 from asv.util import UserError
 
-from tracking.changes import measure, verdict
+from tracking import valid
+from tracking.changes import StoppedError, measure, verdict
 from tracking.grid import GRIDS
 from tracking.noise import recorded_noise
 from tracking.project import begin, machine_options
 from tracking.repository import git, resolve
+from tracking.results import RESULTS
 from tracking.tables import as_markdown, code
 
 COMPARED = (
@@ -50,6 +53,23 @@ def markdown(compared, noise, *, before, after, about):
     return "\n".join([*lines, about, ""])
 
 
+def duration(machine, names, runs, results=RESULTS):
+    """Say how long `runs` of benchmarks take, as the machine's newest results have it."""
+    seconds = {}
+    files = Path(results, machine).glob("*-*.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        with contextlib.suppress(valid.BrokenFileError):  # said elsewhere
+            data = valid.load(file)
+            for name, row in data["results"].items():
+                took = dict(zip(data["result_columns"], row, strict=False)).get("duration")
+                seconds[name] = took or seconds.get(name)
+    known = [seconds[name] for name in names if seconds.get(name)]
+    if not known:
+        return f"{len(names)} benchmarks; how long they take is not recorded on {machine}"
+    minutes = sum(known) / len(known) * len(names) * runs / 60
+    return f"{len(names)} benchmarks, about {minutes:.0f} minutes; Ctrl-C shows the verdict so far"
+
+
 def compare(base, commit, *, machine, backend, grid, pattern, rounds, output):
     """Compare a commit with where it left `base`: 0, 1 if something is slower, 2 if broken."""
     after = resolve(commit)
@@ -63,15 +83,22 @@ def compare(base, commit, *, machine, backend, grid, pattern, rounds, output):
         "than the threshold of the series, and each median outside of the other's middle half."
     )
     what = {"benchmarks": COMPARED, "grid": grid, "pattern": pattern, "rounds": rounds}
-    compared = measure(before, after, machine=machine, backend=backend, **what)
+    what |= {"about": lambda names: print(duration(machine, names, 2 * rounds), flush=True)}
+    stopped = False
+    try:
+        compared = measure(before, after, machine=machine, backend=backend, **what)
+    except StoppedError as error:
+        compared, stopped = error.compared, True
+        about = f"Interrupted: this is of the rounds that were through. {about}"
     labels = [f"{one[:8]} ({git('log', '-1', '--format=%s', one)})" for one in (before, after)]
     text = markdown(compared, noise, before=labels[0], after=labels[1], about=about)
     print("\n" + text, end="")
     if output:
         Path(output).write_text(text)
     verdicts = {change.verdict(noise) for change in compared}
-    status = 2 if "failed" in verdicts else 1 if "worsened" in verdicts else 0
-    print(("nothing worsened", "something worsened", "something failed to run")[status])
+    status = 2 if stopped or "failed" in verdicts else 1 if "worsened" in verdicts else 0
+    said = ("nothing worsened", "something worsened", "something failed to run")[status]
+    print("interrupted" if stopped else said)
     return status
 
 
