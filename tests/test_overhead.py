@@ -12,8 +12,9 @@ import asv
 import pytest
 from asv.util import UserError
 
+from tracking import results
 from tracking.project import asv_settings
-from tracking.results import ATTENTION, RESULTS, default_machine
+from tracking.results import ATTENTION, RESULTS, default_machine, machines
 from website import overhead
 from website.publish import CHANGES, OverheadPage
 
@@ -45,6 +46,16 @@ def test_it_opens_with_the_machine_of_make_table_and_ends_with_retired_ones():
     series = overhead.gather(RESULTS)["series"]
     assert series[0]["machine"] == default_machine(RESULTS)[0]
     assert [one["machine"] for one in series if one["retired"]] == [series[-1]["machine"]]
+
+
+def test_it_opens_with_this_hosts_own_machine_that_measured_last_and_says_so(monkeypatch):
+    own = min(machines(RESULTS), key=lambda machine: machine == default_machine(RESULTS)[0])
+    monkeypatch.setattr(results, "own_machines", lambda: set())
+    assert overhead.gather(RESULTS)["opens"] == overhead.MOST
+    monkeypatch.setattr(results, "own_machines", lambda: {own})
+    monkeypatch.setattr(results, "last_run", lambda machine, folder: machine == own)
+    data = overhead.gather(RESULTS)
+    assert (data["series"][0]["machine"], data["opens"]) == (own, overhead.OWN)
 
 
 def test_the_page_is_one_file_that_asks_for_nothing():

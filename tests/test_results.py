@@ -7,7 +7,8 @@ import math
 import pytest
 from result_files import write_result
 
-from tracking import results
+from tracking import project, results
+from tracking.repository import git
 
 
 def test_values_tell_failed_from_not_applicable():
@@ -34,16 +35,25 @@ def test_tables_are_about_one_version_of_mlx(versions, monkeypatch):
         ratio(environment=newest)
 
 
-def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(versions):
-    folder, h200, commit, _ = versions
-    assert results.default_machine(folder) == (h200, commit)
+@pytest.fixture
+def add(versions):
+    """Add a machine whose newest commit has some of the benchmarks of h200."""
+    folder, _h200, commit, _ = versions
 
-    def add(machine, benchmarks, started_at=1):
-        """A machine whose newest commit has a number of each benchmark."""
+    def add(machine, benchmarks, started_at=1, commit=commit):
         cell = [["1"], ["1024"], ["32"]]
         rows = {name: [[1.0], cell, "1", started_at, 1.0] for name in benchmarks}
         write_result(folder / machine, commit, rows)
 
+    return add
+
+
+def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(
+    versions, add, monkeypatch
+):
+    monkeypatch.setattr(results, "own_machines", lambda: {"elsewhere"})
+    folder, h200, commit, _ = versions
+    assert results.default_machine(folder) == (h200, commit)
     add("fewer", [results.ATTENTION])
     assert results.default_machine(folder) == (h200, commit)
     (folder / h200 / results.RETIRED).write_text("sold\n")
@@ -51,7 +61,41 @@ def test_the_default_machine_has_most_headline_cells_at_its_newest_commit(versio
     add("earlier", [results.ATTENTION], started_at=0)
     add("much else", ["decode.Auto.time_decode", "host.Plan.time_plan"], started_at=2)
     assert results.default_machine(folder) == ("fewer", commit)
-    assert results.default_machine(folder / "nowhere") is None
+
+
+HEAD, LATER = git("rev-parse", "HEAD"), 2**42
+
+
+@pytest.mark.parametrize(
+    ("measured", "own"),
+    [
+        ({"commit": HEAD, "started_at": 1}, True),
+        ({"started_at": LATER}, True),
+        ({"started_at": 1}, False),
+    ],
+    ids=["HEAD", "last of all", "long ago"],
+)
+def test_the_default_machine_is_this_hosts_own(measured, own, versions, add, monkeypatch):
+    folder, h200, _, _ = versions
+    monkeypatch.setattr(results, "own_machines", lambda: {"mine", "unmeasured"})
+    add("mine", [results.ATTENTION], **measured)
+    assert results.is_own("mine", folder) == own
+    assert results.default_machine(folder)[0] == ("mine" if own else h200)
+    (folder / "mine" / results.RETIRED).write_text("sold\n")
+    assert results.default_machine(folder)[0] == h200
+
+
+def test_own_machines_are_those_with_this_hosts_cpu(monkeypatch):
+    known = {"box": {"cpu": "A"}, "box-cuda13": {"cpu": "A"}, "adopted": {"cpu": "B"}}
+    monkeypatch.setattr(project, "known_machines", lambda: known)
+    monkeypatch.setattr(project, "host_cpu", lambda: "A")
+    assert project.own_machines() == {"box", "box-cuda13"}
+
+
+def test_there_is_no_default_machine_where_nothing_is_measured(tmp_path):
+    assert results.default_machine(tmp_path) is None
+    (tmp_path / "box").mkdir()
+    assert results.default_machine(tmp_path) is None
 
 
 def test_a_table_over_commits_has_one_version_of_each_benchmark():

@@ -144,7 +144,9 @@ def main():
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tracking.documents", description=__doc__)
     parser.add_argument("what", choices=["table", "documents"])
-    parser.add_argument("--machine", help="name in results/ (default: that of the page)")
+    parser.add_argument(
+        "--machine", help="name in results/ (default: the one that the page opens with)"
+    )
     parser.add_argument("--here", action="store_true", help="by default the machine of this host")
     parser.add_argument("--backend", default="cpu", help="part of this host's name")
     parser.add_argument("--commit", help="(default: the newest that has a number in the table)")

@@ -83,6 +83,19 @@ def known_machines():
     return {name: record for name, record in known.items() if name != "version"}
 
 
+def host_cpu():
+    """Return what asv calls this host's CPU."""
+    return Machine.get_defaults()["cpu"] or platform.processor() or platform.machine()
+
+
+def own_machines():
+    """Return the names under which this host measures.
+
+    asv also knows machines whose results were adopted here: those have another CPU.
+    """
+    return {name for name, record in known_machines().items() if record["cpu"] == host_cpu()}
+
+
 def machine_name(backend):
     """Return the name asv has for this host, marked with the backend unless it is the default."""
     known_machines()  # what is broken is no reason for another name
@@ -135,7 +148,7 @@ def record_machine(name):
     kernel = ".".join(platform.release().split(".")[:2])
     record = Machine.get_defaults()
     record["os"] = f"macOS {macos}" if macos else f"{platform.system()} {kernel}"
-    record["cpu"] = record["cpu"] or platform.processor() or platform.machine()
+    record["cpu"] = host_cpu()
     record["ram"] = f"{math.ceil(int(record['ram']) / 2**30)} GB"
     path = ROOT / "results" / name / "machine.json"
     if path.exists():

@@ -12,7 +12,7 @@ from asv.results import Results
 
 from benchmarks.kinds import WHY
 from tracking import valid
-from tracking.project import asv_settings
+from tracking.project import asv_settings, own_machines
 from tracking.repository import ROOT, git
 
 RESULTS = ROOT / "results"
@@ -226,20 +226,34 @@ def measured_commits(machine, results=RESULTS, environment=None):
     return [commit for commit in known if commit in found]
 
 
+def last_run(machine, results=RESULTS):
+    """Return when a machine last measured, in milliseconds; 0 if it never did."""
+    return max((one.started_at for one in measured(machine, results)), default=0)
+
+
+def is_own(machine, results=RESULTS):
+    """Return whether a machine is this host, and measured HEAD or measured last of all machines."""
+    if machine not in own_machines():
+        return False
+    head = git("rev-parse", "HEAD")
+    last = max(last_run(one, results) for one in machines(results))
+    return head in measured_commits(machine, results) or last_run(machine, results) == last
+
+
 def default_machine(results=RESULTS):
     """Return (machine, newest commit) of the machine that the page and `make table` open with.
 
-    It is the one with the most headline cells that have a number at its newest commit; on a tie the
-    one that measured last. A retired machine is chosen only if there is no other. Return None if
-    no machine has measured a commit of this clone.
+    It is this host's own if `is_own`, else the one with the most headline cells that have a number
+    at its newest commit; on a tie the one that measured last. A retired machine is chosen only if
+    there is no other. Return None if no machine has measured a commit of this clone.
     """
 
     def rank(choice):
         machine, commit = choice
         table = load(machine, commit, results)
         cells = sum(value.known for name in NAMES for value in table.get(name, {}).values())
-        last = max(one.started_at for one in measured(machine, results))
-        return not Path(results, machine, RETIRED).exists(), cells, last
+        retired = Path(results, machine, RETIRED).exists()
+        return not retired, is_own(machine, results), cells, last_run(machine, results)
 
     found = {machine: measured_commits(machine, results) for machine in machines(results)}
     choices = [(machine, commits[-1]) for machine, commits in found.items() if commits]

@@ -302,7 +302,7 @@ async function show() {
 
   const last = Math.max(...commits.map(commit => commit.at)), days = Math.floor((Date.now() - last) / 864e5);
   const versions = Object.entries(commits[number].with).filter(([key, value]) => value && !["CPU", "system"].includes(key));
-  say("about", `${commits[number].label}: ${commits[number].subject}. ${series.about}; ${versions.map(pair => pair.join(" ")).join(", ")}. Last run: ${date(last)}${days > 0 ? `, ${days} day${days > 1 ? "s" : ""} ago` : ""}.` + (series.retired ? ` Retired: ${series.retired}` : ""));
+  say("about", `${commits[number].label}: ${commits[number].subject}. ${series.about}; ${versions.map(pair => pair.join(" ")).join(", ")}. Last run: ${date(last)}${days > 0 ? `, ${days} day${days > 1 ? "s" : ""} ago` : ""}.` + (series === DATA.series[0] ? ` The page opens on ${DATA.opens}.` : "") + (series.retired ? ` Retired: ${series.retired}` : ""));
   say("asv", element("a", "Documentation", { href: "docs/index.html" }), ...location.protocol === "file:"
     ? [element("small", " Numbers lead to asv's pages, which need a server: make serve.", { className: "soft" })]
     : [element("a", "All benchmarks", { href: "index.html#/" }), element("a", "List", { href: asvPage("/summarylist") })]);
@@ -318,6 +318,7 @@ const follow = () => { chosen = Object.fromEntries(new URLSearchParams(location.
 for (const name of CHOICES) $(name).addEventListener("change", event => { location.hash = address({ [name]: event.target.value }); });
 addEventListener("hashchange", follow);
 $("to-words").onclick = event => { event.preventDefault(); $("words").scrollIntoView(); $("words").focus(); };
+say("opens", DATA.opens);
 $("reasons").append(...Object.entries(WHY).flatMap(([word, text]) => [element("dt", word), element("dd", text)]));
 if (DATA.series.length) follow();
 else { $("choices").hidden = true; say("notice", "Nothing has been measured yet: make bench."); }

@@ -19,6 +19,7 @@ from tracking.repository import ROOT, git
 from tracking.results import (
     default_machine,
     environments,
+    is_own,
     machines,
     recorded_commits,
     recorded_environment,
@@ -69,6 +70,10 @@ CHARTS = {
 }
 
 
+OWN = "the machine that built it, because that measured HEAD or measured last"
+MOST = "the machine with the most headline numbers at its newest commit"
+
+
 def origin():
     """Return the web address of the remote, without what logs in; None if it has none."""
     try:
@@ -95,7 +100,8 @@ def gather(results, regressions=(), repository=None):
     series.sort(key=lambda one: max(commit["at"] for commit in one["commits"]), reverse=True)
     series.sort(key=lambda one: one["retired"] is not None)
     series.sort(key=lambda one: (one["machine"], one["environment"]) != opens)
-    return {"series": series, "regressions": list(regressions), "repository": repository}
+    data = {"series": series, "regressions": list(regressions), "repository": repository}
+    return data | {"opens": OWN if chosen and is_own(chosen, results) else MOST}
 
 
 _FOUR = {"measure": "attention", "batch": 4, "block": 32}
