@@ -31,8 +31,10 @@ def pytest_pyfunc_call(pyfuncitem):
     """
     if not pyfuncitem.get_closest_marker("own_process") or "PAGEDKV_OWN_PROCESS" in os.environ:
         return None
+    # Importing Hypothesis and the other plugins takes longer than such a test.
+    plugins = [f"-pno:{name}" for name in ("xdist", "hypothesispytest", "anyio", "cacheprovider")]
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", pyfuncitem.nodeid],
+        [sys.executable, "-m", "pytest", "-q", *plugins, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
         env={**os.environ, "PAGEDKV_OWN_PROCESS": "1"},
         capture_output=True,

@@ -59,8 +59,11 @@ extern "C" void kernel(void** buffers, uint3 group, uint3 thread_of_group) {{
 
 
 def build(source, made, *libraries):
-    """Compile a file into a shared library that uses others, and return its path."""
-    options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
+    """Compile a file into a shared library that uses others, and return its path.
+
+    Most kernels run once: optimizing takes longer than it saves.
+    """
+    options = ["-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"]
     command = [COMPILER, *options, source, *libraries, "-o", made]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,17 @@ SHAPES = [
 ]
 
 
+def every_pair(cases, formats):
+    """(case, format, tuning) such that any two of them occur together."""
+    tunings = {"joined": TUNING, "whole": WHOLE}
+    return [
+        pytest.param(case, bits, tunings[name], id=f"{case}-{bits}-{name}")
+        for i, case in enumerate(cases)
+        for j, bits in enumerate(formats)
+        for name in [list(tunings)[(i + j) % 2]]
+    ]
+
+
 def coded(case, bits):
     """Return pools of codes of a case's K and V; the case has what they stand for from then on."""
     pools = []
@@ -97,9 +108,7 @@ def test_what_is_infinite_leaves_a_row_of_nan_and_no_other(attend, odd, head_dim
         assert mx.isfinite(kept[0]).all().item()
 
 
-@pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
-@pytest.mark.parametrize("bits", [(None, None), *FORMATS], ids=str)
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("which", "bits", "tuning"), every_pair([0, 1], [(None, None), *FORMATS]))
 def test_nan_stays_nan(attend, bits, which, tuning):
     """In what MLX writes and in what a kernel writes, and nowhere else."""
     case = Case([33, 65], heads=(8, 2))
@@ -140,10 +149,9 @@ def test_a_row_with_a_large_element_loses_less_rotated():
     assert error(rotate=True) < 0.6 * error(rotate=False)
 
 
-@pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
-@pytest.mark.parametrize("bits", FORMATS, ids=str)
-@pytest.mark.parametrize(("heads", "head_dim", "block_size", "dtype"), SHAPES, ids=str)
-def test_kernels_read_codes(attend, heads, head_dim, block_size, dtype, bits, tuning):
+@pytest.mark.parametrize(("shape", "bits", "tuning"), every_pair(SHAPES, FORMATS))
+def test_kernels_read_codes(attend, shape, bits, tuning):
+    heads, head_dim, block_size, dtype = shape
     case = Case([5, 33, 100], heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     poison(case)
     pools = coded(case, bits)
@@ -196,11 +204,10 @@ WRITES = [
 ]
 
 
-@pytest.mark.parametrize("tuning", [TUNING, WHOLE], ids=["joined", "whole"])
-@pytest.mark.parametrize("bits", FORMATS, ids=str)
-@pytest.mark.parametrize(("query_len", "heads", "head_dim", "block_size", "dtype"), WRITES)
-def test_kernels_write_codes(attend, query_len, heads, head_dim, block_size, dtype, bits, tuning):
-    """What a kernel writes stands for what MLX's codes do, to a step; nothing else is written."""
+@pytest.mark.parametrize(("write", "bits", "tuning"), every_pair(WRITES, FORMATS))
+def test_kernels_write_codes(attend, write, bits, tuning):
+    """A kernel's codes are MLX's, to a step; nothing else is written."""
+    query_len, heads, head_dim, block_size, dtype = write
     shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
     case = Case([8, 33, 65, 100], query_len=query_len, **shape)
     slots = np.array(

@@ -267,8 +267,7 @@ def singular(count):
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("bad", ["keys", "values"])
-@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize(("bad", "evaluated"), [("keys", True), ("values", False)])
 def test_what_cannot_be_computed_takes_nothing_with_it(bad, evaluated):
     """The pools hold what others wrote, whether it is noticed in the step or after it."""
     rng = np.random.default_rng(36)
