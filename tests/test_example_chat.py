@@ -25,8 +25,10 @@ def smollm(monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(smollm_folder):
-    """The model and its tokenizer."""
-    return load(str(smollm_folder))
+    """Two of the model's thirty layers, which is faster, and its tokenizer."""
+    model, tokenizer = load(str(smollm_folder))
+    del model.model.layers[2:]
+    return model, tokenizer
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_a_chat_over_a_store_says_what_mlx_lm_says(chat, loaded):
         prompt = example["prompt_of"](tokenizer, SYSTEM, question)
         text = generate(model, tokenizer, prompt, max_tokens=8)
         assert f"{question}\n{text}\n\n" in out
-        assert len(text.split()) > 5
+        assert text
         lengths.append(len(prompt))
     rows = re.findall(r"(\d)\D+(\d+)\D+(\d+) \(\d+%\)", out)
     assert [int(prompt) for _, prompt, _ in rows] == lengths
@@ -77,7 +79,7 @@ def test_text_becomes_tokens_and_text_again(loaded):
 
 BUDGETS = {
     "1KB": "expected memory for a block, .* bytes at least",
-    "1MB": "--memory 1MB is too small for a question and its answer: expected .* free blocks",
+    "100KB": "--memory 100KB is too small for a question and its answer: expected .* free blocks",
     "much": "expected memory in bytes or such as '8GB', got 'much'",
 }
 
