@@ -23,6 +23,8 @@ from benchmarks.ratio import RatioBenchmark
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 1024, 32)
 SMALLER = {
+    "bits.Step": ("8", 1, 1024, 32),
+    "groups.Step": (1, 1056, 32),  # more than a window
     "memory.Bandwidth": (1,),  # MiB
     "prompt.Attention": (64, 64),
     "prompt.AttentionBits": (64, 64),
@@ -222,9 +224,13 @@ def cached(instance):
     return () if found is None else (found,)
 
 
+# Start two servers, as tests of their own do.
+SERVED = {"server.Requests", "trace.Served"}
+
+
 def runs_here():
-    """The benchmarks that have a number on this machine."""
-    lacking = set() if common.on_gpu() else set(ON_A_GPU)
+    """The benchmarks that have a number on this machine, and no test of their own."""
+    lacking = SERVED if common.on_gpu() else SERVED | ON_A_GPU
     try:
         counted.require_retired()
     except NotImplementedError:
@@ -235,12 +241,15 @@ def runs_here():
 @pytest.mark.parametrize("name", runs_here())
 def test_smallest_cell_runs(name, monkeypatch):
     cls = CLASSES[name]
-    if name.startswith(("generate.", "prompt.", "server.", "trace.")):
+    if name.startswith(("generate.", "prompt.", "trace.")):
         pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
         monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))  # quick on a CPU
         monkeypatch.setattr(prompt, "gemma", lambda: small_model("gemma3_text"))
         small = trace.Shape(4, 8, (6, 0.5, 2, 9), (3, 0.5, 2, 4), 8)
         monkeypatch.setattr(trace, "shape", lambda: small)
+    for module in MODULES:
+        if hasattr(importlib.import_module(f"benchmarks.{module}"), "layers"):
+            monkeypatch.setattr(f"benchmarks.{module}.layers", lambda *cell: 2)
     if hasattr(cls, "num_blocks"):  # pools of gigabytes, far larger than a cell's tables
         monkeypatch.setattr(cls, "num_blocks", 64)
     instance = cls()

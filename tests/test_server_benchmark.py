@@ -9,14 +9,16 @@ from small_models import small_model
 from benchmarks import generate, server
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    monkeypatch.setattr(generate, "llama", lambda: small_model("llama"))
+@pytest.fixture(scope="module")
+def measured():
     found = server.Requests()
-    try:
-        yield found
-    finally:
-        found.teardown(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "llama", lambda: small_model("llama"))
+        try:
+            found.setup(3)
+            yield found
+        finally:
+            found.teardown(3)
 
 
 def texts(answers):
@@ -24,12 +26,11 @@ def texts(answers):
 
 
 def test_both_servers_answer_the_same_as_often(measured, monkeypatch):
-    measured.setup(3)
-    measured.requests = 2
+    monkeypatch.setattr(measured, "requests", 2)
     found, answers = [], measured.answers
     monkeypatch.setattr(measured, "answers", lambda *asked: found.append(answers(*asked)))
     for call in measured.ratio_requests_per_second(3):
-        measured.rng = np.random.default_rng(1)
+        monkeypatch.setattr(measured, "rng", np.random.default_rng(1))
         call()
     own, paged = found
     assert len(own) == 3 * 2
@@ -45,8 +46,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
         server.Server("mlx_lm.server", tmp_path, "--nosuch")
 
 
-def test_a_refused_request_is_an_error(measured):
-    measured.setup(1)
-    measured.answer = 10**6
+def test_a_refused_request_is_an_error(measured, monkeypatch):
+    monkeypatch.setattr(measured, "answer", 10**6)
     with pytest.raises(server.RefusedError, match="400"):
         measured.answers(measured.paged, 1)
