@@ -158,6 +158,6 @@ def content(tokens, layer):
 def test_groups(windows, storage):
     machine = type("Machine", (GroupsMachine,), {"windows": windows})
     checks = settings(
-        max_examples=50, stateful_step_count=40, deadline=None, phases=[Phase.generate]
+        max_examples=25, stateful_step_count=40, deadline=None, phases=[Phase.generate]
     )
     run_state_machine_as_test(machine, settings=checks)

@@ -63,8 +63,8 @@ def stored(paged, table, layer=1):
 
 
 def test_copy_on_write_does_not_copy_the_pool():
-    """A block of two layers with pools of 256 MiB each, a decode step in flight."""
-    paged = PagedKVCache(num_layers=2, num_blocks=8192, block_size=16, kv_heads=8, head_dim=128)
+    """A block of two layers with pools of 32 MiB each, a decode step in flight."""
+    paged = PagedKVCache(num_layers=2, num_blocks=1024, block_size=16, kv_heads=8, head_dim=128)
     mx.random.seed(0)
     queries = mx.random.normal((1, 8, 1, 128)).astype(mx.float16)
     table = paged.new_table()

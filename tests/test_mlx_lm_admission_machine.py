@@ -73,7 +73,7 @@ class Requests:
         return bool(prompts or answers)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_requests(model, seed):
     rng = random.Random(seed)
     blocks, block_size = rng.randint(9, 30), rng.choice([1, 2, 4, 8])

@@ -22,7 +22,7 @@ from served_models import await_health, command_of, saved_model, send, words
 from test_mlx_lm_doors import FIELDS, TEXT
 
 MINUTES = float(os.environ.get("PAGEDKV_SOAK_MINUTES", 0))
-SECONDS, CLIENTS = (60 * MINUTES, 32) if MINUTES else (2, 8)
+SECONDS, CLIENTS = (60 * MINUTES, 32) if MINUTES else (1, 4)
 GROWTH = 1.05  # of memory, from the middle of a long run to its end
 BODIES = [
     {"prompt": words(count, start), "max_tokens": answer}
@@ -30,7 +30,7 @@ BODIES = [
         *((count, 0, 3 + count % 11) for count in range(5, 300, 13)),  # with one beginning
         *((count, count, 1 + count % 50) for count in range(7, 300, 17)),
     )
-]
+][:: 1 if MINUTES else 4]
 
 
 class Client:
@@ -100,7 +100,7 @@ def text_of(content):
 
 def largest(port):
     """A request that takes all blocks of the server, and its answer."""
-    for count in range(400, 0, -1):
+    for count in range(320, 0, -1):
         body = {"prompt": words(1000), "max_tokens": count}
         status, _, content = send(port, TEXT, body)
         if status == 200:

@@ -76,15 +76,16 @@ def test_its_readme_needs_no_repository(archives):
     assert "<" not in text
 
 
-def test_the_server_is_a_command(archives):
+def test_the_server_is_a_command(archives, capsys):
     _, wheel = archives
     [name] = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
     assert "pagedkv-server = pagedkv.mlx_lm.server:main" in wheel.read(name).decode()
     pytest.importorskip("mlx_lm", reason="the extra mlx-lm is not installed")
-    code = "import sys; from pagedkv.mlx_lm.server import main; sys.exit(main(['--nosuch']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pagedkv-server: error: expected a budget" in done.stderr
+    from pagedkv.mlx_lm.server import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--nosuch"])
+    assert "pagedkv-server: error: expected a budget" in capsys.readouterr().err
 
 
 def test_the_example_shows_reuse(tmp_path, capsys):

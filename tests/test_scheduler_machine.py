@@ -202,7 +202,7 @@ class MoreGroupsMachine(SchedulerMachine):
 
 for machine in (SchedulerMachine, GroupsMachine, MoreGroupsMachine):
     machine.TestCase.settings = settings(
-        max_examples=150, stateful_step_count=40, deadline=None, phases=[Phase.generate]
+        max_examples=80, stateful_step_count=40, deadline=None, phases=[Phase.generate]
     )
 
 
