@@ -135,7 +135,13 @@ class Asked:
     def __init__(self, url, generator):
         self.generator, self.provider = generator, generator.model_provider
         self.model = "default_model"
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=20)
+        self.client = openai.OpenAI(
+            base_url=url,
+            api_key="none",
+            max_retries=0,
+            timeout=20,
+            http_client=openai.DefaultHttpxClient(verify=False),  # reading certificates takes long
+        )
 
     def chat(self, messages, count=12, **more):
         return self.client.chat.completions.create(
