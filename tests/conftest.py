@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,12 @@ os.environ["PAGEDKV_AUTOTUNE"] = "0"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "own_process: run a test in a process of its own")
+
+
+def pytest_collection_finish():
+    """Let garbage collections pass over what was imported: it stays to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

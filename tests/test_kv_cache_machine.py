@@ -154,5 +154,5 @@ class CacheMachine(TablesMachine):
 
 
 def test_cache(storage):
-    checks = settings(max_examples=100, stateful_step_count=50, deadline=None)
+    checks = settings(max_examples=50, stateful_step_count=50, deadline=None)
     run_state_machine_as_test(CacheMachine, settings=checks)

@@ -263,12 +263,12 @@ def test_chunks_of_layers_with_a_window_are_counted_as_long_as_they_are():
 
 
 def test_no_sequence_is_counted_with_longer_chunks_than_its_prompt():
-    """Four of 205 tokens, each with 52 frames that see all and 9 in each window, are 280."""
+    """Four of 105 tokens, each with 27 frames that see all and 9 in each window, are 180."""
     model = small_model("gemma3_text")
     prompts = [long_prompt(5, start) for start in range(4)]
-    expected = [alone(model, prompt, 200) for prompt in prompts]
+    expected = [alone(model, prompt, 100) for prompt in prompts]
     with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 frames
-        generator = generator_of(model, max_tokens=200, prefill_step_size=600)
+        generator = generator_of(model, max_tokens=100, prefill_step_size=600)
         uids = generator.insert(prompts)
         found, most = run(generator)
         assert most == 4

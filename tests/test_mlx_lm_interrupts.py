@@ -21,15 +21,6 @@ from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.scheduled import ScheduledModel
 
 
-@pytest.fixture(autouse=True)
-def _quick_collections():
-    """Let each of several hundred garbage collections look at what the test has made alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def model():
     """A model of two layers: a line is interrupted in each."""
