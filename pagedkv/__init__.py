@@ -23,7 +23,6 @@ from pagedkv.errors import (
 )
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable, blocks_needed
-from pagedkv.host.frame_pool import FramePool
 from pagedkv.host.prefix_cache import RadixTree
 from pagedkv.host.scheduler import Scheduler
 from pagedkv.host.stats import Stats, render_prometheus
@@ -35,7 +34,6 @@ __all__ = [
     "BlockPool",
     "BlockTable",
     "DecodeBatch",
-    "FramePool",
     "Groups",
     "Layout",
     "OutOfBlocksError",

@@ -4,11 +4,9 @@ import zlib
 from array import array
 from itertools import takewhile
 
-import numpy as np
 import pytest
 
 from pagedkv import BlockPool, Scheduler
-from pagedkv.host.frame_pool import FramePool
 
 
 class Engine:
@@ -43,18 +41,17 @@ class Engine:
         """Write and read as the model would; return the tokens sampled. In order, each at once."""
         block_size = self.scheduler.block_size
         for copy in step.copies:
-            for source, target in self.scheduler.pool.places(np.array(copy)).tolist():
-                for offset in range(block_size):
-                    held = self.slots.get(source * block_size + offset)
-                    self.slots[target * block_size + offset] = held
+            for offset in range(block_size):
+                source, target = (block * block_size + offset for block in copy)
+                self.slots[target] = self.slots.get(source)
         new = iter(enumerate(step.tokens.tolist()))
         written, sampled = [], {}
-        for request_id, table, count in zip(
-            step.request_ids, step.tables, step.counts, strict=True
+        for request_id, table, count, start in zip(
+            step.request_ids, step.tables, step.counts, step.starts.tolist(), strict=True
         ):
-            tokens, end = self.device_tokens(request_id, step), table.num_tokens
-            groups = self.places(table.ids)
-            for position in range(end - count, end):
+            tokens, end = self.device_tokens(request_id, step), start + count
+            groups = self.places(table.blocks)
+            for position in range(start, end):
                 index, token = next(new)
                 if index in step.unknown:
                     assert token == 0
@@ -66,7 +63,7 @@ class Engine:
                     slot = place(position)
                     self.slots[slot] = group, self.namespaces[request_id], tokens[: position + 1]
                     written.append(slot)
-            self.check_seen(table.ids, end - count, end, self.namespaces[request_id], tokens)
+            self.check_seen(table.blocks, start, end, self.namespaces[request_id], tokens)
             if request_id in step.samples:
                 assert end == len(tokens)
                 sampled[request_id] = 100 + zlib.crc32(array("i", tokens).tobytes()) % 10**6
@@ -89,22 +86,21 @@ class Engine:
         """What is cached of a request holds its tokens."""
         tokens, namespace = self.tokens[request_id], self.namespaces[request_id]
         size = self.scheduler.block_size
-        blocks = self.scheduler.tree.match_prefix(tokens, namespace).blocks
-        count = len(blocks) * size
-        self.check_seen(blocks, count, count, namespace, tokens)
+        match = self.scheduler.tree.match_prefix(tokens, namespace)
+        count = match.num_blocks * size
+        self.check_seen(match.ids, count, count, namespace, tokens)
 
-    def places(self, block_ids):
+    def places(self, blocks):
         """For each group, what tells the slot of a position."""
         size = self.scheduler.block_size
-        groups = self.scheduler.pool.places(np.array(block_ids, np.int32)).tolist()
         return [
-            lambda position, places=places: places[position // size] * size + position % size
-            for places in groups
+            lambda position, own=own: own[position // size] * size + position % size
+            for own in blocks.tolist()
         ]
 
-    def check_seen(self, block_ids, start, stop, namespace, tokens):
+    def check_seen(self, blocks, start, stop, namespace, tokens):
         """What the token at `start` and those after it see up to `stop` is theirs."""
-        for group, place in enumerate(self.places(block_ids)):
+        for group, place in enumerate(self.places(blocks)):
             window = self.windows[group]
             first = 0 if window is None else max(0, start + 1 - window)
             for position in range(first, stop):
@@ -139,8 +135,5 @@ class Engine:
 
 
 def engine(num_blocks=16, block_size=4, windows=(None,), **options):
-    """With windows, `num_blocks` counts frames."""
-    pool = BlockPool(num_blocks)
-    if len(windows) > 1:
-        pool = FramePool(num_blocks, windows, block_size)
-    return Engine(Scheduler(pool, block_size, **options), windows)
+    """With windows, blocks of all groups of layers count."""
+    return Engine(Scheduler(BlockPool(num_blocks, windows), block_size, **options), windows)

@@ -1,7 +1,8 @@
-"""KeyboardInterrupt at every place where one can come."""
+"""A Ctrl-C at every place where one can come."""
 
 import gc
 import itertools
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ LOCKS = str(Path(PACKAGE, "host/turns.py"))
 
 
 def interrupted(start, operation, *files):
-    """Yield (state, whether the operation came to its end) for an interrupt before each line.
+    """Yield (state, whether nothing was raised) for a SIGINT before each line.
 
     `start()` makes a state, `operation(state)` changes it; lines are those of the package, or of
     some of its files. Each line is interrupted the first two times that it runs. Locks are not
@@ -38,7 +39,7 @@ def interrupted(start, operation, *files):
                 if times[line] <= 2 and place not in tried:
                     tried.add(place)
                     is_over = True
-                    raise KeyboardInterrupt
+                    signal.raise_signal(signal.SIGINT)
             return trace
 
         state = start()

@@ -1,26 +1,27 @@
 from array import array
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from interrupts import interrupted
 
 from pagedkv import (
     BlockPool,
     BlockTable,
     OutOfBlocksError,
-    PagedKVError,
+    RadixTree,
     SharedBlockError,
     blocks_needed,
 )
-from pagedkv.host.rows import Rows
 
 
-def reserve(tables, counts):
-    return Rows(tables).reserve(counts)
+def extend(tables, counts):
+    """Append tokens to tables; return the copies, whose sources are given back."""
+    pool, rows = tables[0].pool, np.array([table.row for table in tables])
+    copies = pool.extend(rows, np.array(counts))
+    pool.release([source for source, _ in copies])
+    return copies
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,6 @@ def test_adopted_blocks_are_shared_and_the_last_may_be_partly_used():
     table.adopt(cached, 10)
     assert (table.num_tokens, table.slots(8).tolist()) == (10, [8, 9])
     assert [pool.reference_count(block) for block in cached] == [2, 2, 2]
-    assert [table.missing_blocks(count) for count in (0, 1, 2, 3, 7)] == [0, 1, 1, 2, 3]
     table.truncate(0)
     assert [pool.reference_count(block) for block in cached] == [1, 1, 1]
 
@@ -88,7 +88,7 @@ def test_adopted_blocks_are_shared_and_the_last_may_be_partly_used():
     [
         ([0], 5, "expected the blocks of 5 tokens, got 1"),
         ([0, 1], 4, "expected the blocks of 4 tokens, got 2"),
-        ([0, 5], 5, "block 5 to have at least 1 holders, got 0"),
+        ([0, 5], 5, "block 5 has 0"),
         ([0, 99], 5, "got 99"),
     ],
 )
@@ -155,7 +155,7 @@ def test_out_of_blocks_leaves_the_table():
         (lambda table: table.append(-1), "count to be an integer >= 0, got -1"),
         (lambda table: table.append(1.5), r"count to be an integer >= 0, got 1\.5"),
         (lambda table: table.truncate(7), "0 to 6 tokens to keep, got 7"),
-        (lambda table: table.truncate(-1), "0 to 6 tokens to keep, got -1"),
+        (lambda table: table.truncate(-1), "num_tokens to be an integer >= 0, got -1"),
         (lambda table: table.slots(0, 7), "<= 6 tokens, got 0, 7"),
         (lambda table: table.slots(5, 4), "<= 6 tokens, got 5, 4"),
         (lambda table: table.slots(-2), "<= 6 tokens, got -2, 6"),
@@ -182,28 +182,27 @@ def test_a_bad_last_block_leaves_table_and_counts(block_ids):
     assert table.block_ids.tolist() == [0, 1]
 
 
-def test_block_ids_are_a_view_that_never_changes():
+def test_block_ids_are_a_copy():
     table = BlockTable(BlockPool(4), 4)
     table.append(6)
     ids = table.block_ids
     table.append(6)
     table.truncate(1)
     assert ids.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="read-only"):
-        ids[0] = 3
+    ids[0] = 3
+    assert table.block_ids.tolist() == [0]
 
 
 def test_numpy_counts_are_integers_like_others():
     """A uint8 wraps at 256: 250 tokens and 10 more were 4."""
     table = BlockTable(BlockPool(100), 4)
     table.append(np.uint8(250))
-    assert table.missing_blocks(np.uint8(10)) == 2
     table.append(np.uint8(10))
     assert (table.num_tokens, len(table.block_ids)) == (260, 65)
     table.truncate(np.uint8(4))
     assert table.append(np.uint8(1)).tolist() == [4]
     table.truncate(0)
-    reserve([table], [np.uint8(1)]).commit()
+    table.append(np.uint8(1))
     assert (table.num_tokens, table.pool.num_free) == (1, 99)
 
 
@@ -212,99 +211,103 @@ def test_others_blocks_take_the_place_of_ones_own():
     first, second = BlockTable(pool, 4), BlockTable(pool, 4)
     first.append(9)
     second.append(11)
-    second.share(0, first.block_ids[:2])
+    pool.share(second.row, 0, first.blocks[:, :2])
     assert second.block_ids.tolist() == [0, 1, 5]
     assert [pool.reference_count(block) for block in range(6)] == [2, 2, 1, 0, 0, 1]
-    for start, blocks in [(2, [0, 1]), (0, [0, 7]), (-1, [0])]:
-        with pytest.raises(ValueError, match="expected"):
-            second.share(start, blocks)
-    assert second.block_ids.tolist() == [0, 1, 5]
-    assert [pool.reference_count(block) for block in range(6)] == [2, 2, 1, 0, 0, 1]
+    pool.check_invariants()
 
 
-def four_sequences():
-    """Two of them share a partial block, the third ends with a block, the last is empty."""
+def test_shared_blocks_are_copied_by_each_that_writes_them():
     pool = BlockPool(12)
-    pool.release(pool.allocate(3))
-    tables = [BlockTable(pool, 4) for _ in range(4)]
-    tables[0].append(6)
-    tables[1] = tables[0].fork()
-    tables[2].append(4)
-    return pool, tables
-
-
-def described(pool, tables):
-    counts = [pool.reference_count(block) for block in range(pool.num_blocks)]
-    ids = [(table.num_tokens, table.block_ids.tolist()) for table in tables]
-    return counts, ids, pool.num_free
-
-
-def test_a_reservation_is_undone_to_the_order_of_free_blocks():
-    pool, tables = four_sequences()
-    before = described(pool, tables)
-    reserved = reserve(tables, [1, 3, 1, 9])
-    assert reserved.copies == [(1, 3), (1, 4)]
-    again = described(pool, tables)
-    reserved.undo()
-    assert described(pool, tables) == before
-    repeated = reserve(tables, [1, 3, 1, 9])
-    assert described(pool, tables) == again
-    repeated.commit()
-    assert pool.reference_count(1) == 0
-    for call in (repeated.commit, repeated.undo, reserved.undo):
-        with pytest.raises(PagedKVError, match="an open reservation"):
-            call()
-
-
-def test_what_was_shared_while_a_reservation_was_open_stays_so():
-    """It brought back the block that `share` had given away, which others may hold by then."""
-    pool = BlockPool(8)
-    other, table = BlockTable(pool, 4), BlockTable(pool, 4)
-    other.append(4)
+    table = BlockTable(pool, 4)
     table.append(6)
-    fork = table.fork()
-    assert table.block_ids.tolist() == [1, 2]
-    first = reserve([table], [1])  # copies block 2
-    second = reserve([table], [3])  # a second one before the first is over
-    assert (first.copies, table.block_ids.tolist()) == ([(2, 3)], [1, 3, 4])
-    fork.share(0, [0])
-    table.share(0, [0])
+    tables = [table, table.fork(), BlockTable(pool, 4)]
+    tables[2].append(4)
+    with pytest.raises(OutOfBlocksError, match="expected 12 free blocks, 9 are left"):
+        extend(tables, [1, 3, 36])
+    assert [each.num_tokens for each in tables] == [6, 6, 4]
+    assert extend(tables, [1, 3, 9]) == [(1, 3), (1, 4)]
+    assert [each.block_ids.tolist() for each in tables] == [[0, 3], [0, 4, 5], [2, 6, 7, 8]]
     assert pool.reference_count(1) == 0
-    second.undo()
-    assert (table.num_tokens, table.block_ids.tolist()) == (7, [0, 3])
-    first.undo()
-    assert (table.num_tokens, table.block_ids.tolist()) == (6, [0, 2])
-    assert [pool.reference_count(block) for block in range(8)] == [3, 0, 2, 0, 0, 0, 0, 0]
+    for each, length in zip(tables, (6, 6, 4), strict=True):
+        each.truncate(length)
+    # What was copied stays one's own.
+    assert [each.block_ids.tolist() for each in tables] == [[0, 3], [0, 4], [2]]
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 20, 21, 23, 24, 40])
+@pytest.mark.parametrize("margin", [0, 5])
+def test_blocks_leave_the_window_of_their_group(tokens, margin):
+    pool = BlockPool(60, (None, 6), margin)
+    table = BlockTable(pool, 4)
+    for _ in range(tokens):
+        table.append(1)
+    full, window = table.blocks
+    first = max(tokens - margin + 1 - 6, 0) // 4
+    assert (full >= 0).all()
+    assert (window >= 0).tolist() == [place >= first for place in range(len(window))]
+    assert pool.num_free == 60 - len(full) - (len(window) - first)
+    assert pool.blocks_by_group == (len(full), len(window) - first)
+    pool.check_invariants()
+
+
+def test_what_left_a_window_stays_until_blocks_run_out_where_prefixes_are_cached():
+    pool = BlockPool(30, (None, 6))
+    tree, table = RadixTree(pool, 4), BlockTable(pool, 4)
+    table.append(40)
+    assert (table.blocks >= 0).all()
+    assert pool.num_free == 10
+    other = BlockTable(pool, 4)
+    other.append(28)
+    assert ((table.blocks >= 0).sum(), pool.num_free) == (10 + 2, 4)
+    table.truncate(39)
+    with pytest.raises(ValueError, match="left a window"):
+        table.truncate(30)
+    assert table.num_tokens == 39
+    table.free()
+    assert tree.num_blocks == 0
+    pool.check_invariants()
+
+
+def test_a_cached_prefix_is_begun_with_what_its_next_token_sees():
+    pool = BlockPool(60, (None, 6))
+    tree, table = RadixTree(pool, 4), BlockTable(pool, 4)
+    table.append(24)
+    match = tree.insert(list(range(24)), table.blocks)
+    other = BlockTable(pool, 4)
+    other.adopt(match.ids[:, :5], 20)
+    assert (other.blocks[0] == table.blocks[0, :5]).all()
+    assert (other.blocks[1] >= 0).tolist() == [False] * 3 + [True] * 2
+    table.free()
+    with pytest.raises(ValueError, match="left a window"):
+        BlockTable(pool, 4).adopt(np.where(match.ids == match.ids[1, 4], -1, match.ids)[:, :5], 20)
+    tree.reset()
+    assert pool.num_free == 60 - 5 - 2
+    pool.check_invariants()
 
 
 @pytest.mark.parametrize(
-    "operation",
-    [lambda tables: tables[0].truncate(3), lambda tables: tables[3].adopt([0, 1], 8)],
-)
-def test_an_interrupt_between_two_lines_changes_nothing(operation):
-    before = described(*four_sequences())
-    for (pool, tables), done in interrupted(four_sequences, lambda state: operation(state[1])):
-        assert done or described(pool, tables) == before
-
-
-@pytest.mark.parametrize(
-    "operation",
+    ("arguments", "message"),
     [
-        lambda tables: reserve(tables, [1, 3, 1, 9]).commit(),
-        lambda tables: reserve(tables, [1, 3, 1, 9]).undo(),
-        lambda tables: tables[2].append(5),
-        lambda tables: tables[1].share(0, [2]),
-        lambda tables: tables[0].fork(),
+        ((0,), "num_blocks"),
+        ((4, (3, None)), "first group"),
+        ((4, ()), "first group"),
+        ((4, (None, 0)), "a window"),
+        ((4, (None, 2.5)), "a window"),
+        ((4, (None,), -1), "margin"),
     ],
 )
-def test_after_an_interrupt_no_table_names_a_block_that_others_may_take(operation):
-    """What was taken and not handed over yet stays taken; nothing is held by too few."""
-    for (pool, tables), _ in interrupted(four_sequences, lambda state: operation(state[1])):
-        pool.check_invariants()
-        held = Counter(block for table in tables for block in table.block_ids.tolist())
-        assert all(pool.reference_count(block) >= count for block, count in held.items())
-        for table in tables:
-            assert len(table.block_ids) == blocks_needed(table.num_tokens, 4)
+def test_pools_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BlockPool(*arguments)
+
+
+def test_tables_of_a_pool_have_one_block_size():
+    pool = BlockPool(4)
+    BlockTable(pool, 4)
+    with pytest.raises(ValueError, match="expected blocks of 4 tokens, got 8"):
+        BlockTable(pool, 8)
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 1.5])

@@ -250,9 +250,9 @@ def long_prompt(count, start=0):
 
 
 def test_chunks_of_layers_with_a_window_are_counted_as_long_as_they_are():
-    """A prompt of 2,400 tokens takes frames for all of them in each group if computed at once."""
+    """A prompt of 2,400 tokens takes blocks for all of them in each group if computed at once."""
     model = small_model("gemma3_text")  # of three groups
-    with PagedStore(model, num_blocks=72, block_size=32) as store:  # 216 frames
+    with PagedStore(model, num_blocks=72, block_size=32) as store:  # 216 in three groups
         at_once, parts = (generator_of(model, prefill_step_size=size) for size in (2400, 600))
         with pytest.raises(ValueError, match=r"expected prompt and answer of 2304 tokens at most"):
             at_once.insert([long_prompt(2400)])
@@ -263,11 +263,11 @@ def test_chunks_of_layers_with_a_window_are_counted_as_long_as_they_are():
 
 
 def test_no_sequence_is_counted_with_longer_chunks_than_its_prompt():
-    """Four of 105 tokens, each with 27 frames that see all and 9 in each window, are 180."""
+    """Four of 105 tokens, each with 27 blocks that see all and 9 in each window, are 180."""
     model = small_model("gemma3_text")
     prompts = [long_prompt(5, start) for start in range(4)]
     expected = [alone(model, prompt, 100) for prompt in prompts]
-    with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 frames
+    with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 in three groups
         generator = generator_of(model, max_tokens=100, prefill_step_size=600)
         uids = generator.insert(prompts)
         found, most = run(generator)
@@ -336,12 +336,12 @@ def test_what_forks_copy_is_counted_in_windows_as_well():
 def test_what_left_the_windows_of_a_cache_that_somebody_holds_makes_room():
     model = small_model("gemma3_text")
     expected = alone(model, long_prompt(200, 5))
-    with PagedStore(model, num_blocks=100, block_size=4) as store:  # 300 frames
+    with PagedStore(model, num_blocks=100, block_size=4):  # 300 in three groups
         held = computed(model, long_prompt(360))  # 90, and seven of each window
         generator = generator_of(model)
         [uid] = generator.insert([long_prompt(200, 5)])
         assert run(generator)[0][uid] == expected
-        assert store.memory.kv.pool.num_places(held[0].sequences.tables[0].ids, 0) == 90
+        assert len(held[0].sequences.tables[0].block_ids) == 90
 
 
 def test_what_was_given_up_is_computed_again_in_its_namespace(model):

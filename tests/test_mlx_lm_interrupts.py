@@ -79,7 +79,7 @@ def test_a_filter_is_done_or_not(model, store):
             keep_two(layers)
         assert [layer.offset.tolist() for layer in layers] == [[5, 9]] * 2
         tables = layers[0].sequences.tables
-        assert store.stats().free_blocks == 64 - sum(len(table.ids) for table in tables)
+        assert store.stats().free_blocks == 64 - sum(len(table.block_ids) for table in tables)
     del layers, tables
     assert_nothing_is_lost(store)
 

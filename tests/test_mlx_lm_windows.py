@@ -19,7 +19,7 @@ from small_models import small_model
 from test_mlx_lm_admission import run
 from test_mlx_lm_tokens import COUNT, answer
 
-from pagedkv import FramePool, OutOfBlocksError
+from pagedkv import OutOfBlocksError
 from pagedkv.mlx_lm import PagedStore
 from pagedkv.mlx_lm.layer import PagedLayer
 from pagedkv.mlx_lm.server import PromptCaches
@@ -50,14 +50,14 @@ def test_windows_are_in_groups_and_give_back(family):
     expected = logits(model, LONG, make_prompt_cache(model))
     with store_of(model) as store:
         pool = store.memory.kv.pool
-        assert isinstance(pool, FramePool)
         cache = store.cache()
         assert close(logits(model, LONG, cache), expected)
         [table] = cache.sequences.tables
-        seen = ~pool.idle() & (pool.frames >= 0)
-        for (window, _), held in zip(store.stats().groups, seen.sum(axis=0), strict=True):
+        pool.drop_windows()
+        for (window, held), ids in zip(store.stats().groups, table.blocks, strict=True):
             most = -(-(WINDOW + 16) // SIZE) + 1  # with what a draft model may have had wrong
-            assert held == len(table.ids) if window is None else held <= most
+            assert held == (ids >= 0).sum()
+            assert held == len(ids) if window is None else held <= most
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +69,7 @@ def test_more_fits_than_in_one_table(family):
         caches = [store.cache(), store.cache()]
         assert answer(model, LONG, caches[0]) == expected[0]
         assert answer(model, LONG[::-1], caches[1]) == expected[1]
-        assert sum(len(cache.sequences.tables[0].ids) for cache in caches) == 2 * 23
+        assert sum(len(cache.sequences.tables[0].block_ids) for cache in caches) == 2 * 23
 
 
 def batch(model, prompts, count):
@@ -86,7 +86,7 @@ def test_a_batch_is_admitted_by_what_its_sequences_will_hold():
     prompts = [[*LONG, number] for number in range(90, 94)]
     expected, most = batch(model, prompts, 60)
     assert most == 4
-    with store_of(model, num_blocks=52) as store:  # 156 frames: for 51 + 51 + 53
+    with store_of(model, num_blocks=52) as store:  # 156 in all groups: for 51 + 51 + 53
         assert batch(model, prompts, 60) == (expected, 3)
         assert store.stats().peak_blocks <= 156
 
@@ -97,18 +97,19 @@ def test_a_hit_needs_the_last_window_alone_and_is_shorter_without():
     expected = [answer(model, prompt) for prompt in prompts]
     with store_of(model) as store:
         assert answer(model, prompts[0], store.cache(prompts[0])) == expected[0]
-        pool = store.memory.kv.pool
         assert store.cache(prompts[1]).cached == 76
-        # Of all that has left a window, what somebody began with is there, and what comes last.
+        # Inside of a run, what left a window goes first: prompts have parted at its end.
         store.memory.collect()
-        pool.reclaim(1000, asked_for=False)
+        full, *others = store.memory.kv.pool.blocks_by_group
+        assert store.memory.tree.evict(20) >= 20
+        assert store.memory.kv.pool.blocks_by_group[0] == full
+        assert sum(store.memory.kv.pool.blocks_by_group) < full + sum(others) / 2
         assert store.cache(prompts[1]).cached == 76
         assert answer(model, prompts[1], store.cache(prompts[1])) == expected[1]
-        pool.reclaim(1000, asked_for=True)
-        again = store.cache(prompts[1])
+        again = store.cache([*LONG[:50], 92])
         assert again.cached == 0
-        assert answer(model, prompts[1], again) == expected[1]
-        assert store.cache(prompts[1]).cached == 76  # it has what it sees again
+        assert answer(model, [*LONG[:50], 92], again) == answer(model, [*LONG[:50], 92])
+        assert store.cache([*LONG[:50], 93]).cached == 48  # what it sees was computed again
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,11 +133,11 @@ def test_more_than_the_margin_is_not_taken_back():
     with store_of(model) as store:
         cache = store.cache()
         logits(model, LONG, cache)
-        store.memory.kv.pool.reclaim(1000, asked_for=True)
-        before = [table.state for table in cache.sequences.tables]
+        store.memory.kv.pool.drop_windows()
+        before = [table.blocks.tolist() for table in cache.sequences.tables]
         with pytest.raises(ValueError, match="expected to trim 16 tokens at most, got 40"):
             trim_prompt_cache(cache, 40)
-        assert [table.state for table in cache.sequences.tables] == before
+        assert [table.blocks.tolist() for table in cache.sequences.tables] == before
         assert trim_prompt_cache(cache, 16) == 16
         own = make_prompt_cache(model)
         expected = logits(model, [*LONG[:-16], 3, 4, 5], own)[:, -3:]
@@ -152,7 +153,7 @@ def test_a_servers_caches_are_trimmed_where_all_is_there():
             answer(model, LONG, cache)
             held = cache.sequences.tables[0].num_tokens
             caches.insert_cache("m", [*LONG, *range(held - len(LONG))], copy.copy(cache))
-            store.memory.kv.pool.reclaim(1000, asked_for=True)
+            store.memory.kv.pool.drop_windows()
             if isinstance(caches, PromptCaches):
                 found, rest = caches.fetch_nearest_cache("m", [*LONG[:60], 95])
                 assert (found, len(rest)) == (None, 61)
@@ -216,8 +217,8 @@ def test_what_a_saved_cache_may_lack_is_not_seen_when_it_is_loaded(count, tmp_pa
         cache = store.cache()
         logits(model, LONG[:count], cache)
         trim_prompt_cache(cache, 16)
-        store.memory.kv.pool.reclaim(1000, asked_for=True)
-        logits(model, [5] * 100, store.cache())  # in the frames of what has left
+        store.memory.kv.pool.drop_windows()
+        logits(model, [5] * 100, store.cache())  # in the blocks of what has left
         save_prompt_cache(path, cache)
     own = make_prompt_cache(model)
     expected = logits(model, [*LONG[: count - 16], 3], own)[:, -1:]
@@ -229,7 +230,7 @@ def test_what_a_saved_cache_may_lack_is_not_seen_when_it_is_loaded(count, tmp_pa
 
 
 def test_a_file_is_loaded_where_its_sequence_fits_when_it_is_computed(tmp_path):
-    """Of 2,176 tokens, 68 blocks in three groups: all at once they would take 204 frames."""
+    """Of 2,176 tokens, 68 blocks in three groups: all at once they would take 204 blocks."""
     model, path = small_model("gemma3_text"), str(tmp_path / "cache.safetensors")
     prompt = [*LONG] * 27 + LONG[:43]
     own = make_prompt_cache(model)

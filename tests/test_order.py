@@ -149,8 +149,8 @@ class Steps:
         for layer, pools in enumerate(zip(cache.keys, cache.values, strict=True)):
             window, group = self.windows[layer], cache.group_of(layer)
             for table, held in self.sequences:
-                blocks, offsets = np.divmod(table.slots(), cache.block_size)
-                slots = cache.pool.places(blocks)[group] * cache.block_size + offsets
+                blocks, offsets = np.divmod(np.arange(table.num_tokens), cache.block_size)
+                slots = np.maximum(table.blocks[group, blocks], 0) * cache.block_size + offsets
                 first = 0 if window is None else max(0, len(slots) + 1 - window)
                 for pool, model in zip(pools, held[layer], strict=True):
                     rows = np.array(pool).reshape(-1, KV_HEADS, HEAD_DIM)[slots]

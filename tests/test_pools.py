@@ -214,8 +214,8 @@ def test_copies_of_blocks():
         assert np.array_equal(new, old[[3, 1, 1, 3, 4, 3]])
 
 
-def test_slots_of_blocks_are_not_written_where_layers_are_in_groups():
-    """A block has another frame in each group: they would be somebody else's tokens."""
+def test_slots_of_one_group_are_not_written_in_another():
+    """They would be other tokens' blocks."""
     paged = cache(windows=[None, 4])
     tables, ones = [paged.new_table(), paged.new_table()], mx.ones((2, 2, 4, 8))
     with paged.extend(tables, [4, 4]) as step:
@@ -223,23 +223,17 @@ def test_slots_of_blocks_are_not_written_where_layers_are_in_groups():
             paged.write(layer, ones, ones, step.slots_of(layer))
         with pytest.raises(ValueError, match="slots of group 1, got those of group 0"):
             paged.write(1, ones, ones, step.slots_of(0))
-    before = contents(paged)
-    blocks = SlotMapping.from_slots(tables[1].slots(), block_size=4, num_blocks=12)
-    for layer in range(2):
-        with pytest.raises(ValueError, match=f"slots of group {layer}, got those of blocks"):
-            paged.write(layer, 2 * ones[:1], 2 * ones[:1], blocks)
-    for old, new in zip(before, contents(paged), strict=True):
-        assert np.array_equal(old, new)
 
 
-def test_blocks_are_copied_in_all_their_frames():
+def test_blocks_of_groups_are_copied():
     paged = cache(windows=[None, 4])
     tables, new = [paged.new_table(), paged.new_table()], mx.ones((2, 2, 4, 8))
     new[1] = 2
     with paged.extend(tables, [4, 4]) as step:
         for layer in range(2):
             paged.write(layer, new, new, step.slots_of(layer))
-    paged.copy_blocks([(tables[1].ids[0], tables[0].ids[0])])
+    theirs, own = (table.blocks[:, 0].tolist() for table in tables[::-1])
+    paged.copy_blocks(list(zip(theirs, own, strict=True)))
     for layer in range(2):
         out = paged.attend(layer, mx.ones((2, 2, 1, 8)), paged.batch(tables), scale=1.0)
         assert (out == 2).all().item()

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from prefixes import cache, tree
 
-from pagedkv import BlockPool, BlockTable, RadixTree
-from pagedkv.host.rows import Rows
+from pagedkv import BlockPool, BlockTable, OutOfBlocksError, RadixTree
 
 
 def test_match_is_the_longest_prefix_in_whole_blocks():
@@ -75,13 +74,11 @@ def test_eight_requests_with_one_prefix_hold_one_copy():
         match = radix.match_prefix([*prefix, 9000 + request, 1, 2])
         table = BlockTable(pool, 16)
         table.adopt(match.blocks, 4096)
-        radix.lock(match.node)
         tables.append(table)
     assert pool.num_blocks - pool.num_free == 256
     assert {pool.reference_count(block) for block in range(256)} == {10}
-    reservation = Rows(tables).reserve([3] * 8)
-    assert reservation.copies == []
-    reservation.commit()
+    rows = np.array([table.row for table in tables])
+    assert pool.extend(rows, np.full(8, 3)) == []
     assert pool.num_blocks - pool.num_free == 256 + 8
 
 
@@ -96,9 +93,9 @@ def test_a_wholly_cached_prompt_forks_the_block_of_its_last_token():
         table = BlockTable(pool, 4)
         table.adopt(radix.match_prefix(prompt).blocks, 15)
         tables.append(table)
-    reservation = Rows(tables).reserve([1] * 8)
-    assert reservation.copies == [(3, block) for block in range(4, 12)]
-    reservation.commit()
+    copies = pool.extend(np.array([table.row for table in tables]), np.ones(8, int))
+    assert copies == [(3, block) for block in range(4, 12)]
+    pool.release([3] * 8)
     assert [pool.reference_count(block) for block in range(5)] == [9, 9, 9, 1, 1]
 
 
@@ -123,22 +120,6 @@ def test_the_least_recently_used_leaf_goes_first():
     radix.check_invariants()
 
 
-def test_what_was_used_at_once_goes_from_its_end():
-    radix = tree()
-    cache(radix, [1, 1, 2, 2])
-    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
-    cache(radix, [5, 5])
-    match = radix.match_prefix([1, 1, 2, 2, 3, 3])
-    assert match.blocks == [0, 1, 4]
-    gone = []
-    while radix.num_blocks:
-        held = {block for block in range(32) if radix.pool.reference_count(block)}
-        assert radix.evict(1) == 1
-        gone += held - {block for block in range(32) if radix.pool.reference_count(block)}
-    # [4, 4], [5, 5], and what the look-up used: its last block first, although it is three runs.
-    assert gone == [5, 3, 4, 1, 0]
-
-
 def test_an_inner_run_is_kept_until_its_children_are_gone():
     radix = tree()
     cache(radix, [1, 1, 2, 2])
@@ -151,60 +132,69 @@ def test_an_inner_run_is_kept_until_its_children_are_gone():
     assert freed == [1, 3, 0]
 
 
-def test_a_locked_path_stays():
+def test_what_a_sequence_holds_stays():
     radix = tree()
     cache(radix, [1, 2, 3, 4, 5, 6])
     cache(radix, [1, 2, 9, 9])
-    match = radix.match_prefix([1, 2, 3, 4])
-    radix.lock(match.node)
-    radix.lock(match.node)
+    held = radix.match_prefix([1, 2, 3, 4]).blocks
+    radix.pool.retain(held)
+    assert radix.match_prefix([1, 2]).blocks == [0]  # splits
     assert radix.num_evictable == 2
     assert radix.evict(10) == 2  # [5, 6] and [9, 9]
-    assert radix.match_prefix([1, 2, 3, 4, 5, 6]).blocks == [0, 1]
-    radix.unlock(match.node)
-    assert radix.evict(10) == 0
-    radix.unlock(match.node)
+    assert radix.match_prefix([1, 2, 3, 4, 5, 6]).blocks == held == [0, 1]
+    assert (radix.num_evictable, radix.evict(10)) == (0, 0)
+    radix.pool.release(held)
+    assert (radix.num_evictable, radix.evict(10)) == (2, 2)
+    radix.check_invariants()
+
+
+def test_ends_that_hold_other_blocks_for_what_is_before_them_do_not_stop_eviction():
+    """A sequence that computed a prefix again, and holds of the tree what follows it alone."""
+    radix = tree(num_blocks=8)
+    cache(radix, [1, 1, 2, 2])
+    own = radix.pool.allocate(3)
+    radix.insert([1, 1, 2, 2, 3, 3], own)
     assert radix.num_evictable == 2
-    assert radix.evict(10) == 2
-    with pytest.raises(ValueError, match="expected a locked node"):
-        radix.unlock(match.node)
-
-
-def test_a_lock_outlives_a_split():
-    radix = tree()
-    match = cache(radix, [1, 2, 3, 4])
-    radix.lock(match.node)
-    assert radix.match_prefix([1, 2]).blocks == [0]  # splits
-    radix.check_invariants()
-    assert (radix.num_evictable, radix.evict(2)) == (0, 0)
-    radix.unlock(match.node)
-    radix.check_invariants()
-    assert (radix.num_evictable, radix.evict(2)) == (2, 2)
-
-
-def test_a_lock_moves_down_and_up_a_path():
-    radix = tree()
-    ends = [cache(radix, [1, 1, 2, 2, 3, 3][:end]).node for end in (2, 4, 6)]
-    radix.lock(ends[0])
-    for old, new, evictable in [(0, 2, 0), (2, 1, 1), (1, 2, 0), (2, 0, 2)]:
-        radix.lock(ends[new])
-        radix.unlock(ends[old])
-        radix.check_invariants()
-        assert radix.num_evictable == evictable
-    radix.lock(ends[2])
-    radix.unlock(ends[0])
-    assert (radix.num_evictable, radix.evict(9)) == (0, 0)
-    radix.unlock(ends[2])
-    assert (radix.num_evictable, radix.evict(9)) == (3, 3)
-
-
-def test_blocks_that_a_sequence_holds_are_not_counted_as_freed():
-    radix = tree()
-    match = cache(radix, [1, 2, 3, 4])
-    radix.pool.retain(match.blocks)
-    cache(radix, [5, 6])
     assert radix.evict(1) == 1
-    assert (radix.num_blocks, radix.pool.num_free) == (0, 30)
+    assert radix.num_evictable == 1
+    radix.check_invariants()
+    assert [radix.pool.reference_count(block) for block in own] == [1, 1, 1]
+
+
+def test_blocks_are_evicted_when_they_run_out():
+    radix = tree(num_blocks=4)
+    cache(radix, [1, 1, 2, 2, 3, 3])
+    assert len(radix.pool.allocate(3)) == 3
+    assert (radix.num_blocks, radix.evicted_blocks) == (1, 2)
+    with pytest.raises(OutOfBlocksError):
+        radix.pool.allocate(2)
+    radix.check_invariants()
+
+
+def test_inside_of_a_run_what_left_a_window_goes_first():
+    pool = BlockPool(40, (None, 6))
+    radix, tokens = RadixTree(pool, 2), list(range(20))
+    table = BlockTable(pool, 2)
+    table.append(20)
+    radix.insert(tokens, table.blocks)
+    table.free()
+    assert radix.match_prefix([*tokens[:10], 99, 99]).num_blocks == 5  # parts here
+    assert radix.num_evictable == 20
+    assert radix.evict(1) >= 1
+    assert radix.evict(2) == 2
+    assert radix.match_prefix(tokens).num_blocks == 10
+    assert radix.match_prefix([*tokens[:10], 99, 99]).num_blocks == 5
+    assert radix.match_prefix([*tokens[:14], 99, 99]).num_blocks == 5  # its window is gone
+    radix.check_invariants()
+    again = BlockTable(pool, 2)
+    again.append(20)
+    radix.insert(tokens, again.blocks)
+    again.free()
+    assert radix.match_prefix([*tokens[:14], 99, 99]).num_blocks == 7  # and computed again
+    radix.check_invariants()
+    pool.check_invariants()
+    radix.evict(40)
+    assert (radix.num_blocks, pool.num_free) == (0, 40)
 
 
 def test_nothing_is_read_across_namespaces():
@@ -220,28 +210,6 @@ def test_nothing_is_read_across_namespaces():
     # Looking does not leave anything behind either.
     radix.match_prefix(secret, "carol")
     assert radix.evict(4) == 4
-    radix.check_invariants()
-
-
-def test_a_namespace_is_counted_and_evicted_by_itself():
-    radix = tree()
-    cache(radix, [1, 1, 2, 2], "alice")
-    cache(radix, [1, 1, 3, 3], "bob")
-    cache(radix, [1, 1, 4, 4, 5, 5], "alice")
-    cache(radix, [6, 6])
-    counts = {name: radix.num_blocks_of(name) for name in ("alice", "bob", None, "carol")}
-    assert counts == {"alice": 4, "bob": 2, None: 1, "carol": 0}
-    assert radix.evict_from("carol", 9) == 0
-    radix.lock(radix.match_prefix([1, 1, 2, 2], "alice").node)
-    assert radix.evict_from("alice", 1) == 1
-    radix.check_invariants()
-    assert radix.match_prefix([1, 1, 4, 4, 5, 5], "alice").blocks == [0, 5]
-    assert radix.evict_from("alice", 9) == 1
-    assert radix.match_prefix([1, 1, 2, 2], "alice").blocks == [0, 1]
-    assert radix.evict_from(None, 9) == 1
-    # The others' order is as it was, and they are evicted after that.
-    assert (radix.num_blocks_of("bob"), radix.evict(9)) == (2, 2)
-    assert (radix.num_blocks, radix.num_blocks_of("alice")) == (2, 2)
     radix.check_invariants()
 
 
@@ -279,13 +247,13 @@ def test_blocks_of_any_kind_are_the_same(kind):
     ("tokens", "blocks", "message"),
     [
         ([1, 2, 3, 4], [0], "at least 2 blocks, got 1"),
-        ([1, 2, 3, 4], [0, 5], "block 5 to have at least 1 holders, got 0"),
+        ([1, 2, 3, 4], [0, 5], "block 5 has 0"),
         ([1, 2, 3, 4], [0, 99], "got 99"),
         ([1, 2, 3, 4], [0, -1], "got -1"),
         ([1, 2, 3, 4], array("q", [0, 2**40]), "got 1099511627776"),
-        ([1, 2, 3, 4], [0, 1.0], "blocks to hold integers, got float64"),
-        ([1, 2, 3, 4], [0, 2**70], "got 1180591620717411303424"),
-        ([1, 2, 3, 4], np.zeros((2, 1), np.int32), "blocks to be one-dimensional"),
+        ([1, 2, 3, 4], [0, 1.0], "got float64"),
+        ([1, 2, 3, 4], [0, 2**70], "got object"),
+        ([1, 2, 3, 4], np.zeros((2, 1), np.int32), "got int32 of shape"),
         ([1, 2, 3, 2**31], [0, 1], "token ids to fit in 32 bits"),
         ([1, 2, 3, 4.5], [0, 1], "tokens to be integers"),
     ],
@@ -341,11 +309,10 @@ def test_what_is_evicted_takes_no_memory():
 def test_only_whole_blocks_are_evicted(count):
     radix = tree()
     cache(radix, [1, 1, 2, 2])
-    for evict in (radix.evict, lambda count: radix.evict_from(None, count)):
-        with pytest.raises(ValueError, match="expected num_blocks to be an integer"):
-            evict(count)
-        assert evict(-1) == 0
-        assert evict(np.uint8(0)) == 0
+    with pytest.raises(ValueError, match="expected num_blocks to be an integer"):
+        radix.evict(count)
+    assert radix.evict(-1) == 0
+    assert radix.evict(np.uint8(0)) == 0
     assert radix.num_blocks == 2
     assert radix.evict(np.uint8(1)) == 1
     radix.check_invariants()

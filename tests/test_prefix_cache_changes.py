@@ -1,10 +1,7 @@
 """Sequences that go on, resets, events and interrupts of the radix tree."""
 
-from contextlib import suppress
-
 import numpy as np
 import pytest
-from interrupts import interrupted
 from prefixes import cache, tree
 
 from pagedkv import BlockPool, RadixTree
@@ -13,25 +10,22 @@ from pagedkv import BlockPool, RadixTree
 def test_a_sequence_goes_on_from_its_end():
     radix = tree()
     first = cache(radix, [1, 1, 2, 2])
-    radix.lock(first.node)
     blocks = radix.pool.allocate(3)
     assert blocks == [2, 3, 4]
     second = radix.extend(first.node, [3, 3, 4, 4, 5], blocks[:2])
     assert second.blocks == [2, 3]
-    radix.lock(second.node)
-    radix.unlock(first.node)
     third = radix.extend(second.node, np.array([5, 5], np.int32), np.array(blocks[2:]))
     assert third.blocks == [4]
-    assert radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]) == ([0, 1, 2, 3, 4], third.node)
-    assert (radix.num_blocks, radix.num_evictable) == (5, 1)
+    match = radix.match_prefix([1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6])
+    assert (match.blocks, match.node) == ([0, 1, 2, 3, 4], third.node)
+    assert (radix.num_blocks, radix.num_evictable) == (5, 2)
     radix.check_invariants()
-    assert radix.extend(third.node.parent, [], []) == ([], second.node)
+    assert radix.extend(third.node.parent, [], []).node is second.node
 
 
 def test_going_on_where_somebody_else_did_keeps_the_blocks_of_the_tree():
     radix = tree()
     mine = cache(radix, [1, 1])
-    radix.lock(mine.node)
     cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
     blocks = radix.pool.allocate(3)
     assert blocks == [1, 5, 6]
@@ -47,49 +41,26 @@ def test_going_on_from_a_match_of_nothing_is_to_insert():
     nothing = radix.match_prefix([1, 1], "alice").node
     also = radix.match_prefix([1, 1], "alice").node
     assert radix.extend(nothing, [1, 1], radix.pool.allocate(1)).blocks == [0]
-    radix.lock(also)
     match = radix.extend(also, [1, 1, 2, 2], radix.pool.allocate(2))
     assert match.blocks == [0, 2]
-    radix.lock(match.node)
-    radix.unlock(also)
-    assert (radix.num_blocks_of("alice"), radix.num_evictable) == (2, 0)
+    assert (match.num_blocks, radix.num_blocks, radix.num_evictable) == (2, 2, 0)
     radix.check_invariants()
 
 
-def test_going_on_is_refused_from_what_may_be_evicted():
+def test_nothing_goes_on_from_what_was_evicted():
     radix = tree()
     match = cache(radix, [1, 1, 2, 2])
-    (block,) = radix.pool.allocate(1)
-    for blocks in (1, 1):
-        with pytest.raises(ValueError, match="expected a locked node"):
-            radix.extend(match.node, [3, 3], [block])
-        assert radix.evict(blocks) == blocks
+    assert radix.evict(2) == 2
+    assert radix.extend(match.node, [3, 3], radix.pool.allocate(1)).blocks == []
+    assert radix.num_blocks == 0
     radix.check_invariants()
-    assert radix.pool.reference_count(block) == 1
 
 
-def test_what_a_sequence_went_on_from_was_used_as_lately():
-    radix = tree()
-    match = cache(radix, [1, 1])
-    radix.lock(match.node)
-    cache(radix, [2, 2])
-    end = radix.extend(match.node, [3, 3], radix.pool.allocate(1)).node
-    cache(radix, [4, 4])
-    radix.lock(end)
-    radix.unlock(match.node)
-    radix.unlock(end)
-    radix.check_invariants()
-    assert radix.evict(1) == 1
-    assert radix.match_prefix([2, 2]).blocks == []
-
-
-def test_a_reset_forgets_what_is_not_locked_and_matches_nothing_of_the_rest():
+def test_a_reset_forgets_all_and_sequences_keep_what_they_hold():
     radix = tree()
     cache(radix, [1, 1, 2, 2, 3, 3])
     cache(radix, [4, 4], "alice")
     match = radix.match_prefix([1, 1, 2, 2])
-    radix.lock(match.node)
-    radix.lock(match.node)
     radix.pool.retain(match.blocks)
     assert radix.reset() == 2
     radix.check_invariants()
@@ -98,20 +69,11 @@ def test_a_reset_forgets_what_is_not_locked_and_matches_nothing_of_the_rest():
     assert radix.match_prefix([4, 4], "alice").blocks == []
     # Another run of the same tokens, beside what the sequence holds.
     (block,) = radix.pool.allocate(1)
-    assert radix.extend(match.node, [3, 3], [block]) == ([], match.node)
+    assert radix.extend(match.node, [3, 3], [block]).blocks == []
     again = radix.insert([1, 1, 3, 3], [block, *radix.pool.allocate(1)])
     assert radix.match_prefix([1, 1, 2, 2]).blocks == again.blocks[:1] == [block]
     assert radix.evict(9) == 0  # the caller holds both
-    assert radix.num_blocks == 0
-    radix.unlock(match.node)
-    assert [radix.pool.reference_count(b) for b in match.blocks] == [2, 2]
-    radix.unlock(match.node)
-    assert [radix.pool.reference_count(b) for b in match.blocks] == [1, 1]
     radix.pool.release(match.blocks)
-    with pytest.raises(ValueError, match="expected a locked node"):
-        radix.unlock(match.node)
-    radix.lock(match.node)  # a match that has gone keeps nothing
-    radix.unlock(match.node)
     assert radix.pool.num_free == 30
     radix.check_invariants()
     radix.pool.check_invariants()
@@ -120,16 +82,12 @@ def test_a_reset_forgets_what_is_not_locked_and_matches_nothing_of_the_rest():
 def test_a_sequence_without_a_match_goes_on_after_a_reset():
     radix = tree()
     nothing = radix.match_prefix([1, 1]).node
-    radix.lock(nothing)
     cache(radix, [2, 2])
     assert radix.reset() == 1
     match = radix.extend(nothing, [1, 1], radix.pool.allocate(1))
-    radix.lock(match.node)
-    radix.unlock(nothing)
     assert radix.match_prefix([1, 1]).blocks == match.blocks
     radix.check_invariants()
     assert (radix.evict(1), radix.reset(), radix.reset()) == (0, 0, 0)
-    radix.unlock(match.node)
     assert radix.pool.reference_count(match.blocks[0]) == 1
 
 
@@ -149,7 +107,6 @@ def test_events_tell_a_router_what_can_be_matched():
     cache(radix, [1, 1, 2, 2, 3], "alice")
     assert told() == [("stored", "alice", (0, 1), None, [1, 1, 2, 2])]
     cache(radix, [1, 1, 2, 2], "alice")
-    radix.lock(radix.match_prefix([1, 1], "alice").node)  # splits
     assert told() == []
     cache(radix, [1, 1, 4, 4, 5, 5], "alice")
     cache(radix, [6, 6])
@@ -161,10 +118,10 @@ def test_events_tell_a_router_what_can_be_matched():
         ("removed", "alice", (1,), None, None),
         ("removed", "alice", (4,), None, None),
     ]
-    assert radix.evict_from(None, 1) == 1
-    assert told() == [("removed", None, (3,), None, None)]
-    assert radix.reset() == 1
-    assert told() == [("removed", "alice", (2,), None, None), ("cleared", None, (), None, None)]
+    assert radix.evict(1) == 1
+    assert told() == [("removed", "alice", (2,), None, None)]
+    assert radix.reset() == 2
+    assert told() == [("cleared", None, (), None, None)]
     radix.on_event = None
     cache(radix, [1, 1])
     assert told() == []
@@ -184,7 +141,7 @@ def test_a_listener_that_raises_finds_the_change_complete():
         lambda: radix.insert([1, 1, 2, 2], blocks),
         lambda: radix.insert([3, 3], blocks[2:], "alice"),
         lambda: radix.pool.release(blocks) or radix.evict(1),
-        lambda: radix.evict_from("alice", 5),
+        lambda: radix.evict(5),
         lambda: radix.evict(5),
         lambda: radix.reset(),
     ):
@@ -199,59 +156,3 @@ def test_a_listener_that_raises_finds_the_change_complete():
         ("removed", 0, 8),
         ("cleared", 0, 8),
     ]
-
-
-def busy():
-    """Return a tree of 7 blocks, the first 2 of them locked, a match's end, and 2 blocks more."""
-    radix = tree(num_blocks=12)
-    cache(radix, [1, 1, 2, 2, 3, 3, 4, 4])
-    cache(radix, [1, 1, 2, 2, 5, 5])
-    cache(radix, [6, 6, 7, 7], "alice")
-    end = radix.match_prefix([1, 1, 2, 2]).node
-    radix.lock(end)
-    return radix, end, radix.pool.allocate(2)
-
-
-@pytest.mark.parametrize(
-    ("operation", "blocks"),
-    [
-        (lambda radix, end, new: radix.match_prefix([1, 1, 2, 2, 3, 3]), {7}),
-        (lambda radix, end, new: radix.insert([8, 8, 9, 9], new), {7, 9}),
-        (lambda radix, end, new: radix.insert([8, 8], new, "bob"), {7, 8}),
-        (lambda radix, end, new: radix.insert([6, 6, 8, 8], new, "alice"), {7, 8}),
-        (lambda radix, end, new: radix.extend(end, [8, 8, 9, 9], new), {7, 9}),
-        (lambda radix, end, new: radix.evict(4), {7, 5, 4, 3}),
-        (lambda radix, end, new: radix.evict_from("alice", 2), {7, 5}),
-        (lambda radix, end, new: radix.lock(radix.match_prefix([6, 6], "alice").node), {7}),
-        (lambda radix, end, new: radix.unlock(end), {7}),
-    ],
-)
-def test_an_interrupt_between_two_lines_loses_no_block(operation, blocks):
-    seen = set()
-    for (radix, _, new), _ in interrupted(busy, lambda state: operation(*state)):
-        radix.check_invariants()
-        radix.pool.check_invariants()
-        seen.add(radix.num_blocks)
-        radix.pool.release(new)
-        assert radix.pool.num_free == 12 - radix.num_blocks
-        # What an interrupt of lock and unlock leaves locked is not lost, and all else is evicted.
-        evictable = radix.num_evictable
-        assert radix.evict(12) == evictable
-        radix.check_invariants()
-        assert radix.pool.num_free == 12 - radix.num_blocks
-    assert seen == blocks
-
-
-def test_an_interrupted_reset_loses_no_block():
-    def reset(state):
-        state[0].reset()
-        state[0].unlock(state[1])
-
-    for (radix, end, new), done in interrupted(busy, reset):
-        radix.check_invariants()
-        assert not done or radix.num_blocks == 0
-        with suppress(ValueError):  # unlocked already
-            radix.unlock(end)
-        radix.evict(12)
-        radix.pool.release(new)
-        assert radix.pool.num_free == 12

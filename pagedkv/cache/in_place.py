@@ -131,7 +131,12 @@ class InPlace:
         self._move("write", layer, constants, [*rows, slots], (slots.size, 1))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks in every layer."""
+        """Copy blocks in every layer.
+
+        Waits for every access before: the copy must not be lost with one that fails. Sequences are
+        forked when their tokens are known, so that there is little to wait for.
+        """
+        self.wait()
         pairs = mx.array([*copies])
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             _, block_size, *key_part = keys.shape

@@ -16,16 +16,13 @@ from pagedkv.cache.step import Extension, ScheduledStep
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
-from pagedkv.host.frame_pool import FramePool
+from pagedkv.host.interrupts import Uninterrupted
 from pagedkv.host.schedule import Schedule
-from pagedkv.limits import id_below
 
 
 @dataclass(frozen=True)
 class MemoryUsage:
-    """Memory of the pools, in blocks and in bytes of K and V in all layers.
-
-    Where layers are in groups, frames are counted.
+    """Memory of the pools, in blocks and in bytes of K and V.
 
     Attributes
     ----------
@@ -34,7 +31,7 @@ class MemoryUsage:
     live_blocks : int
         Blocks in use.
     block_bytes : int
-        Bytes of one block in all layers.
+        Bytes of one block in the layers of its group.
     """
 
     allocated_blocks: int
@@ -81,9 +78,9 @@ class PagedKVCache(Pools):
         Of queries, new K and V, and outputs: float16, bfloat16 or float32.
     windows : sequence of int or None, optional
         For each layer, how many tokens a token sees, the last one itself; None for all. Layers are
-        grouped by window, and a group frees blocks as they leave it. `num_blocks` is then the
-        memory of that many whole blocks, see `Pools`. By default, `scores` gives the window with
-        each call.
+        grouped by window, and a group frees blocks as they leave it. The pool then has `num_blocks`
+        for each group, which any group may use. By default, `scores` gives the window with each
+        call.
     margin : int
         Tokens that a sequence can drop from its end at any time, whatever the windows.
     bits : int or tuple of (int or None, int or None), optional
@@ -93,8 +90,7 @@ class PagedKVCache(Pools):
     Attributes
     ----------
     pool : BlockPool
-        Bookkeeping of the blocks; a block has the same id in every layer. Where layers are in
-        groups, it is a `FramePool`.
+        Bookkeeping of the blocks. A block has the same id in every layer of its group.
 
     Raises
     ------
@@ -120,30 +116,18 @@ class PagedKVCache(Pools):
         super().__init__(
             num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, windows, bits
         )
-        groups = self.groups.windows
-        self.pool = BlockPool(self.num_blocks)
-        if len(groups) > 1:
-            self.pool = FramePool(self.num_blocks, groups, self.block_size, margin)
-        self._going_on: list[Batches] = []  # of the last steps, oldest first
+        self.pool = BlockPool(self.num_blocks, self.groups.windows, margin)
+        self.pool.use_block_size(self.block_size)
+        self._last: list[Batches] = []  # of the last steps, oldest first
         self._open: list[ReferenceType[Extension]] = []
 
     def memory_usage(self) -> MemoryUsage:
         """Return the blocks and bytes that are allocated, in use, and free."""
         return MemoryUsage(
-            allocated_blocks=self.pool.num_frames,
-            live_blocks=self.pool.num_frames - self.pool.num_free_frames,
+            allocated_blocks=self.pool.num_blocks,
+            live_blocks=self.pool.num_blocks - self.pool.num_free,
             block_bytes=self.block_bytes,
         )
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks of `pool` in every layer, as `Pools.copy_blocks`."""
-        if copies and len(self.groups.windows) > 1:
-            ids = [
-                [id_below(self.pool.num_blocks, x, "block ids") for x in pair] for pair in copies
-            ]
-            sources, targets = self.pool.places(np.array(ids).T).swapaxes(0, 1)
-            copies = list(zip(sources.ravel().tolist(), targets.ravel().tolist(), strict=True))
-        super().copy_blocks(copies)
 
     def new_table(self) -> BlockTable:
         """Return an empty sequence in this cache."""
@@ -186,17 +170,24 @@ class PagedKVCache(Pools):
         tables = list(tables)
         self._check_not_under_way(tables)
         batches = self._batches(tables)
-        reservation = None
+        rows, mark, before = batches.rows, self.mark(), self.pool.lens[batches.rows]
         try:
-            reservation = batches.rows.reserve(counts)
-            step = Extension(self, batches, reservation)
-            self.copy_blocks(step.copies)
-            self._open.append(ref(step))
-            self._keep(batches)
+            with Uninterrupted():
+                new, copies = batches.extend(counts)
+                if copies:
+                    try:
+                        self.copy_blocks(copies)
+                    except BaseException:
+                        self.pool.uncopy(rows, copies)
+                        raise
+                    self.pool.unref(np.array([source for source, _ in copies], np.int32))
+                step = Extension(self, batches, tables, new, copies, mark)
+                self._open.append(ref(step))
             return step
         except BaseException:
-            if reservation:
-                reservation.undo()
+            if (self.pool.lens[rows] > before).any():
+                for row, length in zip(rows.tolist(), before.tolist(), strict=True):
+                    self.pool.truncate(row, length)
             raise
 
     def step(self, schedule: Schedule, sampled: mx.array | None = None) -> ScheduledStep:
@@ -238,9 +229,7 @@ class PagedKVCache(Pools):
             _check_sampled(sampled, len(schedule.samples_before))
         rows = sorted(range(len(schedule.counts)), key=schedule.counts.__getitem__)
         batches = self._batches([schedule.tables[row] for row in rows])
-        batches.rows.follow()
         step = ScheduledStep(self, batches, schedule, rows, sampled)
-        self._keep(batches)
         self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
         return step
@@ -253,28 +242,30 @@ class PagedKVCache(Pools):
         ValueError
             If there is no table, one comes twice or is empty, or one is of another cache.
         """
-        tables = list(tables)
-        self._check_own(tables)
-        if any(not table.num_tokens for table in tables):
+        made = self._make_batches(list(tables))
+        if not self.pool.lens[made.rows].all():
             raise ValueError("expected sequences of at least one token, got an empty one")
-        return Batches(tables, self.num_blocks).next()
+        return made.next()
 
     def _batches(self, tables: list[BlockTable]) -> Batches:
-        """Return the `Batches` of a step: one of the last if the step continues it."""
-        for place, batches in enumerate(self._going_on):
-            if batches.rows.take_up(tables):
-                return self._going_on.pop(place)  # until it is up to date again
-        self._check_own(tables)
-        return Batches(tables, self.num_blocks)
+        """Return the `Batches` of tables: one of the last two; a prompt does not end the others."""
+        found = next((last for last in self._last if last.are_of(tables)), None)
+        if found is None:
+            found = self._make_batches(tables)
+        self._last = [*[last for last in self._last if last is not found][-1:], found]
+        return found
 
-    def _keep(self, batches: Batches) -> None:
-        """Let a step of the same sequences continue this one; a prompt does not end the others."""
-        batches.rows.let_go()
-        self._going_on = [*self._going_on[-1:], batches]
-
-    def _check_own(self, tables: list[BlockTable]) -> None:
-        if tables and (tables[0].pool, tables[0].block_size) != (self.pool, self.block_size):
+    def _make_batches(self, tables: list[BlockTable]) -> Batches:
+        """Return new `Batches`; ValueError unless tables are distinct and of this cache."""
+        if not tables:
+            raise ValueError("expected at least one table, got none")
+        pool, size = self.pool, self.block_size
+        if any(table.pool is not pool or table.block_size != size for table in tables):
             raise ValueError("expected tables of this cache")
+        rows = [table.held_row() for table in tables]
+        if len({*rows}) < len(rows):
+            raise ValueError("expected distinct tables, got one twice")
+        return Batches(pool, tables, np.array(rows, np.int64))
 
     def _check_not_under_way(self, tables: list[BlockTable]) -> None:
         """Raise PagedKVError if an open step extends one of the tables."""

@@ -28,7 +28,7 @@ class Pools:
     """K and V pools of all layers, [N, S, Hkv, D] each with Hkv and D of its layer, or quantized.
 
     Where layers are in groups (`Groups`), a layer of each group shares a pool with one of every
-    other group. Blocks are in frames of that pool, and any group may use any frame.
+    other group, and any group may use any block.
 
     The pools are allocated once, zeroed, on the default device, and written in place: on a GPU by
     kernels of ours, see `pagedkv.cache.in_place`, on a CPU by MLX, see `pagedkv.cache.donated`.
@@ -106,7 +106,7 @@ class Pools:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block in all layers, K and V; where layers are in groups, of a frame."""
+        """Bytes of a block: K and V in the layers of its group."""
         return sum(self.layer_bytes(slab) for slab in range(self.groups.num_slabs))
 
     def layer_bytes(self, layer: int) -> int:
@@ -171,10 +171,10 @@ class Pools:
                 f"expected {slots.slots.size} tokens, one a slot, "
                 f"got {keys.shape[0]} sequences of {keys.shape[2]}"
             )
-        group = self.slot_group(layer)
-        if slots.group != group:
-            of = "blocks" if slots.group is None else f"group {slots.group}"
-            raise ValueError(f"expected slots of group {group}, got those of {of}")
+        if slots.group not in (None, self._group_of[layer]):
+            raise ValueError(
+                f"expected slots of group {self._group_of[layer]}, got those of group {slots.group}"
+            )
         self._store.write(self._slabs[layer], (keys, values), slots.slots)
         if step:
             step.wrote(layer)
@@ -375,10 +375,6 @@ class Pools:
         """Return the group of a layer; 0 for what is none."""
         groups = self._group_of
         return groups[layer] if type(layer) is int and 0 <= layer < len(groups) else 0
-
-    def slot_group(self, layer: int) -> int | None:
-        """Return the `SlotMapping.group` of slots in a layer's pools."""
-        return self._group_of[layer] if len(self.groups.windows) > 1 else None
 
     def mark(self) -> object:
         """Return what `rewind` takes: the accesses so far."""

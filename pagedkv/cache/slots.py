@@ -38,8 +38,7 @@ class SlotMapping:
     num_blocks : int
         N, blocks in the pool that the slots index.
     group : int or None
-        The group of layers in whose frames these are; None for blocks, which are written where
-        all layers are in one group.
+        The group of layers whose blocks these are; None if that is not known.
     step : callable or None
         A weak reference to the step that made them, None if `from_slots` did.
     """

@@ -21,7 +21,7 @@ from pagedkv.cache.pools import Pools
 from pagedkv.cache.slots import SlotMapping
 from pagedkv.errors import PagedKVError
 from pagedkv.host.block_table import BlockTable
-from pagedkv.host.reservation import Reservation
+from pagedkv.host.interrupts import Uninterrupted
 from pagedkv.host.schedule import Schedule
 from pagedkv.limits import id_below
 
@@ -119,24 +119,25 @@ class Step:
     ----------
     batch : DecodeBatch
         The sequences with their new tokens.
+    tables : list of BlockTable
+        The sequences, read-only.
     is_even : bool
         Whether all have as many new tokens.
     """
 
-    def __init__(self, pools: Pools, batches: Batches, counts: Sequence[int]) -> None:
-        self.batch = batches.next()
-        self._seen = batches.rows.seen
+    def __init__(
+        self, pools: Pools, batches: Batches, tables: list[BlockTable], counts: NDArray[np.int64]
+    ) -> None:
+        self.batch, self.tables = batches.next(), tables
+        self._pool, self._rows = tables[0].pool, batches.rows
+        self._versions, self._changes = self._pool.versions[self._rows], self._pool.changes
         self._pools, self._counts = pools, counts
         self._slots: dict[int, SlotMapping] = {}  # by group of layers
         self._ref = ref(self)
         self._written: set[int] = set()  # layers
-        self.is_even = counts.count(counts[0]) == len(counts)
-        self._parts = [_Part(self.batch, counts[0], 0)] if self.is_even else []
-
-    @property
-    def tables(self) -> list[BlockTable]:
-        """The sequences, read-only."""
-        return self._seen.tables
+        first = int(counts[0])
+        self.is_even = len(counts) == 1 or bool((counts == first).all())
+        self._parts = [_Part(self.batch, first, 0)] if self.is_even else []
 
     @property
     def slots(self) -> SlotMapping:
@@ -152,15 +153,25 @@ class Step:
         group = group_of[id_below(len(group_of), layer, "a layer")]
         slots = self._slots.get(group)
         if slots is None:
-            size = self._pools.block_size
-            blocks, offsets = np.divmod(self._seen.last_slots(self._counts), size)
-            places = self._seen.tables[0].pool.places(blocks)[group]
-            made = mx.array(places * size + offsets.astype(np.int32))
-            slots = SlotMapping(
-                made, size, self._pools.num_blocks, self._pools.slot_group(layer), self._ref
-            )
+            size, lens, counts = self._pools.block_size, self.batch.lens, self._counts
+            positions, rows = lens - 1, self._rows
+            if not self.is_even or counts[0] > 1:
+                positions, rows = positions_of(lens - counts, counts), np.repeat(rows, counts)
+            blocks, offsets = np.divmod(positions, size)
+            ids = self._pool.ids[group, rows, blocks]
+            made = mx.array((ids * size + offsets).astype(np.int32))
+            slots = SlotMapping(made, size, self._pools.num_blocks, group, self._ref)
             self._slots[group] = slots
         return slots
+
+    def is_current(self) -> bool:
+        """Whether the sequences are as they were; in constant time while none changes."""
+        if self._pool.changes != self._changes:
+            versions, lens = self._pool.versions[self._rows], self._pool.lens[self._rows]
+            if (versions != self._versions).any() or (lens != self.batch.lens).any():
+                return False
+            self._changes = self._pool.changes
+        return True
 
     def attend(
         self,
@@ -206,7 +217,7 @@ class Step:
             If the step is over, or one of its sequences was changed elsewhere.
         """
         self._check_open()
-        if not self._seen.holds():
+        if not self.is_current():
             raise PagedKVError(f"expected {_UNCHANGED}")
         pools, slots, new = self._pools, self.slots_of, (keys, values)
         scores = pools.scores_of(layer, scores)
@@ -251,7 +262,7 @@ class Step:
         For layers without K and V of their own. They may come when the step was committed, as long
         as its sequences are as they were then. Parameters, returns and raises as `attend`.
         """
-        if not self._seen.holds():
+        if not self.is_current():
             raise PagedKVError(f"expected {_UNCHANGED}")
         options: dict[str, Any] = {"scale": scale, "path": path, "scores": scores}
         if self.is_even:
@@ -283,7 +294,7 @@ class Step:
         self._written.add(layer)
 
     def _check_packed(self, **arrays: mx.array) -> None:
-        total = sum(self._counts)
+        total = int(self._counts.sum())
         for name, array in arrays.items():
             if array.ndim != 4 or array.shape[::2] != (total, 1):
                 raise ValueError(
@@ -294,7 +305,7 @@ class Step:
     def _make_parts(self) -> list[_Part]:
         """Cut uneven sequences into runs of as many new tokens."""
         row = token = 0
-        for count, run in groupby(self._counts):
+        for count, run in groupby(self._counts.tolist()):
             rows = slice(row, row + len(list(run)))
             if count:
                 self._parts.append(_Part(self.batch.part(rows), count, token))
@@ -331,8 +342,8 @@ class ScheduledStep(Step):
         rows: list[int],
         sampled: mx.array | None,
     ) -> None:
-        counts = [schedule.counts[row] for row in rows]
-        super().__init__(pools, batches, counts)
+        counts = np.array(schedule.counts, np.int64)[rows]
+        super().__init__(pools, batches, [schedule.tables[row] for row in rows], counts)
         self._schedule = schedule
         self.request_ids = [schedule.request_ids[row] for row in rows]
         ends = np.cumsum(schedule.counts)
@@ -345,7 +356,7 @@ class ScheduledStep(Step):
             known = [*schedule.unknown]
             tokens[mx.array(places[known])] = sampled[mx.array([*schedule.unknown.values()])]
         before = self.batch.lens - counts
-        width = counts[0] if self.is_even else 1
+        width = int(counts[0]) if self.is_even else 1
         self.tokens = tokens.reshape(-1, width)
         self.positions = positions_of(before, counts)[::width].astype(np.int32)
         last = np.cumsum(counts) // width - 1
@@ -366,18 +377,22 @@ class Extension(Step):
         Blocks that were copied because they were shared: from which id, to which id.
     """
 
-    def __init__(self, pools: Pools, batches: Batches, reservation: Reservation) -> None:
-        self._mark = pools.mark()
-        super().__init__(pools, batches, reservation.counts)
-        self.copies = reservation.copies
-        self._reservation = reservation
-        self._over = ""
-        self._undoing = False
+    def __init__(
+        self,
+        pools: Pools,
+        batches: Batches,
+        tables: list[BlockTable],
+        counts: NDArray[np.int64],
+        copies: list[tuple[int, int]],
+        mark: object,
+    ) -> None:
+        super().__init__(pools, batches, tables, counts)
+        self.copies, self._mark, self._over = copies, mark, ""
 
     @property
     def is_open(self) -> bool:
         """Whether it is neither committed nor rolled back."""
-        return self._reservation.is_open
+        return not self._over
 
     def skip(self, layer: int) -> None:
         """Leave the new tokens out of a layer where no later token sees them.
@@ -404,11 +419,12 @@ class Extension(Step):
                 f"expected K and V in each of {self._pools.num_layers} layers before commit, got "
                 f"none in layers {missing}"
             )
-        self._reservation.commit()
-        self._over = "committed"
+        with Uninterrupted():
+            self._over = "committed"
+            self._pool.leave_windows(self._rows, self.batch.lens)
 
     def rollback(self) -> None:
-        """Restore pool, tables, and K and V of every sequence to before the step.
+        """Let every sequence go back to its length before the step.
 
         Raises
         ------
@@ -416,15 +432,18 @@ class Extension(Step):
             If the step is over; if one of its sequences was changed elsewhere, which ends the step
             and leaves the sequences as they are now; or, on a GPU, as `PagedKVCache.wait`, if an
             earlier step failed when it was evaluated, or this one did and others came after it.
-            Pool and tables are restored even then.
+            The sequences went back even then.
         """
         self._check_open()
-        if not self._undoing:  # again, after an interrupt
-            self._check_sequences()
-        self._undoing = True
-        self._reservation.undo()
-        self._over = "rolled back"
-        self._pools.rewind(self._mark)
+        self._check_sequences()
+        try:
+            with Uninterrupted():
+                self._over = "rolled back"
+                before = self.batch.lens - self._counts
+                for row, length in zip(self._rows.tolist(), before.tolist(), strict=True):
+                    self._pool.truncate(row, length)
+        finally:
+            self._pools.rewind(self._mark)
 
     def __enter__(self) -> Extension:
         self._check_open()
@@ -444,7 +463,7 @@ class Extension(Step):
         try:
             self.commit()
         except BaseException:
-            if self._reservation.is_open:
+            if not self._over:
                 self.rollback()
             raise
 
@@ -453,11 +472,7 @@ class Extension(Step):
             raise PagedKVError(f"expected a step under way, this one was {self._over}")
 
     def _check_sequences(self) -> None:
-        """Raise PagedKVError if a sequence was changed elsewhere, and drop all but its blocks.
-
-        What of the step's blocks is still the step's to undo is not known then.
-        """
-        if not self._seen.holds():
-            self._reservation.commit()
+        """Raise PagedKVError if a sequence was changed elsewhere, which ends the step."""
+        if not self.is_current():
             self._over = "given up"
             raise PagedKVError(f"expected {_UNCHANGED}: they stay as they are now")

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pagedkv.host.block_pool import BlockPool
+from pagedkv.host.block_pool import BlockPool, Ids
 from pagedkv.host.cache_event import CacheEvent, Listener
-from pagedkv.host.radix_node import (
-    TOKEN,
-    Cached,
-    Integers,
-    Origin,
-    PrefixMatch,
-    RadixNode,
-    whole_blocks,
-)
-from pagedkv.limits import count_of, integers, positive_int32
+from pagedkv.host.interrupts import Uninterrupted
+from pagedkv.host.radix_node import TOKEN, Integers, PrefixMatch, RadixNode, whole_blocks
+from pagedkv.limits import count_of
 
 _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
 
@@ -27,13 +22,12 @@ _Entry = tuple[int, int, RadixNode]  # when it was used, a serial number
 class RadixTree:
     """Finds the longest cached prefix of a prompt, in whole blocks, and evicts cold ones.
 
-    The tree holds its own reference to every block in it, until the tree is dropped. A hit adds
-    references to the matched blocks and copies nothing. Tokens are compared exactly. Edges are runs
-    of blocks, as in SGLang's RadixAttention; a comparison costs one `memcmp` per run.
+    The tree holds a reference to every block in it, until the tree is dropped. A hit copies
+    nothing. Tokens are compared exactly. Edges are runs of blocks, as in SGLang's RadixAttention; a
+    comparison costs one `memcmp` per run. What nothing but the tree holds is evicted when blocks
+    run out.
 
-    One thread at a time may use a tree and its pool. An exception at any point, including
-    KeyboardInterrupt, leaves the tree consistent; one inside `lock` or `unlock` may leave runs
-    locked.
+    One thread at a time may use a tree and its pool.
 
     Parameters
     ----------
@@ -43,7 +37,12 @@ class RadixTree:
         S, tokens in a block.
     on_event : callable
         Called with a `CacheEvent` after each complete change; may be set at any time. It must not
-        call the tree. Its exceptions reach the caller, and end a call that evicts.
+        call the tree. Its exceptions reach the caller; the change stays.
+
+    Attributes
+    ----------
+    evicted_blocks : int
+        Blocks that were freed since the beginning.
 
     Raises
     ------
@@ -53,44 +52,44 @@ class RadixTree:
 
     def __init__(self, pool: BlockPool, block_size: int, on_event: Listener | None = None) -> None:
         self.pool, self.on_event = pool, on_event
-        pool.remember()
-        self.block_size = positive_int32(block_size, "block_size")
+        pool.keeps_windows = True
+        self.block_size = pool.use_block_size(block_size)
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
-        self._held = pool.held_by(self)
-        self._held.ids = Cached(self._roots)
-        self._num_blocks = self._num_locked = self._resets = 0
-        self._clock = itertools.count(1)
+        self._in_tree = np.zeros(pool.num_blocks, bool)
+        self._resets = self.evicted_blocks = 0
+        self._clock, self._serial = itertools.count(1), itertools.count()
         # Leaves, least recently used first. What is out of date is put right when its turn comes.
-        self._line: list[_Entry] = []
-        self._aside: list[_Entry] = []  # what the last eviction left out, in no order
-        self._serial = itertools.count()
+        self._queue: list[_Entry] = []
+        roots, tree = self._roots, weakref.ref(self)
+
+        def reclaim(num_blocks: int) -> int:
+            own = tree()
+            return own.evict(num_blocks) if own else 0
+
+        def give_back() -> None:
+            if reclaim in pool.reclaimers:
+                pool.reclaimers.remove(reclaim)
+            _forget(roots, pool)
+
+        pool.reclaimers.append(reclaim)
+        pool.on_drop(self, give_back)
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the tree."""
-        return self._num_blocks
+        return int(self._in_tree.sum())
 
     @property
     def num_evictable(self) -> int:
-        """Blocks in the tree that are not locked."""
-        return self._num_blocks - self._num_locked
-
-    def num_blocks_of(self, namespace: Hashable) -> int:
-        """Return how many blocks of a namespace are in the tree, in time linear in its runs."""
-        return sum(len(node.blocks) for node in self._root(namespace).below())
-
-    def blocks(self) -> list[int]:
-        """Return the blocks that can be matched, in no order, in linear time."""
-        nodes = itertools.chain(*(root.below() for root in self._roots.values()))
-        return [block for node in nodes for block in node.blocks]
+        """Blocks that nothing but the tree holds; in linear time."""
+        return int(np.count_nonzero(self._in_tree & (self.pool.refs == 1)))
 
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
 
-        A run is split where a match ends inside it; `insert` and `extend` do that, too. No
-        reference is taken: add them (`BlockPool.retain`) and lock the node before anything is
-        evicted.
+        A run is split where a match ends inside it; `insert` and `extend` do that, too. The caller
+        has to take references (`BlockTable.adopt`) before blocks are next taken.
 
         Parameters
         ----------
@@ -102,8 +101,8 @@ class RadixTree:
         Returns
         -------
         PrefixMatch
-            Without blocks if nothing is cached. In a `FramePool` the match ends where the blocks
-            that the next token sees still have their frames.
+            Empty if nothing is cached. Where groups of layers have windows it ends where the next
+            token finds all that it sees.
 
         Raises
         ------
@@ -111,11 +110,13 @@ class RadixTree:
             If `tokens` are not 32-bit integers in one dimension.
         """
         root, key = self._root(namespace), whole_blocks(tokens, self.block_size)
-        match = self._walk(root, key)
-        count = self.pool.reusable(match.blocks)
-        return match if count == len(match.blocks) else self._walk(root, key[: count * self._width])
+        blocks, node = self._walk(root, key)
+        count = self._usable(blocks)
+        if count < blocks.shape[1]:
+            blocks, node = self._walk(root, key[: count * self._width])
+        return PrefixMatch(blocks, node)
 
-    def insert(self, tokens: Integers, blocks: Integers, namespace: Hashable = None) -> PrefixMatch:
+    def insert(self, tokens: Integers, blocks: Ids, namespace: Hashable = None) -> PrefixMatch:
         """Cache the whole blocks of `tokens`.
 
         Tokens that are cached already keep their blocks; the tree adds a reference to each of the
@@ -126,7 +127,8 @@ class RadixTree:
         tokens : sequence of int
             Token ids; those past the last whole block are left out.
         blocks : sequence of int
-            The blocks that hold them, in order, at least one for each whole block of tokens.
+            The blocks that hold them, in order, at least one for each whole block of tokens; of
+            several groups [G, n], see `BlockTable.blocks`.
         namespace : hashable
             As for `match_prefix`.
 
@@ -139,19 +141,17 @@ class RadixTree:
         ------
         ValueError
             If `tokens` are not 32-bit integers in one dimension, there are too few blocks, or one
-            of those to be added is unknown or free. Nothing is cached then.
+            is unknown or free. Nothing is cached then.
         """
         return self.extend(self._root(namespace), tokens, blocks)
 
-    def extend(self, node: RadixNode, tokens: Integers, blocks: Integers) -> PrefixMatch:
+    def extend(self, node: RadixNode, tokens: Integers, blocks: Ids) -> PrefixMatch:
         """Cache the whole blocks of `tokens` after a match, in time linear in these tokens.
-
-        The tokens before them count as used when the node is unlocked.
 
         Parameters
         ----------
         node : RadixNode
-            The end of the tokens before these: locked, or an empty match.
+            The end of the tokens before these, whose blocks the caller holds, or an empty match.
         tokens, blocks : sequence of int
             As for `insert`, without the tokens before them.
 
@@ -159,94 +159,52 @@ class RadixTree:
         -------
         PrefixMatch
             The whole blocks of `tokens` as the tree has them now. They are other blocks than the
-            caller's where the same tokens were cached before.
+            caller's where the same tokens were cached before. Empty if the node was evicted, or the
+            tree was reset since the match: nothing is cached then.
 
         Raises
         ------
         ValueError
-            As for `insert`, or if the node is not locked. Nothing is cached then.
+            As for `insert`. Nothing is cached then.
         """
+        key, held = whole_blocks(tokens, self.block_size), self.pool.by_group(blocks)
         if node.parent is None:
-            node = self._root(node.origin.namespace)
-        elif not node.locks:
-            raise ValueError("expected a locked node, got one that may have been evicted")
-        elif node.origin.resets != self._resets:
-            return PrefixMatch([], node)
-        key = whole_blocks(tokens, self.block_size)
+            node = self._root(node.namespace)
+        elif node.resets != self._resets or not node.blocks.shape[1]:
+            return PrefixMatch(held[:, :0], node)
         count = len(key) // self._width
-        if len(blocks) < count:
-            raise ValueError(f"expected at least {count} blocks, got {len(blocks)}")
-        match = self._walk(node, key)
-        cached, node = match
-        if len(cached) == count:
-            return match
-        added = blocks[len(cached) : count]
-        if not isinstance(added, list) or {*map(type, added)} != {int}:
-            added = integers(added, "blocks").tolist()
-        leaf = RadixNode(key[len(cached) * self._width :], added, node, node.origin)
-        leaf.used = node.used
-        total = self._num_blocks
-        try:
-            self._wait(leaf)
-            self._num_blocks = total + len(added)
-            self._attach(leaf)
-            self.pool.retain(added)  # last, since it is all or nothing
-        except BaseException:
-            self._detach(leaf)
-            self._num_blocks, leaf.blocks = total, []
-            raise
-        if self.on_event:
-            last, ids = node.blocks[-1] if node.blocks else None, np.frombuffer(leaf.key, TOKEN)
-            self.on_event(CacheEvent("stored", node.origin.namespace, tuple(added), last, ids))
-        return PrefixMatch(cached + added, leaf)
-
-    def lock(self, node: RadixNode) -> None:
-        """Keep a match from being evicted until `unlock` is called as often.
-
-        Visits the nodes up to the first that is locked already: a growing sequence locks its new
-        end, then unlocks the old one, in time that does not depend on its length.
-        """
-        path = [node]
-        while not path[-1].locks and path[-1].parent:
-            path.append(path[-1].parent)
-        for up in reversed(path):  # so that what an interrupt leaves locked is too much
-            size = 0 if up.locks else len(up.blocks)
-            up.locks, self._num_locked = up.locks + 1, self._num_locked + size
-
-    def unlock(self, node: RadixNode) -> None:
-        """Undo one `lock`.
-
-        Raises
-        ------
-        ValueError
-            If the node is not locked. Nothing has changed then.
-        """
-        if node.locks < 1:
-            raise ValueError("expected a locked node, got one without locks")
-        forgotten = node.origin.resets != self._resets
-        up: RadixNode | None = node
-        while up is not None:
-            if up.locks > 1:
-                up.locks -= 1
-                break
-            if forgotten:
-                self._let_go(up)
-                up.locks = 0
-            else:
-                if up.parent and up.parent.used < up.used:
-                    up.parent.used = up.used
-                if not up.children:
-                    self._wait(up)
-                up.locks, self._num_locked = 0, self._num_locked - len(up.blocks)
-            up = up.parent
+        if held.shape[1] < count:
+            raise ValueError(f"expected at least {count} blocks, got {held.shape[1]}")
+        held = held[:, :count]
+        with Uninterrupted():
+            cached, node = self._walk(node, key)
+            first = cached.shape[1]
+            if len(held) > 1:
+                cached = self._fill(node, cached, held[:, :first])
+            added = held[:, first:]
+            if first < count:
+                last = node
+                node = RadixNode(
+                    key[first * self._width :], added.copy(), last, last.namespace, self._resets
+                )
+                node.used = last.used
+                last.children[node.key[: self._width]] = node
+                if last.parent is None:
+                    self._roots[last.namespace] = last
+                self._hold(added[added >= 0])
+                self._enqueue(node)
+        if first < count and self.on_event:
+            before, own = last.blocks[0, -1:].tolist(), tuple(added[0].tolist())
+            ids = np.frombuffer(key, TOKEN)[first * self.block_size :]
+            parent = before[0] if before else None
+            self.on_event(CacheEvent("stored", node.namespace, own, parent, ids))
+        return PrefixMatch(np.concatenate([cached, added], axis=1), node)
 
     def evict(self, num_blocks: int) -> int:
         """Evict the least recently used prefixes, from their ends, until enough blocks are free.
 
-        A run is evicted after all runs that continue it, and never while it is locked. A lookup or
-        insertion marks all blocks on its path as used at once; they are evicted from the end. Two
-        ends never have the same last use. Blocks that a sequence still holds are evicted in turn,
-        too, but not counted.
+        Blocks that something besides the tree holds stay. Where groups of layers have windows, the
+        blocks that only a prompt parting inside of a run would need go first.
 
         Parameters
         ----------
@@ -256,152 +214,224 @@ class RadixTree:
         Returns
         -------
         int
-            Blocks that became free: `num_blocks`, or fewer if nothing more can be evicted.
+            Blocks that became free: `num_blocks` or more, or fewer if nothing more can be evicted.
 
         Raises
         ------
         ValueError
             If `num_blocks` is not an integer. Nothing has changed then.
         """
-        if self._aside:
-            self._arrange(self._line + self._aside, [])
-        num_blocks = count_of(max(num_blocks, 0), "num_blocks")
-        freed = self.pool.reclaim(num_blocks, asked_for=False)
-        freed += self._evict(num_blocks - freed)
-        return freed + self.pool.reclaim(num_blocks - freed, asked_for=True)
-
-    def evict_from(self, namespace: Hashable, num_blocks: int) -> int:
-        """Evict prefixes of one namespace as `evict` does, in time linear in the tree's leaves."""
-        line = self._line + self._aside
-        theirs = [entry for entry in line if entry[2].origin.namespace == namespace]
-        self._arrange(theirs, [entry for entry in line if entry[2].origin.namespace != namespace])
-        return self._evict(count_of(max(num_blocks, 0), "num_blocks"))
+        wanted = count_of(max(num_blocks, 0), "num_blocks")
+        freed = self._drop_windows(wanted, inside=True)
+        freed += self._evict(wanted - freed)
+        return freed + self._drop_windows(wanted - freed, inside=False)
 
     def reset(self) -> int:
         """Forget all prefixes, for example after the weights change: their K and V are wrong.
 
-        Locked prefixes are no longer matched or counted, and are dropped when they are unlocked:
-        sequences that hold them keep running, but `extend` caches nothing for them.
+        Sequences keep the blocks that they hold; `extend` caches nothing after an earlier match.
 
         Returns
         -------
         int
             Blocks that became free.
         """
-        self._arrange(self._line + self._aside, [])
-        freed = self._evict(self.pool.num_blocks + 1)  # all there is
-        self._roots, self._num_blocks, self._num_locked, self._resets = {}, 0, 0, self._resets + 1
-        self._held.ids = Cached(self._roots)
+        free = self.pool.num_free
+        with Uninterrupted():
+            _forget(self._roots, self.pool)
+            self._in_tree[:] = False
+            self._queue, self._resets = [], self._resets + 1
         if self.on_event:
             self.on_event(CacheEvent("cleared"))
-        return freed
+        return self.pool.num_free - free
 
     def check_invariants(self) -> None:
         """Raise AssertionError if an invariant does not hold; for tests, in linear time."""
-        seen, uses, locked = list[int](), list[int](), 0
-        # Its parent comes after a node that is wholly evicted.
-        line = {id(node if node.blocks else node.parent) for _, _, node in self._line + self._aside}
+        queued, seen = {id(node) for _, _, node in self._queue}, np.zeros_like(self._in_tree)
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
-        for node in itertools.chain(*(root.below() for root in self._roots.values())):
-            node.check_invariants(self._width)
-            if node.parent and not node.children and not node.locks:
-                assert id(node) in line, "a leaf is not in line"
-                uses.append(node.used)
-            assert self._roots[node.origin.namespace].origin is node.origin, "in a wrong namespace"
-            seen += node.blocks
-            locked += len(node.blocks) if node.locks else 0
-        assert len(seen) == len(set(seen)) == self._num_blocks, "a block is lost or twice in here"
-        assert len(uses) == len(set(uses)), "two leaves were used last at once"
-        assert locked == self._num_locked, "locked blocks are miscounted"
-        assert all(self.pool.reference_count(block) > 0 for block in seen), "a free block"
+        for node in self.nodes():
+            ids = node.blocks[node.blocks >= 0]
+            assert not seen[ids].any(), "a block is twice in the tree"
+            seen[ids] = True
+            assert node.resets == self._resets, "a node from before a reset"
+            assert node.is_queued == (id(node) in queued), "wrong about the queue"
+            if node.parent:
+                assert len(node.key) >= node.blocks.shape[1] * self._width > 0, "an empty run"
+                assert (node.blocks[0] >= 0).all(), "a run lacks blocks that all tokens see"
+                assert node.children or node.is_queued, "a leaf is not in the queue"
+            for first, child in node.children.items():
+                assert child.parent is node, "a child of another"
+                assert child.key.startswith(first), "a child under another's tokens"
+        assert (seen == self._in_tree).all(), "blocks of the tree are miscounted"
+        assert (self.pool.refs[seen] > 0).all(), "a free block in the tree"
 
-    def _arrange(self, line: list[_Entry], aside: list[_Entry]) -> None:
-        """Let `line` be evicted in its order, and nothing of `aside`."""
-        heapq.heapify(line)
-        self._line, self._aside = line, aside
-
-    def _evict(self, num_blocks: int) -> int:
-        freed = 0
-        while freed < num_blocks and self._line:
-            used, _, node = self._line[0]
-            if node.children or node.locks or not node.blocks:
-                if node.parent and not node.blocks:
-                    self._wait(node.parent)
-                heapq.heappop(self._line)[2].queued = False
-            elif node.used != used:
-                heapq.heapreplace(self._line, (node.used, next(self._serial), node))
-            else:
-                freed += self._trim(node, num_blocks - freed)
-        return freed
+    def nodes(self) -> Iterator[RadixNode]:
+        """Go through all runs."""
+        return itertools.chain(*(root.below() for root in list(self._roots.values())))
 
     def _root(self, namespace: Hashable) -> RadixNode:
         """Return where a namespace begins: in the tree, or a new one if nothing is cached."""
-        if root := self._roots.get(namespace):
-            return root
-        return RadixNode(b"", [], None, Origin(namespace, self._resets))
+        empty = np.empty((len(self.pool.windows), 0), np.int32)
+        return self._roots.get(namespace) or RadixNode(b"", empty, None, namespace, self._resets)
 
-    def _walk(self, node: RadixNode, key: bytes) -> PrefixMatch:
+    def _walk(self, node: RadixNode, key: bytes) -> tuple[NDArray[np.int32], RadixNode]:
         """Go down from `node` as far as `key` is cached, splitting the last node if need be."""
         position, now, width = 0, next(self._clock), self._width
-        blocks: list[int] = []
+        found = [self._root(None).blocks]
         node.used = now
         while child := node.children.get(key[position : position + width]):
-            size = len(child.blocks) * width
+            size = child.blocks.shape[1] * width
             if not key.startswith(child.key, position):
                 common = child.common_bytes(key, position, width)
                 if common < size:
-                    child, size = child.split(common, width), common
+                    with Uninterrupted():
+                        child, size = child.split(common, width), common
             node = child
             node.used = now
             position += size
-            blocks += node.blocks
-        return PrefixMatch(blocks, node)
+            found.append(node.blocks)
+        return (found[1] if len(found) == 2 else np.concatenate(found, axis=1)), node
 
-    def _wait(self, node: RadixNode) -> None:
-        """Put a node in line to be evicted if it is a leaf and not there yet."""
-        if node.parent and not (node.queued or node.children):
-            heapq.heappush(self._line, (node.used, next(self._serial), node))
-            node.queued = True
+    def _usable(self, blocks: NDArray[np.int32]) -> int:
+        """Return with how many blocks, [G, n], a sequence can begin: its windows are all there."""
+        counts = np.arange(blocks.shape[1] + 1)
+        possible = np.ones(len(counts), bool)
+        for window, own in zip(self.pool.windows, blocks, strict=True):
+            if window is not None:
+                # Up to each block, how many from the first on are gone.
+                gone = np.concatenate([[0], np.cumsum(own < 0)])
+                first = np.maximum(counts * self.block_size + 1 - window, 0) // self.block_size
+                possible &= gone == gone[first]
+        return int(np.flatnonzero(possible)[-1])
 
-    def _attach(self, leaf: RadixNode) -> None:
-        assert leaf.parent is not None
-        leaf.parent.children[leaf.key[: self._width]] = leaf
-        if leaf.parent.parent is None:
-            self._roots[leaf.origin.namespace] = leaf.parent
+    def _fill(
+        self, node: RadixNode, cached: NDArray[np.int32], own: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Take a sequence's blocks, [G, n], where the runs up to a node have lost theirs."""
+        if not ((cached < 0) & (own >= 0)).any():
+            return cached
+        end, up = cached.shape[1], node
+        while end > 0:
+            begin = end - up.blocks.shape[1]
+            given = own[:, max(begin, 0) : end]
+            held = up.blocks[:, -given.shape[1] :]
+            lacks = (held < 0) & (given >= 0)
+            up.blocks = up.blocks.copy()  # a run that was split shares its array
+            up.blocks[:, -given.shape[1] :][lacks] = given[lacks]
+            self._hold(given[lacks])
+            assert up.parent is not None
+            end, up = begin, up.parent
+        return np.where(cached < 0, own, cached)
 
-    def _detach(self, leaf: RadixNode) -> None:
-        assert leaf.parent is not None
-        leaf.parent.children.pop(leaf.key[: self._width], None)
-        if leaf.parent.parent is None and not leaf.parent.children:
-            self._roots.pop(leaf.origin.namespace, None)
+    def _hold(self, ids: NDArray[np.int32]) -> None:
+        self.pool.refs[ids] += 1
+        self._in_tree[ids] = True
 
-    def _let_go(self, node: RadixNode) -> None:
-        """Give back the blocks of a node that is forgotten."""
-        blocks = node.blocks
-        try:
-            node.blocks = []
-            self.pool.release(blocks)
-        except BaseException:
-            node.blocks = blocks
-            raise
+    def _let_go(self, ids: NDArray[np.int32]) -> None:
+        self._in_tree[ids[ids >= 0]] = False
+        self.pool.unref(ids)
 
-    def _trim(self, node: RadixNode, wanted: int) -> int:
-        """Forget up to `wanted` blocks from the end of a leaf, and return how many became free."""
-        kept = max(len(node.blocks) - wanted, 0)
-        dropped, total, free = node.blocks[kept:], self._num_blocks, self.pool.num_free
-        try:
-            self._num_blocks = total - len(dropped)
-            del node.blocks[kept:]
-            if not kept:
-                self._detach(node)
-            self.pool.release(dropped)  # last, since it is all or nothing
-        except BaseException:
-            self._num_blocks, node.blocks[kept:] = total, dropped
-            self._attach(node)
-            raise
-        if len(node.key) > 2 * kept * self._width:  # seldom: the cost of a copy is by what goes
-            node.key = node.key[: kept * self._width]
-        freed = self.pool.num_free - free
-        if self.on_event:
-            self.on_event(CacheEvent("removed", node.origin.namespace, tuple(dropped)))
+    def _enqueue(self, node: RadixNode) -> None:
+        """Put a leaf into the queue."""
+        if node.parent and not node.is_queued and not node.children:
+            heapq.heappush(self._queue, (node.used, next(self._serial), node))
+            node.is_queued = True
+
+    def _evict(self, wanted: int) -> int:
+        freed, now = 0, next(self._clock)
+        while freed < wanted and self._queue:
+            used, _, node = self._queue[0]
+            if node.children:
+                heapq.heappop(self._queue)[2].is_queued = False
+            elif node.used != used:
+                heapq.heapreplace(self._queue, (node.used, next(self._serial), node))
+            elif used <= now:
+                freed += self._trim(node, wanted - freed)
+            elif self._has_idle_run():
+                # All ends are in use, by sequences that hold other blocks for what is before them.
+                freed += self._trim(node, wanted - freed, in_use=True)
+            else:
+                break
         return freed
+
+    def _has_idle_run(self) -> bool:
+        """Whether nothing but the tree holds some block that all tokens see."""
+        idle = np.flatnonzero(self._in_tree & (self.pool.refs == 1))
+        sees_all = np.array([window is None for window in self.pool.windows])
+        return bool(sees_all[self.pool.group_of[idle]].any())
+
+    def _trim(self, leaf: RadixNode, wanted: int, *, in_use: bool = False) -> int:
+        """Evict blocks from the end of a leaf, `in_use` or not; return how many became free."""
+        most = -(-wanted // len(leaf.blocks))
+        tail = leaf.blocks[0, -most:]
+        count = len(tail)
+        if self.pool.refs[tail[-1]] > 1 and not in_use:
+            count = 0
+        elif count > 1 and not in_use:
+            held = np.flatnonzero(self.pool.refs[tail] > 1)
+            count -= int(held[-1]) + 1 if len(held) else 0
+        if not count:
+            leaf.used = next(self._clock)  # in use
+            return 0
+        kept, free = leaf.blocks.shape[1] - count, self.pool.num_free
+        dropped = leaf.blocks[:, kept:]
+        with Uninterrupted():
+            ids = dropped.T.ravel()
+            self._in_tree[ids[ids >= 0] if len(dropped) > 1 else ids] = False
+            self.pool.unref(ids)
+            leaf.blocks = leaf.blocks[:, :kept]
+            if 2 * kept * self._width < len(leaf.key):  # seldom: it costs a copy
+                first, leaf.key = leaf.key[: self._width], leaf.key[: kept * self._width]
+                leaf.blocks = leaf.blocks.copy()
+            if not kept:
+                parent = leaf.parent
+                assert parent is not None
+                del parent.children[first]
+                parent.used = max(parent.used, leaf.used)
+                heapq.heappop(self._queue)
+                leaf.is_queued = False
+                self._enqueue(parent)
+                if parent.parent is None and not parent.children:
+                    self._roots.pop(parent.namespace, None)
+        freed = self.pool.num_free - free
+        self.evicted_blocks += freed
+        if self.on_event:
+            self.on_event(CacheEvent("removed", leaf.namespace, tuple(dropped[0].tolist())))
+        return freed
+
+    def _drop_windows(self, wanted: int, *, inside: bool) -> int:
+        """Drop blocks of groups with windows, of least recently used runs first.
+
+        A 64th of the pool at once: it looks at every run. `inside`: only what no prompt needs that
+        parts at the end of a run.
+        """
+        if len(self.pool.windows) == 1 or wanted <= 0:
+            return 0
+        wanted, free = max(wanted, self.pool.num_blocks // 64), self.pool.num_free
+        for node in sorted(self.nodes(), key=lambda node: node.used):
+            count = node.blocks.shape[1]
+            for group, window in enumerate(self.pool.windows):
+                if window is None or not count:
+                    continue
+                # What the end of the run sees, wherever in the prompt that is.
+                first = max(count - -(-(window - 1) // self.block_size), 0) if inside else count
+                own = node.blocks[group, :first]
+                idle = (own >= 0) & (self.pool.refs[own] == 1)
+                if idle.any():
+                    with Uninterrupted():
+                        node.blocks = node.blocks.copy()
+                        node.blocks[group, :first][idle] = -1
+                        self._let_go(own[idle])
+            if self.pool.num_free - free >= wanted:
+                break
+        freed = self.pool.num_free - free
+        self.evicted_blocks += freed
+        return freed
+
+
+def _forget(roots: dict[Hashable, RadixNode], pool: BlockPool) -> None:
+    """Give back all blocks of a tree."""
+    for root in roots.values():
+        for node in root.below():
+            pool.unref(node.blocks.ravel())
+    roots.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,29 +24,46 @@ def whole_blocks(tokens: Integers, block_size: int) -> bytes:
     return ids[: ids.size // block_size * block_size].tobytes()
 
 
-class Origin(NamedTuple):
-    """What a node has in common with all that hangs together with it."""
-
-    namespace: Hashable
-    resets: int  # of the tree, before this was cached
-
-
 class RadixNode:
-    """A run of blocks that every prefix through it shares. Opaque: for `lock` and `unlock`."""
+    """A run of blocks that every prefix through it shares.
 
-    __slots__ = ("blocks", "children", "key", "locks", "origin", "parent", "queued", "used")
+    Attributes
+    ----------
+    key : bytes
+        The tokens of the run, whole blocks.
+    blocks : ndarray
+        Block ids by group of layers, int32, shape [G, n].
+    parent : RadixNode or None
+        None at the root of a namespace, which has no tokens.
+    children : dict
+        By the tokens of their first block.
+    namespace : hashable
+        Namespace of the prefix.
+    resets : int
+        Resets of the tree before this was cached.
+    used : int
+        When it was last looked up.
+    is_queued : bool
+        Whether it is in the queue of leaves.
+    """
+
+    __slots__ = (
+        *("blocks", "children", "is_queued", "key", "namespace", "parent", "resets", "used"),
+    )
 
     def __init__(
-        self, key: bytes, blocks: list[int], parent: RadixNode | None, origin: Origin
+        self,
+        key: bytes,
+        blocks: NDArray[np.int32],
+        parent: RadixNode | None,
+        namespace: Hashable,
+        resets: int,
     ) -> None:
-        self.key = key  # the tokens of the run, whole blocks; more of them while it is evicted
-        self.blocks = blocks
-        self.parent = parent  # None where a namespace begins: there are no tokens, no blocks
-        self.origin = origin
-        self.children: dict[bytes, RadixNode] = {}  # by the tokens of their first block
-        self.locks = 0  # locks on this run, and one more for each child that has some
-        self.used = 0  # when it was last looked up
-        self.queued = False  # whether it waits in line to be evicted
+        self.key, self.blocks, self.parent = key, blocks, parent
+        self.namespace, self.resets = namespace, resets
+        self.children: dict[bytes, RadixNode] = {}
+        self.used = 0
+        self.is_queued = False
 
     def below(self) -> Iterator[RadixNode]:
         """Go through the node and all below it."""
@@ -56,27 +73,8 @@ class RadixNode:
             stack += node.children.values()
             yield node
 
-    def up_to(self) -> list[int]:
-        """Return the blocks from the beginning of the prompt to the end of the run."""
-        runs: list[list[int]] = []
-        node: RadixNode | None = self
-        while node is not None:
-            runs.append(node.blocks)
-            node = node.parent
-        return [block for run in reversed(runs) for block in run]
-
-    def check_invariants(self, width: int) -> None:
-        """Raise AssertionError if the node, or what is right below it, is broken."""
-        assert len(self.key) >= len(self.blocks) * width, "blocks without tokens"
-        assert bool(self.blocks) == (self.parent is not None), "an empty node"
-        assert self.locks >= sum(child.locks > 0 for child in self.children.values())
-        for first, child in self.children.items():
-            assert child.parent is self, "a child of another"
-            assert child.key.startswith(first), "a child under another's tokens"
-            assert self.locks or child.used <= self.used, "used later than its parent"
-
     def common_bytes(self, key: bytes, start: int, width: int) -> int:
-        """How much of the run lies in `key` at `start`, in whole blocks of `width` bytes."""
+        """Return how much of the run is in `key` at `start`, in whole blocks of `width` bytes."""
         count = min(len(self.key), len(key) - start) // TOKEN.itemsize
         differ = np.frombuffer(self.key, TOKEN, count) != np.frombuffer(key, TOKEN, count, start)
         same = int(differ.argmax()) if differ.any() else count
@@ -85,41 +83,42 @@ class RadixNode:
     def split(self, at: int, width: int) -> RadixNode:
         """Put the first `at` bytes into a new node above this one, and return that.
 
-        This node goes on ending where it ended, with the locks that were on that end.
+        This node keeps its end.
         """
         assert self.parent is not None
-        first, key, blocks = self.key[:width], self.key[at:], at // width
-        upper = RadixNode(self.key[:at], self.blocks[:blocks], self.parent, self.origin)
-        upper.locks, upper.used = int(self.locks > 0), self.used
-        upper.children[key[:width]] = self
-        rest = self.blocks[blocks:]
-        # One statement: nothing is there twice or not at all.
-        self.parent.children[first], self.key, self.blocks, self.parent = upper, key, rest, upper
+        blocks, first = at // width, self.key[:width]
+        upper = RadixNode(
+            self.key[:at], self.blocks[:, :blocks], self.parent, self.namespace, self.resets
+        )
+        upper.used = self.used
+        upper.children[self.key[at : at + width]] = self
+        self.parent.children[first] = upper
+        self.key, self.blocks, self.parent = self.key[at:], self.blocks[:, blocks:], upper
         return upper
 
 
-class Cached:
-    """Blocks of a tree's runs, for the time after the tree; see `Held`."""
-
-    def __init__(self, roots: dict[Hashable, RadixNode]) -> None:
-        self._roots = roots
-
-    def __getitem__(self, part: slice, /) -> list[int]:
-        """Return some of them, in no order."""
-        nodes = [node for root in self._roots.values() for node in root.below()]
-        return [block for node in nodes for block in node.blocks][part]
-
-
-class PrefixMatch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PrefixMatch:
     """A cached prefix.
 
     Attributes
     ----------
-    blocks : list of int
-        Its blocks, in the order of the tokens: the first len(blocks) * S of them.
+    ids : ndarray
+        Ids of its blocks by group of layers, in the order of the tokens, int32, shape [G, n].
     node : RadixNode
         Where it ends in the tree.
     """
 
-    blocks: list[int]
+    ids: NDArray[np.int32]
     node: RadixNode
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of it in a group that sees all tokens: n."""
+        return int(self.ids.shape[1])
+
+    @property
+    def blocks(self) -> list[int]:
+        """Ids of its blocks in the first group of layers."""
+        ids: list[int] = self.ids[0].tolist()
+        return ids

@@ -28,18 +28,18 @@ class Sequence:
     order : tuple of int
         The smallest comes first.
     namespace, shares : hashable, bool
-        With whom it shares cached prefixes, if it does.
+        Namespace of its cached prefixes, and whether it uses them.
     table : BlockTable
-        What of it is in blocks.
-    running : bool
-        Whether it runs; else it waits, and has no blocks.
-    prefilling : bool
-        Whether it runs and a token before the last is not in blocks yet.
+        Its blocks; without tokens while it waits.
+    is_running : bool
+        Whether it runs; otherwise it waits.
+    is_prefilling : bool
+        Whether it runs, and a token before its last is not computed yet.
     node : RadixNode or None
-        Its prefix in the tree, locked; None if it waits or does not share.
-    shared : int
+        The end of its cached prefix in the tree; None if it waits or does not share.
+    num_shared : int
         Blocks of the table up to `node`: the tree's.
-    dropped : bool
+    is_dropped : bool
         Whether its request has ended.
     """
 
@@ -51,16 +51,11 @@ class Sequence:
     namespace: Hashable
     shares: bool
     table: BlockTable
-    running: bool = False
-    prefilling: bool = False
+    is_running: bool = False
+    is_prefilling: bool = False
     node: RadixNode | None = None
-    shared: int = 0
-    dropped: bool = False
-
-    @property
-    def missing(self) -> int:
-        """Tokens that are not in blocks yet."""
-        return len(self.tokens) - self.table.num_tokens
+    num_shared: int = 0
+    is_dropped: bool = False
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order

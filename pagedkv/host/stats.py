@@ -13,18 +13,16 @@ class Stats:
     ----------
     blocks_allocated, blocks_live, blocks_cached, blocks_free : int
         All blocks; those that sequences hold; those that only the prefix cache holds; the rest.
-        Where layers are in groups these are frames.
     block_bytes : int
-        Bytes of a block in all layers, or of a frame in the layers of a group; 0 if the scheduler
-        was not given it.
+        Bytes of a block in the layers of its group; 0 if the scheduler was not given it.
     waiting, running : int
         Requests.
     prompt_tokens, hit_tokens : int
         Tokens of admitted sequences since the start, and how many of them were cached.
     preemptions, evicted_blocks : int
         Since the start.
-    group_frames : tuple of int
-        Frames that each group of layers has.
+    group_blocks : tuple of int
+        Blocks in use in each group of layers.
     """
 
     blocks_allocated: int
@@ -38,7 +36,7 @@ class Stats:
     hit_tokens: int
     preemptions: int
     evicted_blocks: int
-    group_frames: tuple[int, ...] = ()
+    group_blocks: tuple[int, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -82,9 +80,9 @@ def render_prometheus(stats: Stats, prefix: str = "pagedkv") -> str:
 
     metric("blocks", "gauge", "Blocks of the pool by state.", blocks)
     metric("block_bytes", "gauge", "Bytes of the pool's blocks by state.", size)
-    if len(stats.group_frames) > 1:
-        frames = {str(group): count for group, count in enumerate(stats.group_frames)}
-        metric("group_frames", "gauge", "Frames by group of layers.", frames, "group")
+    if len(stats.group_blocks) > 1:
+        groups = {str(group): count for group, count in enumerate(stats.group_blocks)}
+        metric("group_blocks", "gauge", "Blocks by group of layers.", groups, "group")
     metric("requests", "gauge", "Requests by state.", requests)
     for name, value, description in (
         ("prompt_tokens", stats.prompt_tokens, "Tokens of admitted sequences."),

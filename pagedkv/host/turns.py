@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
+from pagedkv.host.interrupts import Uninterrupted
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 _RLock: Any = type(threading.RLock())
 
@@ -18,12 +20,23 @@ class Locked(Protocol):
     lock: AbstractContextManager[Any]
 
 
-def one_at_a_time(method: Method) -> Method:
+def synchronized(method: Method) -> Method:
     """Let a method wait for those of the same object that other threads have called."""
 
     @wraps(method)
     def alone(self: Locked, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
+def uninterrupted(method: Method) -> Method:
+    """Like `synchronized`; an interrupt that comes during the method is raised after it."""
+
+    @wraps(method)
+    def alone(self: Locked, *args: Any, **kwargs: Any) -> Any:
+        with self.lock, Uninterrupted():
             return method(self, *args, **kwargs)
 
     return cast(Method, alone)

@@ -39,7 +39,7 @@ class Admission:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._generators: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
-        memory.givers.append(self._give_up)
+        memory.kv.pool.reclaimers.append(self._give_up)
 
     def check(
         self, prompt_tokens: int, max_tokens: int, chunk: int = CHUNK, drafted: int = 0
@@ -69,7 +69,7 @@ class Admission:
         drafted = count_of(drafted, "drafted")
         most = _at_once(prompt_tokens, positive_int32(chunk, "chunk"), drafted)
         blocks, at_once = (blocks_needed(n, kv.block_size) for n in (tokens + drafted, most))
-        if kv.pool.frames_needed(blocks, at_once) > kv.pool.num_frames:
+        if kv.pool.blocks_held(blocks, at_once) > kv.pool.num_blocks:
             longest = max(0, self._longest(at_once) - drafted)
             raise ValueError(
                 f"expected prompt and answer of {longest} tokens at most, the whole paged "
@@ -81,7 +81,9 @@ class Admission:
         kv = self._memory.kv
         sizes = range(kv.pool.num_blocks + 1)
         fitting = bisect_right(
-            sizes, kv.pool.num_frames, key=lambda size: kv.pool.frames_needed(size, at_once)
+            sizes,
+            kv.pool.num_blocks,
+            key=lambda size: kv.pool.blocks_held(size, at_once),
         )
         return (fitting - 1) * kv.block_size
 
@@ -106,7 +108,7 @@ class Admission:
 
     def shortage(self, generator: BatchGenerator) -> OutOfBlocksError:
         """Return what to raise if the first that waits may not begin, and nothing will end."""
-        return OutOfBlocksError(self._count(generator, 1)[1], self._memory.kv.pool.num_frames)
+        return OutOfBlocksError(self._count(generator, 1)[1], self._memory.kv.pool.num_blocks)
 
     def _count(self, generator: BatchGenerator, count: int) -> tuple[int, int]:
         """Return how many may begin, and the blocks that it would take with one more."""
@@ -137,12 +139,12 @@ class Admission:
                 for table in other.tables
             ]
             needed = self._needed([*entries, *others])
-            if needed > memory.kv.pool.num_frames:
+            if needed > memory.kv.pool.num_blocks:
                 return place, needed
         return count, needed
 
     def _needed(self, entries: list[_Entry]) -> int:
-        """Return the most frames that sequences will hold at once.
+        """Return the most blocks that sequences will hold at once.
 
         What they share of layers that see everything counts once.
         """
@@ -152,18 +154,19 @@ class Admission:
         holders = np.bincount(held, minlength=kv.pool.num_blocks)
         more, copied = 0, set()
         for table, tokens, _ in entries:
-            more += blocks_needed(tokens, kv.block_size) - len(table.ids)
-            if table.num_tokens % kv.block_size and holders[table.ids[-1]] > 1:
+            own = table.block_ids
+            more += blocks_needed(tokens, kv.block_size) - len(own)
+            if table.num_tokens % kv.block_size and holders[own[-1]] > 1:
                 more += 1  # its last block is copied, while others hold it
-                copied.add(table.ids[-1])
+                copied.add(int(own[-1]))
         blocks = int(np.count_nonzero(holders)) + more
         # What is copied is there beside the copies, which are counted with their sequences.
         counts = [(tokens, at_once) for _, tokens, at_once in entries] + [(1, 1)] * len(copied)
-        windows = 0
+        windows, whole = 0, kv.groups.windows.count(None)
         for tokens, at_once in counts:
             size, most = (blocks_needed(count, kv.block_size) for count in (tokens, at_once))
-            windows += kv.pool.frames_needed(size, most) - kv.pool.frames_seeing_all(size)
-        return kv.pool.frames_seeing_all(blocks) + windows
+            windows += kv.pool.blocks_held(size, most) - whole * size
+        return whole * blocks + windows
 
     def _give_up(self, count: int) -> bool:
         """Take the cached prefix from the last one that waits with any: it is computed again."""

@@ -16,7 +16,8 @@ from pagedkv.attention.codes import take
 from pagedkv.attention.scores import ScoreOptions
 from pagedkv.cache.step import Extension
 from pagedkv.errors import PagedKVError
-from pagedkv.host.turns import FairLock, one_at_a_time
+from pagedkv.host.block_pool import GONE
+from pagedkv.host.turns import FairLock, synchronized
 from pagedkv.mlx_lm.files import fingerprint
 from pagedkv.mlx_lm.probe import LayerShape
 from pagedkv.mlx_lm.routing import Routed
@@ -225,7 +226,7 @@ class PagedLayer(ShapedLayer):
         """The lock of the store."""
         return self.sequences.lock
 
-    @one_at_a_time
+    @synchronized
     def unpaged(self) -> KVCache | RotatingKVCache:
         """Return a copy of a single sequence's tokens in a cache of mlx-lm's own.
 
@@ -318,9 +319,9 @@ class PagedLayer(ShapedLayer):
     def nbytes(self) -> int:
         """Bytes of this layer in the blocks that the sequences hold, a shared one counted once."""
         kv = self.sequences.kv
-        ids = {block for table in self.sequences.tables for block in table.ids}
-        frames = kv.pool.num_places(ids, kv.group_of(self.layer))
-        return frames * kv.layer_bytes(self.layer)
+        group = kv.group_of(self.layer)
+        ids = {block for table in self.sequences.tables for block in table.blocks[group].tolist()}
+        return len(ids - {GONE}) * kv.layer_bytes(self.layer)
 
     def size(self) -> int:
         """Return the tokens of the longest sequence."""

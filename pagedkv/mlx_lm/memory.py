@@ -107,11 +107,8 @@ class Memory:
         run while the pool is being changed. An interrupted call is made again.
     live : WeakSet
         The `Sequences` that hold blocks of it and are still referenced.
-    givers : list of callable
-        Called in turn with a number of blocks when too few are free; each returns whether it freed
-        anything. At first only the cached prefixes are there.
     peak : int
-        The most blocks held at once; frames where layers are in groups.
+        The most blocks held at once.
     lock : FairLock
         Its owner may read and change everything here, and evaluate what it computes with the pools.
 
@@ -142,7 +139,6 @@ class Memory:
         self.tree = RadixTree(self.kv.pool, self.kv.block_size)
         self.endings: deque[Callable[[], None]] = deque()
         self.live: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.givers: list[Callable[[int], int]] = [self.tree.evict]
         self.peak = 0
         self.is_open = True
         self.lock = FairLock()
@@ -217,23 +213,16 @@ class Memory:
         raise ValueError("expected a prompt cache of this model, got one of another model's store")
 
     def extend(self, tables: list[BlockTable], counts: list[int]) -> Extension:
-        """Begin a step, see `PagedKVCache.extend`; the `givers` free blocks for it."""
+        """Begin a step, see `PagedKVCache.extend`."""
         self.check_open()
-        searched = False
-        while True:
-            try:
-                step = self.kv.extend(tables, counts)
-                pool = self.kv.pool
-                self.peak = max(self.peak, pool.num_frames - pool.num_free_frames)
-                return step
-            except OutOfBlocksError as error:
-                missing = error.needed - error.free
-                if not any(give(missing) for give in self.givers):
-                    if searched:
-                        raise
-                    gc.collect()  # caches in a circle
-                    searched = True
-                self.collect()
+        try:
+            step = self.kv.extend(tables, counts)
+        except OutOfBlocksError:
+            gc.collect()  # caches in a circle
+            self.collect()
+            step = self.kv.extend(tables, counts)
+        self.peak = max(self.peak, self.kv.pool.num_blocks - self.kv.pool.num_free)
+        return step
 
     def collect(self) -> None:
         """End generations that the caller dropped, and free the blocks of dropped caches.
@@ -266,17 +255,15 @@ class Memory:
         if not self.is_whole:
             return 0
         held: Any = integers(tokens, "tokens")[: table.num_tokens] if len(tokens) else []
-        blocks, _ = self.tree.insert(held, table.ids.tolist(), namespace)
-        if not self.kv.pool.is_all_there(np.array(blocks, np.int32)):
-            # The tree has had these tokens for longer, and lost what has left its windows.
-            with suppress(ValueError):  # a fork sees them, too
-                table.share(0, blocks)
-        return len(blocks) * self.kv.block_size
+        match = self.tree.insert(held, table.blocks, namespace)
+        self.kv.pool.share(table.row, 0, match.ids)
+        return match.num_blocks * self.kv.block_size
 
     def close(self) -> None:
         """Free the pools' memory; can be called again after an interrupt."""
         self.is_open = False
-        self.givers.clear()
+        if "kv" in vars(self):
+            self.kv.pool.reclaimers.clear()
         for sequences in list(self.live):
             sequences.step = None  # of a pass that never ended
         for name in ("kv", "tree"):

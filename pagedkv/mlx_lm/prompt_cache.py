@@ -224,7 +224,7 @@ class PromptCache(list[Any], RoutedPrompt):
         """
         self._ending = None
         [table] = sequences.tables
-        if not sequences.memory.is_open or not table.pool.is_held(table.held):
+        if not sequences.memory.is_open or not table.is_in_use:
             return
         sequences.end()
         if held is None or sequences.trims != self._trims:

@@ -14,8 +14,8 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.cache.kv_cache import PagedKVCache
 from pagedkv.cache.step import Extension, positions_of
 from pagedkv.errors import PagedKVError
-from pagedkv.host.block_table import BlockTable, blocks_needed
-from pagedkv.host.turns import FairLock, one_at_a_time
+from pagedkv.host.block_table import BlockTable
+from pagedkv.host.turns import FairLock, synchronized
 from pagedkv.mlx_lm.memory import MARGIN, Memory
 
 
@@ -49,7 +49,7 @@ class Sequences:
         For each sequence the first token that every layer has; earlier ones may be missing in
         layers with windows.
     is_spare : bool
-        Whether one of the memory's `givers` will give them up; set by the code that adds it.
+        Whether one of the pool's `reclaimers` will drop them; set by the code that adds it.
     """
 
     def __init__(self, memory: Memory, tables: list[BlockTable], *, is_batch: bool = False) -> None:
@@ -235,7 +235,7 @@ class Sequences:
         self.changed()
         self.lengths, self._passed = (None if lengths is None else list(lengths)), 0
 
-    @one_at_a_time
+    @synchronized
     def trim(self, count: int) -> int:
         """Drop tokens from the end of each sequence; return how many.
 
@@ -261,19 +261,17 @@ class Sequences:
         longest = max([window for window in self.kv.groups.windows if window], default=1)
         for table, begins in zip(self.tables, self.begins, strict=True):
             kept = max(table.num_tokens - count, 0)
-            ids = table.block_ids[: blocks_needed(kept, table.block_size)]
             # After that many tokens nothing is seen of what is missing.
             lacks = begins and 0 < kept < begins + longest - 1
-            if lacks or not table.pool.holds_seen(ids, kept):
+            if lacks or not table.sees_all(kept):
                 return False
         return True
 
     def is_all_there(self) -> bool:
         """Whether no block has left a window: any number of tokens can be dropped."""
-        tables = self.tables
-        return not any(self.begins) and all(t.pool.is_all_there(t.block_ids) for t in tables)
+        return not any(self.begins) and all((table.blocks >= 0).all() for table in self.tables)
 
-    @one_at_a_time
+    @synchronized
     def fork(self, rows: Sequence[int], *, is_batch: bool = False) -> Sequences:
         """Return a fork of some of the sequences: nothing is copied."""
         self.end()
@@ -282,7 +280,7 @@ class Sequences:
         fork.begins = [self.begins[row] for row in rows]
         return fork
 
-    @one_at_a_time
+    @synchronized
     def filter(self, rows: Sequence[int]) -> None:
         """Keep some of the sequences."""
         self.changed()
@@ -297,7 +295,7 @@ class Sequences:
             self.tables[:], self.begins, self.lengths = before
             raise
 
-    @one_at_a_time
+    @synchronized
     def extend(self, other: Sequences) -> None:
         """Take over the sequences of another batch of the same store."""
         if other.memory is not self.memory:

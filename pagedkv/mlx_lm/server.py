@@ -212,7 +212,7 @@ class Provider(server.ModelProvider):
             self.reset()  # or the next request would be served without a store
             raise
         if self.caches is not None:
-            store.memory.givers.insert(0, self.caches.give_up)
+            store.memory.kv.pool.reclaimers.insert(0, self.caches.give_up)
             # Caches of a draft model would be missing in what the tree finds.
             self.caches.store = store if self.draft_model is None else None
         stats = store.stats()

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from pagedkv.attention.codes import bits_of_each
 from pagedkv.cache.device_memory import check_room, device_memory
 from pagedkv.errors import OutOfBlocksError, PagedKVError
-from pagedkv.host.turns import FairLock, one_at_a_time
+from pagedkv.host.turns import FairLock, synchronized
 from pagedkv.limits import integers
 from pagedkv.mlx_lm.admission import CHUNK, Admission
 from pagedkv.mlx_lm.files import fingerprint, read_caches
@@ -42,13 +42,13 @@ class StoreStats:
     Attributes
     ----------
     num_blocks, free_blocks : int
-        All blocks, and the free ones; frames where layers are in groups by their windows.
+        All blocks, and the free ones.
     cached_blocks : int
         Blocks in the tree of cached prefixes.
     block_bytes : int
-        Bytes of a block, K and V of all layers; or of a frame, for the layers of a group.
+        Bytes of a block: K and V in the layers of its group.
     peak_blocks : int
-        The most blocks, or frames, held at once.
+        The most blocks held at once.
     groups : tuple of (int or None, int)
         For each group of layers its window in tokens, None if it sees all, and its blocks in use.
     asked_tokens, cached_tokens : int
@@ -156,7 +156,7 @@ class PagedStore(Closing):
         """
         return self.lock.until(self.memory.settle)
 
-    @one_at_a_time
+    @synchronized
     def cache(self, tokens: Sequence[int] = (), *, namespace: Hashable = None) -> PromptCache:
         """Return a prompt cache that already holds the longest cached prefix of a prompt.
 
@@ -188,8 +188,8 @@ class PagedStore(Closing):
         table.namespace = namespace
         sequences = Sequences(memory, [table])
         if memory.is_whole and len(prompt) > 1:
-            blocks, _ = memory.tree.match_prefix(prompt[:-1], namespace)
-            table.adopt(blocks, len(blocks) * memory.kv.block_size)
+            match = memory.tree.match_prefix(prompt[:-1], namespace)
+            table.adopt(match.ids, match.num_blocks * memory.kv.block_size)
         self._asked, self._cached = self._asked + len(prompt), self._cached + table.num_tokens
         layers = self._layers(sequences)
         return PromptCache(layers, prompt, table.num_tokens, namespace, self._output)
@@ -242,13 +242,13 @@ class PagedStore(Closing):
             generator.next_generated()
         generator.close()
 
-    @one_at_a_time
+    @synchronized
     def forget(self) -> None:
         """Forget all cached prefixes, as after a change of the model's weights."""
         self.memory.collect()
         self.memory.tree.reset()
 
-    @one_at_a_time
+    @synchronized
     def keep(
         self, cache: Sequence[Any], tokens: Sequence[int], *, namespace: Hashable = None
     ) -> int:
@@ -279,7 +279,7 @@ class PagedStore(Closing):
         """Raise ValueError for a request that can never fit, see `Admission.check`."""
         self._maker.check(prompt_tokens, max_tokens, chunk, drafted)
 
-    @one_at_a_time
+    @synchronized
     def load(self, file_name: str) -> PromptCache:
         """Load a file that mlx-lm's `save_prompt_cache` wrote, from a paged cache or another.
 
@@ -357,7 +357,7 @@ class PagedStore(Closing):
                 )
         return contents
 
-    @one_at_a_time
+    @synchronized
     def stats(self) -> StoreStats:
         """Return the contents of the store, and how much it reused."""
         memory = self.memory
@@ -369,13 +369,15 @@ class PagedStore(Closing):
             cached_blocks=memory.tree.num_blocks,
             block_bytes=usage.block_bytes,
             peak_blocks=memory.peak,
-            groups=tuple(zip(memory.kv.groups.windows, memory.kv.pool.group_frames(), strict=True)),
+            groups=tuple(
+                zip(memory.kv.groups.windows, memory.kv.pool.blocks_by_group, strict=True)
+            ),
             asked_tokens=self._asked,
             cached_tokens=self._cached,
             kv_bits=memory.bits,
         )
 
-    @one_at_a_time
+    @synchronized
     def close(self) -> None:
         """Free the memory and restore mlx-lm; caches of the store cannot be used any more.
 
