@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import re
 
 import numpy as np
 import pytest
 from asv_runner.statistics import compute_stats
 from markdown_it import MarkdownIt
 
-from tracking import changes, compare, tables
+from tracking import changes, compare
 from tracking.changes import Change, verdict
 from tracking.noise import Noise
 from tracking.results import Value
@@ -144,15 +143,6 @@ def test_a_name_is_one_cell_of_the_table(name):
     shown = [token.children for token in tokens if token.type == "inline"][-6:]
     assert [part.type for part in shown[-1]] == ["code_inline"]
     assert "".join(part.content for part in shown[0]) == "worsened"
-
-
-@pytest.mark.parametrize("text", ["a|b", r"a\|b", r"a\\|b", "|", "||", "\\"])
-def test_bars_do_not_part_a_cell(text):
-    """An odd number of backslashes before each, and a blank before the table's own."""
-    *_, row = tables.as_markdown(["h"], [[text]]).splitlines()
-    bars = re.findall(r"(\\*)\|", row[2:-2])
-    assert len(bars) == text.count("|")
-    assert all(len(backslashes) % 2 for backslashes in bars)
 
 
 def test_the_table_shows_what_changed_and_counts_the_rest():
