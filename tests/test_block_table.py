@@ -102,6 +102,20 @@ def test_blocks_that_cannot_be_adopted(blocks, num_tokens, message):
     assert pool.reference_count(0) == 1
 
 
+def test_a_block_that_comes_twice_is_referred_to_twice():
+    pool = BlockPool(8)
+    cached = pool.allocate(1)
+    tree, table = RadixTree(pool, 4), BlockTable(pool, 4)
+    table.adopt(cached * 2, 8)
+    assert pool.reference_count(0) == 3
+    tree.insert([1] * 4 + [2] * 4, cached * 2)
+    assert pool.reference_count(0) == 5
+    tree.reset()
+    table.free()
+    assert pool.reference_count(0) == 1
+    pool.check_invariants()
+
+
 def test_only_an_empty_sequence_adopts():
     pool = BlockPool(8)
     table = BlockTable(pool, 4)

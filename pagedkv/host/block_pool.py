@@ -399,7 +399,7 @@ class BlockPool:
         for own, first in zip(blocks, lost, strict=True):
             own[:first] = GONE
         with Uninterrupted():
-            self.refs[blocks[blocks >= 0]] += 1
+            np.add.at(self.refs, blocks[blocks >= 0], 1)
             self._make_room(count)
             self.ids[:, row, :count] = blocks
             self.widths[row], self._lost[:, row] = count, lost
@@ -429,7 +429,7 @@ class BlockPool:
         replaced = (own >= 0) & (blocks >= 0) & (own != blocks)
         if replaced.any():
             with Uninterrupted():
-                self.refs[blocks[replaced]] += 1
+                np.add.at(self.refs, blocks[replaced], 1)
                 self.unref(own[replaced])
                 own[replaced] = blocks[replaced]
                 self.versions[row] += 1

@@ -324,7 +324,7 @@ class RadixTree:
         return np.where(cached < 0, own, cached)
 
     def _hold(self, ids: NDArray[np.int32]) -> None:
-        self.pool.refs[ids] += 1
+        np.add.at(self.pool.refs, ids, 1)
         self._in_tree[ids] = True
 
     def _let_go(self, ids: NDArray[np.int32]) -> None:
