@@ -46,11 +46,11 @@ class Engine:
                 self.slots[target] = self.slots.get(source)
         new = iter(enumerate(step.tokens.tolist()))
         written, sampled = [], {}
-        for request_id, table, count, start in zip(
-            step.request_ids, step.tables, step.counts, step.starts.tolist(), strict=True
+        for request_id, table, count in zip(
+            step.request_ids, step.tables, step.counts, strict=True
         ):
-            tokens, end = self.device_tokens(request_id, step), start + count
-            groups = self.places(table.blocks)
+            tokens, end = self.device_tokens(request_id, step), table.num_tokens
+            groups, start = self.places(table.blocks), end - count
             for position in range(start, end):
                 index, token = next(new)
                 if index in step.unknown:

@@ -227,9 +227,9 @@ class PagedKVCache(Pools):
             raise ValueError("expected a schedule of at least one request")
         if schedule.unknown:
             _check_sampled(sampled, len(schedule.samples_before))
-        rows = sorted(range(len(schedule.counts)), key=schedule.counts.__getitem__)
-        batches = self._batches([schedule.tables[row] for row in rows])
-        step = ScheduledStep(self, batches, schedule, rows, sampled)
+        order = np.argsort(schedule.counts, kind="stable")
+        tables = [schedule.tables[place] for place in order.tolist()]
+        step = ScheduledStep(self, self._batches(tables), schedule, tables, order, sampled)
         self.copy_blocks(schedule.copies)
         schedule.state = "stepped"
         return step

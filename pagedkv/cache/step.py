@@ -339,16 +339,16 @@ class ScheduledStep(Step):
         pools: Pools,
         batches: Batches,
         schedule: Schedule,
-        rows: list[int],
+        tables: list[BlockTable],
+        order: NDArray[np.int64],
         sampled: mx.array | None,
     ) -> None:
-        counts = np.array(schedule.counts, np.int64)[rows]
-        super().__init__(pools, batches, [schedule.tables[row] for row in rows], counts)
+        every = np.array(schedule.counts, np.int64)
+        counts = every[order]
+        super().__init__(pools, batches, tables, counts)
         self._schedule = schedule
-        self.request_ids = [schedule.request_ids[row] for row in rows]
-        ends = np.cumsum(schedule.counts)
-        begins = ends - schedule.counts
-        chosen = np.concatenate([np.arange(begins[row], ends[row]) for row in rows])
+        self.request_ids = [schedule.request_ids[place] for place in order.tolist()]
+        chosen = positions_of((np.cumsum(every) - every)[order], counts)
         tokens = mx.array(schedule.tokens[chosen])
         if sampled is not None and schedule.unknown:
             places = np.empty_like(chosen)

@@ -43,9 +43,6 @@ class Schedule:
     state : str
         "new", "stepped" when `PagedKVCache.step` has made a step of it, "late" if the next schedule
         was made before that, "over" after `update` or `retract`.
-    rows, starts : numpy.ndarray
-        Rows of the tables in `BlockPool.ids`, and the position of the first token of each that is
-        computed now, int64, shape [len(tables)].
     """
 
     request_ids: list[Hashable]
@@ -57,6 +54,4 @@ class Schedule:
     preempted: list[Hashable]
     unknown: dict[int, int]
     samples_before: list[Hashable]
-    rows: NDArray[np.int64]
-    starts: NDArray[np.int64]
     state: Literal["new", "stepped", "late", "over"] = "new"

@@ -499,8 +499,6 @@ class Scheduler:
             preempted=preempted,
             unknown=unknown,
             samples_before=samples_before,
-            rows=made.rows,
-            starts=np.array(made.starts, np.int64),
         )
 
     def _merge_copies(self, made: _InFlight) -> None:
