@@ -104,6 +104,27 @@ def test_an_end_that_was_interrupted_comes_when_it_is_called_again(end):
         step_of(paged, tables)
 
 
+def test_an_interrupted_extension_is_not_under_way():
+    """The traceback still refers to it."""
+    for (paged, tables), done in interrupted(three_sequences, lambda s: s[0].extend(s[1], [1] * 3)):
+        if not done:
+            step_of(paged, tables)
+
+
+def test_a_table_that_has_the_id_of_a_dropped_one_is_not_taken_for_it():
+    paged, other = cache(), cache()
+    table = paged.new_table()
+    extend(paged, np.random.default_rng(56), [table], [3])
+    key = id(table)
+    del table
+    for _ in range(100):
+        theirs = other.new_table()
+        if id(theirs) == key:
+            break
+    with pytest.raises(ValueError, match="expected tables of this cache"):
+        paged.extend([theirs], [3])
+
+
 def test_a_sequence_has_one_step_under_way():
     paged, tables = three_sequences()
     step = paged.extend(tables[:2], [1, 1])

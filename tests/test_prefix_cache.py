@@ -161,6 +161,19 @@ def test_ends_that_hold_other_blocks_for_what_is_before_them_do_not_stop_evictio
     assert [radix.pool.reference_count(block) for block in own] == [1, 1, 1]
 
 
+def test_what_is_cached_in_two_namespaces_is_evicted_from_both():
+    radix = tree(num_blocks=4)
+    blocks = radix.pool.allocate(3)
+    for namespace in "ab":
+        radix.insert([1, 1, 2, 2, 3, 3], blocks, namespace)
+    assert radix.num_evictable == 0
+    radix.pool.release(blocks)
+    assert (radix.num_evictable, radix.num_blocks) == (3, 6)
+    assert len(radix.pool.allocate(4)) == 4
+    radix.check_invariants()
+    radix.pool.check_invariants()
+
+
 def test_blocks_are_evicted_when_they_run_out():
     radix = tree(num_blocks=4)
     cache(radix, [1, 1, 2, 2, 3, 3])

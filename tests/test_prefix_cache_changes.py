@@ -56,6 +56,17 @@ def test_nothing_goes_on_from_what_was_evicted():
     radix.check_invariants()
 
 
+def test_nothing_goes_on_from_a_run_whose_end_was_evicted():
+    radix = tree(num_blocks=8)
+    cache(radix, [1, 1, 2, 2])
+    own = radix.pool.allocate(4)
+    match = radix.insert([1, 1, 2, 2, 3, 3, 4, 4], own)
+    assert radix.evict(1) == 1  # the end is in use, the blocks before it are not
+    assert radix.extend(match.node, [5, 5], radix.pool.allocate(1)).blocks == []
+    assert radix.match_prefix([1, 1, 2, 2, 5, 5]).num_blocks < 3
+    radix.check_invariants()
+
+
 def test_a_reset_forgets_all_and_sequences_keep_what_they_hold():
     radix = tree()
     cache(radix, [1, 1, 2, 2, 3, 3])

@@ -132,6 +132,26 @@ class RefusedError(Exception):
     pass
 
 
+def test_events_after_one_that_a_listener_refused_come_with_the_next_method():
+    run, told = engine(num_blocks=30, block_size=2), []
+    run.add("a", [1, 2, 3, 4], 3)
+    run.add("b", [5, 6, 7, 8], 3)
+
+    def listener(event):
+        told.append(event.blocks)
+        if len(told) == 1:
+            raise RefusedError
+
+    run.schedule = run.scheduler.schedule()
+    run.sampled = run.compute(run.schedule)
+    run.scheduler.on_event = listener
+    with pytest.raises(RefusedError):
+        run.scheduler.update(run.sampled)
+    assert (len(told), run.scheduler.tree.num_blocks) == (1, 4)
+    run.scheduler.finish("a")
+    assert sorted(map(len, told)) == [2, 2]
+
+
 @pytest.mark.parametrize("count", range(1, 5))
 @pytest.mark.parametrize("retract", [False, True])
 @pytest.mark.parametrize("most", [1, 2])

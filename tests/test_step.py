@@ -1,5 +1,7 @@
 """A step: one verb a layer, and how it ends."""
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from launching import BACKEND
 from reference import paged_attention as reference_attention
 from test_kv_cache import cache, extend, state, stored, tokens
 
-from pagedkv import PagedKVError, ScoreOptions
+from pagedkv import OutOfBlocksError, PagedKVError, ScoreOptions, kernels
 
 SCALE = 8**-0.5
 
@@ -240,6 +242,64 @@ def test_an_interrupted_extension_leaves_everything():
     for (paged, tables, before), done in interrupted(start, operation):
         assert done == (state(paged, tables) != before)
         paged.pool.check_invariants()
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_after_an_interrupted_step_attention_is_right(again):
+    """Also where block tables were being sent to the device."""
+
+    def begin():
+        paged = cache(num_blocks=24)
+        tables = [paged.new_table() for _ in range(3)]
+        extend(paged, np.random.default_rng(41), tables, [8, 8, 7])
+        return paged, tables
+
+    def operation(state):
+        paged, tables = state
+        with contextlib.suppress(OutOfBlocksError), paged.extend(tables, [1, 1, 1]) as step:
+            step.attend(0, *inputs(np.random.default_rng(42), 3, 1), scale=SCALE)
+            step.attend(1, *inputs(np.random.default_rng(42), 3, 1), scale=SCALE)
+
+    expected = None
+    for (paged, tables), done in interrupted(begin, operation):
+        if not done and again:
+            tables = tables[::-1]
+            operation((paged, tables))
+            tables = tables[::-1]
+        lengths = [table.num_tokens for table in tables]
+        assert lengths in ([8, 8, 7], [9, 9, 8], [10, 10, 9])
+        for table, length in zip(tables, (8, 8, 7), strict=True):
+            table.truncate(length)
+        with paged.extend(tables, [5, 5, 5]) as step:
+            new = inputs(np.random.default_rng(43), 3, 5)
+            found = [np.array(step.attend(layer, *new, scale=SCALE)) for layer in range(2)]
+        expected = found if expected is None else expected
+        assert np.allclose(found, expected, atol=1e-5)
+        paged.pool.check_invariants()
+
+
+def test_what_fails_while_tables_are_sent_is_sent_again(monkeypatch):
+    paged = cache(num_blocks=24)
+    tables = [paged.new_table() for _ in range(3)]
+    rng = np.random.default_rng(44)
+    extend(paged, rng, tables, [8, 8, 7])
+    before = [table.num_tokens for table in tables]
+
+    def fail(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(kernels, "array_of", fail)
+        broken.setattr(kernels, "patched", fail)
+        with pytest.raises(MemoryError):
+            paged.extend(tables[:2], [1, 1])
+    assert [table.num_tokens for table in tables] == before
+    with paged.extend(tables[:2], [1, 1]) as step:
+        assert np.array(step.batch.block_tables)[:, :3].tolist() == [
+            table.block_ids.tolist() for table in tables[:2]
+        ]
+        step.skip(0)
+        step.skip(1)
 
 
 def test_an_interrupted_layer_can_be_rolled_back():

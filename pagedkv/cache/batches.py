@@ -15,6 +15,7 @@ from pagedkv.attention.batch import DecodeBatch
 from pagedkv.attention.paths import backend_of
 from pagedkv.host.block_pool import BlockPool
 from pagedkv.host.block_table import BlockTable
+from pagedkv.host.interrupts import Uninterrupted
 from pagedkv.limits import count_of
 
 KINDS = 32  # of calls whose plans are reused; beyond, those of the batch before
@@ -60,6 +61,7 @@ class Batches:
 
     def are_of(self, tables: Sequence[BlockTable]) -> bool:
         """Whether these are the tables, in order."""
+        self._pool.collect()  # else the id of a dropped table may be another's
         if [*map(id, tables)] != self._ids_of_tables:
             return False
         return bool((self._pool.uses[self.rows] == self._uses).all())
@@ -96,6 +98,15 @@ class Batches:
         If all sequences have grown by the same number of tokens, plans of the last batch are
         reused.
         """
+        with Uninterrupted():
+            try:
+                return self._next()
+            except BaseException:  # what the device has is not known
+                self._versions, self._ids = self._versions - 1, self._ids[:, :, :0]
+                self._plans = {}
+                raise
+
+    def _next(self) -> DecodeBatch:
         lens, versions = self._pool.lens[self.rows], self._pool.versions[self.rows]
         changed = versions != self._versions
         if changed.any():
@@ -103,7 +114,7 @@ class Batches:
             self._versions = versions
         grown = lens - self._lens
         by = int(grown[0])
-        if (grown != by).any():
+        if not self._plans or (grown != by).any():
             self._plans, self._position, by = {}, 0, 0
         self._lens = lens
         if len(self._plans) > KINDS:

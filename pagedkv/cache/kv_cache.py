@@ -171,6 +171,7 @@ class PagedKVCache(Pools):
         self._check_not_under_way(tables)
         batches = self._batches(tables)
         rows, mark, before = batches.rows, self.mark(), self.pool.lens[batches.rows]
+        step = None
         try:
             with Uninterrupted():
                 new, copies = batches.extend(counts)
@@ -185,6 +186,8 @@ class PagedKVCache(Pools):
                 self._open.append(ref(step))
             return step
         except BaseException:
+            if step is not None:
+                step.give_up()
             if (self.pool.lens[rows] > before).any():
                 for row, length in zip(rows.tolist(), before.tolist(), strict=True):
                     self.pool.truncate(row, length)

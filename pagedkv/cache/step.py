@@ -394,6 +394,10 @@ class Extension(Step):
         """Whether it is neither committed nor rolled back."""
         return not self._over
 
+    def give_up(self) -> None:
+        """End the step, and leave its sequences to the caller."""
+        self._over = "given up"
+
     def skip(self, layer: int) -> None:
         """Leave the new tokens out of a layer where no later token sees them.
 
@@ -474,5 +478,5 @@ class Extension(Step):
     def _check_sequences(self) -> None:
         """Raise PagedKVError if a sequence was changed elsewhere, which ends the step."""
         if not self.is_current():
-            self._over = "given up"
+            self.give_up()
             raise PagedKVError(f"expected {_UNCHANGED}: they stay as they are now")

@@ -163,11 +163,16 @@ class BlockPool:
         kept = len(self._free) - count
         if kept < 0:
             raise OutOfBlocksError(count, len(self._free))
-        with Uninterrupted():
-            ids = self._free[kept:][::-1]
-            del self._free[kept:]
-            self.refs[ids] = 1
-        return ids
+        ids: list[int] = []
+        try:
+            with Uninterrupted():
+                ids = self._free[kept:][::-1]
+                del self._free[kept:]
+                self.refs[ids] = 1
+            return ids
+        except BaseException:  # an interrupt: the caller does not get them
+            self.unref(np.array(ids[::-1], np.int64))
+            raise
 
     def retain(self, block_ids: Ids) -> None:
         """Add a reference to each of the blocks.
@@ -319,6 +324,8 @@ class BlockPool:
             self.changes += 1
             return []
         groups, copies = len(self.windows), []
+        if needed.max() > self.num_blocks:  # sums could overflow
+            raise OutOfBlocksError(groups * int(needed.max()), self.num_free)
         with Uninterrupted():
             new = self.allocate(groups * int(needed.sum()) + int(shared.sum()))
             for target, (group, place) in zip(new, np.argwhere(shared).tolist(), strict=False):

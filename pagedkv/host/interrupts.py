@@ -29,6 +29,7 @@ class Uninterrupted:
         if threading.get_ident() == threading.main_thread().ident:
             handler = _signal.getsignal(_SIGINT)
             if handler is not _note and callable(handler):
+                _arrived.clear()
                 self._handler = handler
                 _signal.signal(_SIGINT, _note)
 
@@ -40,6 +41,7 @@ class Uninterrupted:
     ) -> None:
         handler = self._handler
         if handler is not None:
-            _signal.signal(_SIGINT, handler)
+            if _signal.getsignal(_SIGINT) is _note:  # else it was changed meanwhile
+                _signal.signal(_SIGINT, handler)
             if _arrived:
                 handler(_SIGINT, _arrived.pop())

@@ -56,7 +56,7 @@ class RadixTree:
         self.block_size = pool.use_block_size(block_size)
         self._width = self.block_size * TOKEN.itemsize  # bytes of a block's tokens
         self._roots: dict[Hashable, RadixNode] = {}
-        self._in_tree = np.zeros(pool.num_blocks, bool)
+        self._own = np.zeros(pool.num_blocks, np.int32)  # the tree's references to each block
         self._resets = self.evicted_blocks = 0
         self._clock, self._serial = itertools.count(1), itertools.count()
         # Leaves, least recently used first. What is out of date is put right when its turn comes.
@@ -78,12 +78,12 @@ class RadixTree:
     @property
     def num_blocks(self) -> int:
         """Blocks in the tree."""
-        return int(self._in_tree.sum())
+        return int(self._own.sum())
 
     @property
     def num_evictable(self) -> int:
         """Blocks that nothing but the tree holds; in linear time."""
-        return int(np.count_nonzero(self._in_tree & (self.pool.refs == 1)))
+        return int(np.count_nonzero((self._own > 0) & (self.pool.refs == self._own)))
 
     def match_prefix(self, tokens: Integers, namespace: Hashable = None) -> PrefixMatch:
         """Return the longest cached prefix of `tokens`, and note that it was used.
@@ -193,11 +193,11 @@ class RadixTree:
                     self._roots[last.namespace] = last
                 self._hold(added[added >= 0])
                 self._enqueue(node)
-        if first < count and self.on_event:
-            before, own = last.blocks[0, -1:].tolist(), tuple(added[0].tolist())
-            ids = np.frombuffer(key, TOKEN)[first * self.block_size :]
-            parent = before[0] if before else None
-            self.on_event(CacheEvent("stored", node.namespace, own, parent, ids))
+            if first < count and self.on_event:
+                before, own = last.blocks[0, -1:].tolist(), tuple(added[0].tolist())
+                ids = np.frombuffer(key, TOKEN)[first * self.block_size :]
+                parent = before[0] if before else None
+                self.on_event(CacheEvent("stored", node.namespace, own, parent, ids))
         return PrefixMatch(np.concatenate([cached, added], axis=1), node)
 
     def evict(self, num_blocks: int) -> int:
@@ -222,9 +222,10 @@ class RadixTree:
             If `num_blocks` is not an integer. Nothing has changed then.
         """
         wanted = count_of(max(num_blocks, 0), "num_blocks")
-        freed = self._drop_windows(wanted, inside=True)
-        freed += self._evict(wanted - freed)
-        return freed + self._drop_windows(wanted - freed, inside=False)
+        with Uninterrupted():  # until the listener knows
+            freed = self._drop_windows(wanted, inside=True)
+            freed += self._evict(wanted - freed)
+            return freed + self._drop_windows(wanted - freed, inside=False)
 
     def reset(self) -> int:
         """Forget all prefixes, for example after the weights change: their K and V are wrong.
@@ -239,20 +240,19 @@ class RadixTree:
         free = self.pool.num_free
         with Uninterrupted():
             _forget(self._roots, self.pool)
-            self._in_tree[:] = False
+            self._own[:] = 0
             self._queue, self._resets = [], self._resets + 1
-        if self.on_event:
-            self.on_event(CacheEvent("cleared"))
+            if self.on_event:
+                self.on_event(CacheEvent("cleared"))
         return self.pool.num_free - free
 
     def check_invariants(self) -> None:
         """Raise AssertionError if an invariant does not hold; for tests, in linear time."""
-        queued, seen = {id(node) for _, _, node in self._queue}, np.zeros_like(self._in_tree)
+        queued, own = {id(node) for _, _, node in self._queue}, np.zeros_like(self._own)
         assert all(root.children for root in self._roots.values()), "an empty namespace is kept"
         for node in self.nodes():
             ids = node.blocks[node.blocks >= 0]
-            assert not seen[ids].any(), "a block is twice in the tree"
-            seen[ids] = True
+            np.add.at(own, ids, 1)
             assert node.resets == self._resets, "a node from before a reset"
             assert node.is_queued == (id(node) in queued), "wrong about the queue"
             if node.parent:
@@ -262,8 +262,8 @@ class RadixTree:
             for first, child in node.children.items():
                 assert child.parent is node, "a child of another"
                 assert child.key.startswith(first), "a child under another's tokens"
-        assert (seen == self._in_tree).all(), "blocks of the tree are miscounted"
-        assert (self.pool.refs[seen] > 0).all(), "a free block in the tree"
+        assert (own == self._own).all(), "blocks of the tree are miscounted"
+        assert (self.pool.refs >= own).all(), "a block in the tree without its reference"
 
     def nodes(self) -> Iterator[RadixNode]:
         """Go through all runs."""
@@ -325,10 +325,14 @@ class RadixTree:
 
     def _hold(self, ids: NDArray[np.int32]) -> None:
         np.add.at(self.pool.refs, ids, 1)
-        self._in_tree[ids] = True
+        np.add.at(self._own, ids, 1)
 
     def _let_go(self, ids: NDArray[np.int32]) -> None:
-        self._in_tree[ids[ids >= 0]] = False
+        ids = ids[ids >= 0]
+        if len(ids) == 1:
+            self._own[ids[0]] -= 1
+        else:
+            np.subtract.at(self._own, ids, 1)
         self.pool.unref(ids)
 
     def _enqueue(self, node: RadixNode) -> None:
@@ -356,7 +360,7 @@ class RadixTree:
 
     def _has_idle_run(self) -> bool:
         """Whether nothing but the tree holds some block that all tokens see."""
-        idle = np.flatnonzero(self._in_tree & (self.pool.refs == 1))
+        idle = np.flatnonzero((self._own > 0) & (self.pool.refs == self._own))
         sees_all = np.array([window is None for window in self.pool.windows])
         return bool(sees_all[self.pool.group_of[idle]].any())
 
@@ -365,10 +369,10 @@ class RadixTree:
         most = -(-wanted // len(leaf.blocks))
         tail = leaf.blocks[0, -most:]
         count = len(tail)
-        if self.pool.refs[tail[-1]] > 1 and not in_use:
+        if self.pool.refs[tail[-1]] > self._own[tail[-1]] and not in_use:
             count = 0
         elif count > 1 and not in_use:
-            held = np.flatnonzero(self.pool.refs[tail] > 1)
+            held = np.flatnonzero(self.pool.refs[tail] > self._own[tail])
             count -= int(held[-1]) + 1 if len(held) else 0
         if not count:
             leaf.used = next(self._clock)  # in use
@@ -376,20 +380,21 @@ class RadixTree:
         kept, free = leaf.blocks.shape[1] - count, self.pool.num_free
         dropped = leaf.blocks[:, kept:]
         with Uninterrupted():
-            ids = dropped.T.ravel()
-            self._in_tree[ids[ids >= 0] if len(dropped) > 1 else ids] = False
-            self.pool.unref(ids)
-            leaf.blocks = leaf.blocks[:, :kept]
-            if 2 * kept * self._width < len(leaf.key):  # seldom: it costs a copy
-                first, leaf.key = leaf.key[: self._width], leaf.key[: kept * self._width]
-                leaf.blocks = leaf.blocks.copy()
-            if not kept:
-                parent = leaf.parent
-                assert parent is not None
+            self._let_go(dropped.T.ravel())
+            parent, first, blocks, key = leaf.parent, leaf.key[: self._width], leaf.blocks, leaf.key
+            assert parent is not None
+            # Another node in its place: `extend` must know that this one's end is gone.
+            leaf.blocks, leaf.is_queued = blocks[:, :0], False
+            if kept:
+                if 2 * kept * self._width < len(key):  # seldom: it costs a copy
+                    blocks, key = blocks[:, :kept].copy(), key[: kept * self._width]
+                rest = RadixNode(key, blocks[:, :kept], parent, leaf.namespace, leaf.resets)
+                parent.children[first], rest.used, rest.is_queued = rest, leaf.used, True
+                heapq.heapreplace(self._queue, (rest.used, next(self._serial), rest))
+            else:
+                heapq.heappop(self._queue)
                 del parent.children[first]
                 parent.used = max(parent.used, leaf.used)
-                heapq.heappop(self._queue)
-                leaf.is_queued = False
                 self._enqueue(parent)
                 if parent.parent is None and not parent.children:
                     self._roots.pop(parent.namespace, None)
@@ -416,7 +421,7 @@ class RadixTree:
                 # What the end of the run sees, wherever in the prompt that is.
                 first = max(count - -(-(window - 1) // self.block_size), 0) if inside else count
                 own = node.blocks[group, :first]
-                idle = (own >= 0) & (self.pool.refs[own] == 1)
+                idle = (own >= 0) & (self.pool.refs[own] == self._own[own])
                 if idle.any():
                     with Uninterrupted():
                         node.blocks = node.blocks.copy()

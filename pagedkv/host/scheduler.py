@@ -734,8 +734,8 @@ class Scheduler:
 
     def _deliver(self) -> None:
         """Hand the events of a change that is complete to the listener."""
-        events, self._events[:] = self._events[:], []
-        for event in events:
+        while self._events:  # if one raises, those after it come with the next method
+            event = self._events.pop(0)
             if self.on_event:
                 self.on_event(event)
 
