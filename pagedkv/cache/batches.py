@@ -114,7 +114,7 @@ class Batches:
             self._versions = versions
         grown = lens - self._lens
         by = int(grown[0])
-        if not self._plans or (grown != by).any():
+        if (grown != by).any():
             self._plans, self._position, by = {}, 0, 0
         self._lens = lens
         if len(self._plans) > KINDS:
