@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ GONE = -1
 """Id of a block that left its group's window."""
 
 Ids = Sequence[int] | NDArray[np.integer]
+Tokens = TypeVar("Tokens", int, NDArray[np.int64])
 
 
 class _Owner(weakref.ref[Any]):
@@ -59,6 +60,8 @@ class BlockPool:
 
     Attributes
     ----------
+    sees_all_tokens : ndarray
+        Whether each group of layers does, bool, shape [G].
     refs : ndarray
         References to each block, int32, shape [N], read-only for others. 0: it is free.
     ids : ndarray
@@ -94,6 +97,7 @@ class BlockPool:
         )
         if self.windows[:1] != (None,):
             raise ValueError(f"expected a first group of layers that sees all, got {windows}")
+        self.sees_all_tokens = np.array([window is None for window in self.windows])
         self.margin = count_of(margin, "margin")
         self.refs = np.zeros(num_blocks, np.int32)
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the next one is the last
@@ -220,8 +224,7 @@ class BlockPool:
                 f"expected block ids of {groups} groups of layers, got {ids.dtype} of shape "
                 f"{ids.shape}"
             )
-        has_windows = np.array([window is not None for window in self.windows])
-        held = ids[~has_windows[:, None] | (ids != GONE)]
+        held = ids[self.sees_all_tokens[:, None] | (ids != GONE)]
         if len(held):
             self._require(self._checked(held), 1)
         return ids.astype(np.int32, copy=False)
@@ -462,8 +465,7 @@ class BlockPool:
         for group, window in enumerate(self.windows):
             if window is None:
                 continue
-            final = self._final[rows] - self.margin
-            first = np.maximum(final + 1 - window, 0) // self.block_size
+            first = self.first_seen(self._final[rows] - self.margin, group)
             gone = first > self._lost[group, rows]
             for row, stop in zip(rows[gone].tolist(), first[gone].tolist(), strict=True):
                 with Uninterrupted():
@@ -472,10 +474,16 @@ class BlockPool:
                     self.ids[group, row, begin:stop] = GONE
                     self._lost[group, row] = stop
 
-    def first_seen(self, num_tokens: int, group: int) -> int:
-        """Return the first block that the token after `num_tokens` sees in a group of layers."""
+    def first_seen(self, num_tokens: Tokens, group: int) -> Tokens:
+        """Return the first block that the token after `num_tokens` sees in a group of layers.
+
+        Of one number of tokens, or of each in an array.
+        """
         window = self.windows[group]
-        return 0 if window is None else max(num_tokens + 1 - window, 0) // self.block_size
+        if window is None:
+            return num_tokens * 0
+        first: Tokens = np.maximum(num_tokens + 1 - window, 0) // self.block_size
+        return first
 
     def sees_all(self, blocks: NDArray[np.int32], num_tokens: int) -> bool:
         """Whether blocks, [G, n], have what the token after `num_tokens` sees."""

@@ -195,7 +195,8 @@ class BlockTable:
         if num_tokens > length:
             raise ValueError(f"expected 0 to {length} tokens to keep, got {num_tokens}")
         if num_tokens:
-            self._check_seen(self.blocks[:, : -(-num_tokens // self.block_size)], num_tokens)
+            kept = blocks_needed(num_tokens, self.block_size)
+            self._check_seen(self.blocks[:, :kept], num_tokens)
         self.pool.truncate(self.row, num_tokens)
 
     def free(self) -> None:
@@ -204,7 +205,7 @@ class BlockTable:
 
     def sees_all(self, num_tokens: int) -> bool:
         """Whether the blocks of the first `num_tokens` have what the next token sees."""
-        kept = self.blocks[:, : -(-num_tokens // self.block_size)]
+        kept = self.blocks[:, : blocks_needed(num_tokens, self.block_size)]
         return self.pool.sees_all(kept, num_tokens)
 
     def _check_seen(self, blocks: NDArray[np.int32], num_tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` without its enums: a tenth of the time
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGINT = int(_signal.SIGINT)
@@ -33,12 +33,7 @@ class Uninterrupted:
                 self._handler = handler
                 _signal.signal(_SIGINT, _note)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         handler = self._handler
         if handler is not None:
             if _signal.getsignal(_SIGINT) is _note:  # else it was changed meanwhile

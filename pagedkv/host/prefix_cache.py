@@ -296,12 +296,10 @@ class RadixTree:
         """Return with how many blocks, [G, n], a sequence can begin: its windows are all there."""
         counts = np.arange(blocks.shape[1] + 1)
         possible = np.ones(len(counts), bool)
-        for window, own in zip(self.pool.windows, blocks, strict=True):
-            if window is not None:
-                # Up to each block, how many from the first on are gone.
-                gone = np.concatenate([[0], np.cumsum(own < 0)])
-                first = np.maximum(counts * self.block_size + 1 - window, 0) // self.block_size
-                possible &= gone == gone[first]
+        for group in np.flatnonzero(~self.pool.sees_all_tokens).tolist():
+            # Up to each block, how many from the first on are gone.
+            gone = np.concatenate([[0], np.cumsum(blocks[group] < 0)])
+            possible &= gone == gone[self.pool.first_seen(counts * self.block_size, group)]
         return int(np.flatnonzero(possible)[-1])
 
     def _fill(
@@ -361,8 +359,7 @@ class RadixTree:
     def _has_idle_run(self) -> bool:
         """Whether nothing but the tree holds some block that all tokens see."""
         idle = np.flatnonzero((self._own > 0) & (self.pool.refs == self._own))
-        sees_all = np.array([window is None for window in self.pool.windows])
-        return bool(sees_all[self.pool.group_of[idle]].any())
+        return bool(self.pool.sees_all_tokens[self.pool.group_of[idle]].any())
 
     def _trim(self, leaf: RadixNode, wanted: int, *, in_use: bool = False) -> int:
         """Evict blocks from the end of a leaf, `in_use` or not; return how many became free."""
