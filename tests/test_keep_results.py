@@ -36,7 +36,7 @@ def put(folder, name, text):
 
 
 def checkout(origin, name):
-    """A clone as the job that measures has it, with the branch's files in results/."""
+    """A clone like that of the job that measures, with the branch's files in results/."""
     clone = origin.with_name(name)
     git(origin.parent, "clone", "--quiet", "--branch", "main", "origin", name)
     env = {**os.environ, "GITHUB_SHA": git(clone, "rev-parse", "HEAD")}

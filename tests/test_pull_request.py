@@ -1,4 +1,4 @@
-"""What a pull request's code can do to the comment about it; no test asks GitHub."""
+"""A pull request's code cannot forge the comment about it. GitHub is not called."""
 
 import importlib.util
 import re

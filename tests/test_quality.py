@@ -98,7 +98,7 @@ def test_share_of_needles_that_are_found(sight, share, monkeypatch):
 
 
 def test_the_command_measures_format_by_format(tmp_path, monkeypatch):
-    """What the backend cannot compute is said, and the rest measured."""
+    """A case that the backend cannot compute is reported; the others are measured."""
 
     class Fails(quality.QuantizedKVCache):
         def update_and_fetch(self, keys, values):

@@ -108,7 +108,7 @@ def broken(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_interrupt_loses_a_block(name):
-    assert broken(name) <= (name == "allocate")  # then what was taken is nobody's
+    assert broken(name) <= (name == "allocate")  # the caller never got its blocks
 
 
 @pytest.mark.parametrize("name", ["free", "append"])
