@@ -135,7 +135,7 @@ def tail(log):
 
 
 class Report:
-    """What happened in each step, written down after it."""
+    """Runs the steps of a report, and writes the report after each."""
 
     def __init__(self, machine, steps):
         self.machine, self.steps = machine, steps
